@@ -1,0 +1,59 @@
+"""Packaging metadata; the settings of the tools are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+KERNELS = "kvcompress_kernels"
+
+VLLM = "vllm>=0.32,<0.33"
+EXTRAS = {
+    "gpu": ["triton>=3.4", "xformers>=0.0.35"],
+    "ray": ["ray>=2.48"],
+    "models": [
+        "gguf>=0.17,<1",
+        "safetensors>=0.6.2",
+        "tokenizers>=0.23",
+        "transformers>=5.16",
+    ],
+    "dev": [
+        "hypothesis>=6.100",
+        "mypy>=2.4,<3",
+        "openai>=2.25",
+        "pre-commit>=4",
+        "pytest>=8",
+        "ruff>=0.17,<0.18",
+        # Triton's interpreter runs the kernels and vLLM's second model runner without a GPU.
+        "triton>=3.4; platform_system == 'Linux'",
+    ],
+}
+
+setup(
+    name="vllm_kvcompress",
+    version="0.1.0",
+    description="KV-cache eviction for vLLM: a different number of tokens in every layer",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        *find_packages(include=["vllm_kvcompress", "vllm_kvcompress.*"]),
+        KERNELS,
+        *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={KERNELS: "kernels"},
+    package_data={"vllm_kvcompress": ["py.typed"], KERNELS: ["py.typed"]},
+    entry_points={
+        "vllm.general_plugins": ["kvcompress = vllm_kvcompress.engine.plugin:register"],
+    },
+    install_requires=["numpy", "rich>=13", "torch>=2.10", "tqdm", VLLM],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
