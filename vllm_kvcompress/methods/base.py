@@ -1,0 +1,181 @@
+"""What a compression method is: what it reads, how it scores tokens, how layers compare.
+
+A method is a small frozen dataclass whose fields are its user-visible parameters. It sees one
+request and one layer at a time and never the engine: scores of a request cannot depend on what
+else is in the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from kvcompress_kernels.selection import top_tokens
+
+
+class Need(Enum):
+    """What the engine must collect during prefill for a method."""
+
+    WINDOW_QUERIES = auto()
+    KEYS = auto()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """After which layers the pool is divided and earlier layers are cut.
+
+    The last layer is always a cut. Use ``Every(m)`` or ``END``.
+    """
+
+    def cuts_after(self, count: int, num_layers: int) -> bool:
+        """Whether there is a cut once ``count`` of ``num_layers`` layers have been seen."""
+        return count == num_layers
+
+
+@dataclass(frozen=True)
+class Every(Schedule):
+    """A cut after every ``m`` layers, and after the last."""
+
+    m: int
+
+    def __post_init__(self) -> None:
+        if self.m < 1:
+            raise ValueError(f"a schedule needs a cut every 1 or more layers, got {self.m}")
+
+    def cuts_after(self, count: int, num_layers: int) -> bool:
+        return count % self.m == 0 or count == num_layers
+
+
+END = Schedule()
+"""One cut, after the last layer."""
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """One layer of one request at the end of its prefill.
+
+    ``layer``: 0-based number among the ``num_layers`` that are compressed. ``num_tokens``: S, the
+    prompt's length. ``base``: C - w, history tokens of an average layer. ``queries``: [H, m, D],
+    the last m <= window queries after RoPE, and ``keys``: [N, S, D], all keys after RoPE, in the
+    model's dtype; each is None unless the method declares the need. ``scale``: factor on dot
+    products. ``soft_cap``: tanh cap of the logits, 0 if none. ``sinks``: [H] extra softmax logits,
+    or None.
+    """
+
+    layer: int
+    num_layers: int
+    num_tokens: int
+    num_kv_heads: int
+    base: int
+    queries: Tensor | None
+    keys: Tensor | None
+    scale: float
+    soft_cap: float = 0.0
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What a method keeps of a layer.
+
+    ``tokens``: fp32 [N, S'], worth of every history token for every KV head, higher is kept.
+    ``stats``: scalars of the layer its method's ``weights`` reads (CAKE: ``log_entropy`` and
+    ``log_shift``, natural logarithms, -inf for zero).
+    ``query_heads``: fp32 [H, S'], only where a faithful mode must count per query head.
+    """
+
+    tokens: Tensor
+    stats: Mapping[str, float] = field(default_factory=dict)
+    query_heads: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Base of all methods. The last ``window`` tokens of a prompt are always kept.
+
+    Sub-classes set ``name`` and ``needs``, add their parameters as fields, check them in
+    ``__post_init__`` (after ``super().__post_init__()``) and raise ValueError in one sentence that
+    names the method, the field, the allowed range and the value.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Need]]
+    keeps_all: ClassVar[bool] = False
+    """Nothing is ever evicted: the engine only moves tokens about and never calls ``score``."""
+
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        self._check_int("window", 1)
+
+    @property
+    def schedule(self) -> Schedule:
+        """When layers are cut; by default once, after the last."""
+        return END
+
+    @abstractmethod
+    def score(self, layer: LayerInput) -> LayerScores:
+        """Score the history of one layer; S' = num_tokens - window must be at least 1."""
+
+    def weights(
+        self, seen: Sequence[LayerScores], *, base: int, num_layers: int
+    ) -> npt.NDArray[np.float64]:
+        """Relative budgets of the layers seen so far, fp64 [len(seen)], finite and >= 0.
+
+        All zero means an even split. By default all layers are equal.
+        """
+        return np.ones(len(seen), dtype=np.float64)
+
+    def cap(self, history: int, base: int) -> int:
+        """Most history tokens one layer may keep, of ``history`` there are."""
+        return history
+
+    def floor(self, history: int, base: int) -> int:
+        """Fewest history tokens a layer is given before the rest is divided."""
+        return 0
+
+    def select(self, scores: LayerScores, count: int) -> Tensor:
+        """The history tokens a layer keeps: int64 [N, count], ascending ids, each once a head."""
+        return top_tokens(scores.tokens, count)
+
+    def _check_int(self, field_name: str, low: int) -> None:
+        value = getattr(self, field_name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            self._refuse(field_name, f"an integer of at least {low}")
+
+    def _check_odd(self, field_name: str) -> None:
+        value = getattr(self, field_name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
+            self._refuse(field_name, "an odd integer of at least 1")
+
+    def _check_number(self, field_name: str, low: float, *, above: bool = False) -> None:
+        """A finite number >= ``low``, or > ``low`` if ``above``."""
+        value = getattr(self, field_name)
+        good = (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and (value > low if above else value >= low)
+        )
+        if not good:
+            self._refuse(field_name, f"a number {'above' if above else 'of at least'} {low:g}")
+
+    def _check_choice(self, field_name: str, choices: Sequence[str]) -> None:
+        if getattr(self, field_name) not in choices:
+            self._refuse(field_name, "one of " + ", ".join(choices))
+
+    def _check_bool(self, field_name: str) -> None:
+        if not isinstance(getattr(self, field_name), bool):
+            self._refuse(field_name, "true or false")
+
+    def _refuse(self, field_name: str, expected: str) -> None:
+        value = getattr(self, field_name)
+        raise ValueError(f"{self.name}: {field_name} must be {expected}, got {value!r}")

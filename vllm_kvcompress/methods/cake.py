@@ -1,0 +1,139 @@
+"""CAKE: budgets by how spread out and how restless a layer's attention is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from kvcompress_kernels.selection import group_mean, pool_tokens
+
+from . import released_cake
+from .base import END, Every, LayerInput, LayerScores, Method, Need, Schedule
+from .registry import register
+from .released_attention import window_attention
+from .window import WINDOW_NEEDS, observe, observed
+
+# Weights are below 2 and, unless zero, at least 2 ** -_DEEPEST: inside the normal fp64 range.
+_DEEPEST = 1000
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Cake(Method):
+    """CAKE (arXiv 2503.12491).
+
+    A layer's preference is P = H^(1/tau1) * V^(1/tau2): H is the entropy of the attention the last
+    queries pay to the history, V the sum over tokens of its variance between those queries. Layers
+    share the pool in proportion to P. A token is worth the mean plus ``gamma`` times the variance
+    of the attention it receives, average-pooled along tokens, mean over the heads of a KV group.
+
+    ``window``: protected tokens, and the queries that are looked at; at least 2 (a variance).
+    ``tau1``, ``tau2``: temperatures above 0 on dispersion and shift. ``gamma``: weight of the
+    variance, at least 0. ``kernel``: width of the pooling, odd. ``every``: layers between two cuts;
+    0 cuts only after the last layer. The budgets do not depend on it, only when memory is freed.
+    ``faithful``: statistics in the model's dtype and the released integer budgets, with their
+    known losses; the allocator then only rounds those to what the arena can hold.
+
+    Differences from the released code (cakekv) unless ``faithful``: all statistics in fp32, P in
+    the log domain (no underflow), budgets that spend the pool exactly and do not depend on the
+    cascade, no eviction while decoding.
+    """
+
+    name: ClassVar[str] = "cake"
+    needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
+
+    tau1: float = 1.0
+    tau2: float = 1.0
+    gamma: float = 200.0
+    kernel: int = 5
+    every: int = 1
+    faithful: bool = False
+
+    def __post_init__(self) -> None:
+        self._check_int("window", 2)
+        self._check_number("tau1", 0, above=True)
+        self._check_number("tau2", 0, above=True)
+        self._check_number("gamma", 0)
+        self._check_odd("kernel")
+        self._check_int("every", 0)
+        self._check_bool("faithful")
+
+    @property
+    def schedule(self) -> Schedule:
+        return Every(self.every) if self.every else END
+
+    def score(self, layer: LayerInput) -> LayerScores:
+        if self.faithful:
+            return self._released_score(layer)
+        stats = observe(layer, self.window, self.name)
+        indicator = stats.mean.add(stats.var, alpha=self.gamma)
+        return LayerScores(
+            tokens=group_mean(pool_tokens(indicator, self.kernel, "avg"), layer.num_kv_heads),
+            stats={"log_entropy": _log(stats.entropy), "log_shift": _log(stats.shift)},
+        )
+
+    def weights(
+        self, seen: Sequence[LayerScores], *, base: int, num_layers: int
+    ) -> npt.NDArray[np.float64]:
+        if self.faithful:
+            return self._released_weights(seen, base, num_layers)
+        log2_p = np.array(
+            [
+                (s.stats["log_entropy"] / self.tau1 + s.stats["log_shift"] / self.tau2)
+                / math.log(2.0)
+                for s in seen
+            ]
+        )
+        return _exp2_scaled(log2_p)
+
+    def _released_score(self, layer: LayerInput) -> LayerScores:
+        queries, keys = observed(layer, self.name)
+        probabilities = window_attention(
+            queries[None], keys[None], scale=layer.scale, soft_cap=layer.soft_cap, sinks=layer.sinks
+        )
+        history = probabilities[..., : layer.num_tokens - self.window]
+        dispersion, shift, preference = released_cake.preference(history, self.tau1, self.tau2)
+        scores = released_cake.indicator(history, self.gamma, self.kernel, layer.num_kv_heads)
+        return LayerScores(
+            tokens=scores[0].float(),
+            stats={
+                "log_entropy": _log(dispersion),
+                "log_shift": _log(shift),
+                "preference": preference,
+            },
+        )
+
+    def _released_weights(
+        self, seen: Sequence[LayerScores], base: int, num_layers: int
+    ) -> npt.NDArray[np.float64]:
+        preferences = [s.stats["preference"] for s in seen]
+        if not sum(preferences) > 0.0:  # the released code stops with an error here
+            return np.zeros(len(seen))
+        history = seen[0].tokens.shape[-1]
+        budgets = released_cake.layer_budgets(preferences, base * num_layers, history)
+        return np.array(budgets.clipped, dtype=np.float64)
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0.0 else -math.inf
+
+
+def _exp2_scaled(log2_values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """2 ** x for every x, times a power of two that brings the largest to the order of 1.
+
+    The fraction of a layer's exponent is exponentiated on its own, so that its mantissa does not
+    change when a layer with a larger x joins: ranks of seats stay what they were, and with them
+    the equality of cascade and one-shot.
+    """
+    finite = np.isfinite(log2_values)
+    if not finite.any():
+        return np.zeros_like(log2_values)
+    whole = np.floor(np.where(finite, log2_values, 0.0))
+    mantissa = np.exp2(np.where(finite, log2_values - whole, -np.inf))
+    powers = np.maximum(whole - whole[finite].max(), -_DEEPEST)
+    return np.ldexp(mantissa, powers.astype(np.int64))
