@@ -1,0 +1,15 @@
+"""Settings of the whole suite: engines run in this process, offline, on few threads."""
+
+import os
+
+# Read by vLLM when it is imported, so they have to be here rather than in a fixture.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+# It would override the pool sizes that tests choose.
+os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+
+pytest_plugins = ["tests.golden_option"]

@@ -1,0 +1,307 @@
+"""The page arena: pages of whole blocks, dealt to layers in different numbers.
+
+A *block* holds ``block_size`` tokens of all layers. *Page* (l, b) is layer l's slice of block b.
+All pages have one size, so any page can serve any layer; a compressed request owns every page of
+its private blocks and gives each layer as many as its budget says.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+
+class IntegrityError(AssertionError):
+    """The arena's or the block pool's books do not add up."""
+
+
+@dataclass(frozen=True)
+class ArenaPlan:
+    """What a compressed request holds; a function of its prompt's length alone.
+
+    Attributes:
+        prompt_len: Prompt tokens.
+        block_size: Tokens per block.
+        prompt_blocks: Blocks of the uncompressed prompt, returned once it is compressed.
+        arena_blocks: Private blocks whose pages the layers share after the prefill.
+        slack: Free slots in every layer's last page right after compression.
+
+    """
+
+    prompt_len: int
+    block_size: int
+    prompt_blocks: int
+    arena_blocks: int
+    slack: int
+
+    def growth_blocks(self, num_tokens: int) -> int:
+        """Blocks for generated tokens, when the request has num_tokens in all."""
+        return -(-max(num_tokens - self.prompt_len - self.slack, 0) // self.block_size)
+
+    def blocks_for(self, num_tokens: int, released: bool) -> int:
+        """Blocks the request must hold to have slots for its first num_tokens tokens.
+
+        Args:
+            num_tokens: Prompt and generated tokens.
+            released: Whether the prompt's blocks were already given back.
+
+        """
+        if num_tokens < self.prompt_len:
+            return -(-num_tokens // self.block_size)
+        prompt = 0 if released else self.prompt_blocks
+        return prompt + self.arena_blocks + self.growth_blocks(num_tokens)
+
+    def peak_blocks(self, num_tokens: int) -> int:
+        """Most blocks the request holds at any time on its way to num_tokens tokens."""
+        # A resumed request replays its generated tokens in the step after the compressing one,
+        # which under async scheduling is planned while the prompt's blocks are still held.
+        return self.prompt_blocks + self.arena_blocks + self.growth_blocks(num_tokens)
+
+
+@dataclass(frozen=True)
+class PageGeometry:
+    """Where page (l, b) lies in the flat view of the pool: ``origin[l] + b * step``.
+
+    Attributes:
+        origin: int64 [L], flat index of each layer's page of block 0.
+        step: Pages from one block to the next in the same layer.
+        num_blocks: Blocks in the pool.
+        block_size: Tokens per page.
+
+    """
+
+    origin: IntArray
+    step: int
+    num_blocks: int
+    block_size: int
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that share the pool."""
+        return len(self.origin)
+
+    def pages(self, layer: int, blocks: Sequence[int]) -> IntArray:
+        """Flat page ids of one layer in the given blocks, int64 [len(blocks)]."""
+        return np.asarray(self.origin[layer] + np.asarray(blocks, dtype=np.int64) * self.step)
+
+    def all_pages(self, blocks: Sequence[int]) -> IntArray:
+        """Flat page ids of every layer, int64 [L, len(blocks)]."""
+        ids = np.asarray(blocks, dtype=np.int64)
+        return np.asarray(self.origin[:, None] + ids[None, :] * self.step)
+
+
+def deal_pages(
+    geometry: PageGeometry, blocks: Sequence[int], counts: IntArray, *, shuffle: bool = False
+) -> list[IntArray]:
+    """Share the pages of some blocks between the layers.
+
+    A layer keeps pages of its own while it can, so that equal counts give each layer just its own
+    slice of each block.
+
+    Args:
+        geometry: The pool's shape.
+        blocks: Block ids.
+        counts: int64 [L], pages per layer; the sum must be ``len(blocks) * L``.
+        shuffle: Deal in a fixed random order instead (debugging: every page in a foreign layer).
+
+    Returns:
+        Per layer its flat page ids, int64 [counts[l]].
+
+    Raises:
+        ValueError: The counts do not add up to the pages there are.
+
+    """
+    own = geometry.all_pages(blocks)
+    if int(counts.sum()) != own.size or (counts < 0).any():
+        raise ValueError(f"{own.size} pages cannot be dealt as {counts.tolist()}")
+    if shuffle:
+        order = np.random.default_rng(0).permutation(own.reshape(-1))
+        return [np.asarray(part) for part in np.split(order, np.cumsum(counts)[:-1])]
+    spare = np.concatenate([row[count:] for row, count in zip(own, counts, strict=True)])
+    missing = np.maximum(counts - own.shape[1], 0)
+    extra = np.split(spare, np.cumsum(missing)[:-1])
+    return [
+        np.concatenate([row[:count], more])
+        for row, count, more in zip(own, counts, extra, strict=True)
+    ]
+
+
+class PageArena:
+    """Page tables and lengths of one worker's compressed requests.
+
+    Tables are kept per slot in one array per quantity, so that a decode step gathers the rows of
+    its batch without a Python loop. Both axes grow on demand.
+
+    Args:
+        geometry: The pool's shape.
+
+    """
+
+    def __init__(self, geometry: PageGeometry) -> None:
+        self.geometry = geometry
+        layers = geometry.num_layers
+        self._slot: dict[str, int] = {}
+        self._free: list[int] = []
+        self._blocks: dict[str, list[int]] = {}
+        self._plan: dict[str, ArenaPlan] = {}
+        self.tables: NDArray[np.int32] = np.zeros((layers, 0, 0), dtype=np.int32)
+        self.used: IntArray = np.zeros((layers, 0), dtype=np.int64)
+        self.shift: IntArray = np.zeros((layers, 0), dtype=np.int64)
+        self.version = 0
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._slot
+
+    def __len__(self) -> int:
+        return len(self._slot)
+
+    def request_ids(self) -> list[str]:
+        """All requests in the arena."""
+        return list(self._slot)
+
+    def slot(self, request_id: str) -> int:
+        """Return the row of a request in :attr:`tables`; KeyError if it is not here."""
+        return self._slot[request_id]
+
+    def slots(self, request_ids: Iterable[str]) -> IntArray:
+        """Return the rows of several requests, int64 [n]."""
+        return np.fromiter((self._slot[r] for r in request_ids), dtype=np.int64)
+
+    def pages_per_layer(self, request_id: str) -> IntArray:
+        """Pages each layer's table holds, growth included, int64 [L]."""
+        return self.used[:, self._slot[request_id]].copy()
+
+    def admit(
+        self, request_id: str, plan: ArenaPlan, blocks: Sequence[int], pages: Sequence[IntArray]
+    ) -> int:
+        """Take in a request whose survivors were just placed. Mutates the arena.
+
+        Args:
+            request_id: A request that is not here yet.
+            plan: What it holds.
+            blocks: Its arena blocks.
+            pages: Per layer the flat page ids in token order.
+
+        Returns:
+            Its slot.
+
+        Raises:
+            ValueError: The request is here already, or pages and blocks do not agree.
+
+        """
+        if request_id in self._slot:
+            raise ValueError(f"request {request_id} is in the arena already")
+        held = sum(len(p) for p in pages)
+        layers = self.geometry.num_layers
+        if len(blocks) != plan.arena_blocks or len(pages) != layers or held != len(blocks) * layers:
+            raise ValueError(
+                f"request {request_id}: {held} pages of {len(pages)} layers in {len(blocks)} blocks"
+            )
+        if not self._free:
+            self._reserve(slots=max(4, 2 * self.tables.shape[1]))
+        slot = self._free.pop()
+        self._reserve(pages=max(len(p) for p in pages))
+        for layer, ids in enumerate(pages):
+            self.tables[layer, slot, : len(ids)] = ids
+            self.used[layer, slot] = len(ids)
+        kept = self.used[:, slot] * plan.block_size - plan.slack
+        self.shift[:, slot] = kept - plan.prompt_len
+        self._slot[request_id] = slot
+        self._blocks[request_id] = list(blocks)
+        self._plan[request_id] = plan
+        self.version += 1
+        return slot
+
+    def can_grow(self, request_id: str, blocks: Sequence[int]) -> bool:
+        """Whether the blocks (arena blocks first, growth after them) go beyond what is held."""
+        return len(blocks) > len(self._blocks[request_id])
+
+    def grow(self, request_id: str, blocks: Sequence[int]) -> None:
+        """Give every layer its own page of each new block. Mutates the arena.
+
+        Args:
+            request_id: A request in the arena.
+            blocks: All its private blocks, the ones held so far first.
+
+        Raises:
+            ValueError: The blocks held so far are not the first ones.
+
+        """
+        held = self._blocks[request_id]
+        if list(blocks[: len(held)]) != held:
+            raise ValueError(f"request {request_id}: its blocks changed from {held} to {blocks}")
+        new = list(blocks[len(held) :])
+        slot = self._slot[request_id]
+        layers = np.arange(self.geometry.num_layers)
+        self._reserve(pages=int(self.used[:, slot].max()) + len(new))
+        for ids in self.geometry.all_pages(new).T:
+            self.tables[layers, slot, self.used[:, slot]] = ids
+            self.used[:, slot] += 1
+        held.extend(new)
+        self.version += 1
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request, if it is here. Mutates the arena; no page is written."""
+        slot = self._slot.pop(request_id, None)
+        if slot is None:
+            return
+        self._free.append(slot)
+        del self._blocks[request_id], self._plan[request_id]
+        self.used[:, slot] = 0
+        self.version += 1
+
+    def check_integrity(self, blocks_of: Mapping[str, Sequence[int]] | None = None) -> None:
+        """Verify that every page is used once and belongs to its request's own blocks.
+
+        Args:
+            blocks_of: Per request the private blocks that the scheduler says it holds; if given,
+                the arena must agree.
+
+        Raises:
+            IntegrityError: It does not.
+
+        """
+        seen: dict[int, str] = {}
+        for request_id, slot in self._slot.items():
+            plan, blocks = self._plan[request_id], self._blocks[request_id]
+            owned = set(self.geometry.all_pages(blocks).reshape(-1).tolist())
+            held = [
+                int(page)
+                for layer in range(self.geometry.num_layers)
+                for page in self.tables[layer, slot, : self.used[layer, slot]]
+            ]
+            if len(set(held)) != len(held) or set(held) != owned:
+                raise IntegrityError(f"request {request_id} does not hold each of its pages once")
+            if blocks_of is not None and list(blocks_of.get(request_id, ())) != blocks:
+                raise IntegrityError(
+                    f"request {request_id}: arena blocks {blocks}, scheduler's "
+                    f"{list(blocks_of.get(request_id, ()))}"
+                )
+            kept = self.shift[:, slot] + plan.prompt_len
+            grown = len(blocks) - plan.arena_blocks
+            capacity = (self.used[:, slot] - grown) * plan.block_size
+            if (kept + plan.slack != capacity).any() or (kept < 1).any():
+                raise IntegrityError(f"request {request_id}: lengths and pages disagree")
+            for block in blocks:
+                other = seen.setdefault(block, request_id)
+                if other != request_id:
+                    raise IntegrityError(f"block {block} is held by {other} and {request_id}")
+
+    def _reserve(self, *, slots: int | None = None, pages: int | None = None) -> None:
+        """Make room for that many slots or pages a layer; contents are kept."""
+        layers, old_slots, old_pages = self.tables.shape
+        new_slots = max(old_slots, slots or 0)
+        new_pages = old_pages if (pages or 0) <= old_pages else max(pages or 0, 2 * old_pages)
+        if (new_slots, new_pages) == (old_slots, old_pages):
+            return
+        tables = np.zeros((layers, new_slots, new_pages), dtype=np.int32)
+        tables[:, :old_slots, :old_pages] = self.tables
+        self.tables = tables
+        if new_slots > old_slots:
+            grow = ((0, 0), (0, new_slots - old_slots))
+            self.used = np.pad(self.used, grow)
+            self.shift = np.pad(self.shift, grow)
+            self._free.extend(range(new_slots - 1, old_slots - 1, -1))
