@@ -1,0 +1,203 @@
+"""The real `vllm serve` on a real port, asked through the OpenAI client."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import OpenAI
+
+from tests.engine.harness import MODELS, SMALL
+
+pytestmark = pytest.mark.engine
+
+VLLM = Path(sys.executable).with_name("vllm")
+BUDGET = 128
+
+
+class Server:
+    """A running server.
+
+    Args:
+        port: Where it listens, on 127.0.0.1.
+        log: File its output goes to.
+
+    """
+
+    def __init__(self, port: int, log: Path) -> None:
+        self.port = port
+        self.log = log
+        self.client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+
+    def lines(self, prefix: str) -> list[dict[str, Any]]:
+        """JSON objects logged behind a prefix."""
+        found = re.findall(rf"{prefix} (\{{.*\}})", self.log.read_text())
+        return [json.loads(text) for text in found]
+
+    def wait_for(self, prefix: str, count: int, seconds: float = 30) -> list[dict[str, Any]]:
+        """Wait until that many lines are in the log."""
+        end = time.monotonic() + seconds
+        while len(self.lines(prefix)) < count and time.monotonic() < end:
+            time.sleep(0.2)
+        return self.lines(prefix)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    command = [
+        str(VLLM), "serve", str(MODELS / SMALL), "--host", "127.0.0.1", "--port", str(port),
+        "--served-model-name", "small", "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "2048", "--block-size", "32", "--max-num-seqs", "16",
+        "--kv-cache-memory-bytes", str(256 << 20), "--enable-prompt-tokens-details",
+        "--kv-compression", "cake", "--kv-compression-budget", str(BUDGET),
+        "--kv-compression-config", '{"log_requests": true, "check_integrity": true}',
+    ]  # fmt: skip
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+    try:
+        _wait_healthy(process, port, log)
+        yield Server(port, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(30)
+
+
+def _wait_healthy(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
+        assert process.poll() is None, log.read_text()[-4000:]
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-4000:])
+
+
+@pytest.fixture(scope="module")
+def text(prose: list[int]) -> str:
+    from transformers import AutoTokenizer
+
+    decoded: str = AutoTokenizer.from_pretrained(MODELS / SMALL).decode(prose[:900])
+    return decoded
+
+
+def test_start_says_what_is_on(server: Server) -> None:
+    (line,) = [s for s in server.log.read_text().splitlines() if "compression is on" in s]
+    assert "cake" in line
+    assert "2048 tokens holds 4 blocks of 32 after its prefill instead of 64" in line
+
+
+def test_completion_is_compressed_and_blocks_come_back(server: Server, text: str) -> None:
+    before = len(server.lines("KVCOMPRESS"))
+    answer = server.client.completions.create(
+        model="small", prompt=text, max_tokens=40, temperature=0, extra_body={"ignore_eos": True}
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 40
+    facts = server.wait_for("KVCOMPRESS", before + 1)[-1]
+    assert facts["prompt_tokens"] == answer.usage.prompt_tokens
+    assert facts["blocks_after"] == BUDGET // 32
+    assert sum(facts["tokens_per_layer"]) == BUDGET * 30
+    assert len(set(facts["tokens_per_layer"])) > 1
+    pool = server.wait_for("KVCOMPRESS_POOL", 1)[-1]
+    assert pool["released"] == facts["blocks_before"]
+    # The block for the first new tokens is taken in the same breath, after the release.
+    assert pool["held"] == facts["blocks_after"]
+
+
+def test_chat_and_streaming_agree(server: Server, text: str) -> None:
+    messages: Any = [{"role": "user", "content": f"{text}\n\nWho is this about?"}]
+    whole = server.client.chat.completions.create(
+        model="small", messages=messages, max_tokens=24, temperature=0
+    )
+    stream = server.client.chat.completions.create(
+        model="small", messages=messages, max_tokens=24, temperature=0, stream=True
+    )
+    pieces = [c.choices[0].delta.content or "" for c in stream if c.choices]
+    assert whole.choices[0].message.content == "".join(pieces)
+    assert len(pieces) > 3
+
+
+def test_several_choices(server: Server, text: str) -> None:
+    answer = server.client.completions.create(
+        model="small", prompt=text, n=3, max_tokens=16, temperature=1.0, seed=1
+    )
+    assert len(answer.choices) == 3
+    assert len({c.text for c in answer.choices}) > 1
+
+
+def test_logprobs(server: Server, text: str) -> None:
+    answer = server.client.completions.create(
+        model="small", prompt=text, max_tokens=6, temperature=0, logprobs=3,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.token_logprobs is not None
+    assert len(logprobs.token_logprobs) == 6
+    assert all(p is not None and p <= 0 for p in logprobs.token_logprobs)
+
+
+def test_stop_string(server: Server, text: str) -> None:
+    free = server.client.completions.create(
+        model="small", prompt=text, max_tokens=40, temperature=0
+    )
+    words = free.choices[0].text.split()
+    stop = words[3]
+    answer = server.client.completions.create(
+        model="small", prompt=text, max_tokens=40, temperature=0, stop=[stop]
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert stop not in answer.choices[0].text
+    assert free.choices[0].text.startswith(answer.choices[0].text)
+
+
+def test_second_question_hits_the_prefix_cache(server: Server, text: str) -> None:
+    usage = []
+    for question in ("What is the name of the house?", "Which year is mentioned first here?"):
+        answer = server.client.completions.create(
+            model="small", prompt=f"{text}\n\nQuestion: {question} Think about the text above, "
+            "then answer in one short sentence. Do not say anything else at all.\nAnswer:",
+            max_tokens=4, temperature=0,
+        )  # fmt: skip
+        assert answer.usage is not None
+        details = answer.usage.prompt_tokens_details
+        usage.append(details.cached_tokens if details else 0)
+    assert usage[1] is not None
+    assert usage[1] >= 896 - 32
+
+
+def test_vllm_bench_serve(server: Server, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            str(VLLM), "bench", "serve", "--backend", "openai", "--model", "small",
+            "--tokenizer", str(MODELS / SMALL), "--host", "127.0.0.1",
+            "--port", str(server.port), "--dataset-name", "random", "--random-input-len", "300",
+            "--random-output-len", "12", "--num-prompts", "8", "--ignore-eos",
+            "--save-result", "--result-dir", str(tmp_path), "--result-filename", "bench.json",
+        ],
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert result["completed"] == 8
+    assert result["total_output_tokens"] == 8 * 12

@@ -1,0 +1,141 @@
+"""RULER's niah_single_2: one needle ("special magic number") in Paul Graham's essays.
+
+Follows RULER (Hsieh et al., arXiv 2404.06654, github.com/NVIDIA/RULER, Apache-2.0, as shipped in
+nvidia-long-context-eval 26.3: data/synthetic/niah.py, data/synthetic/constants.py, synthetic.yaml
+and eval/synthetic/constants.py): template, answer prefix and needle in RULER's words, "base" model
+template, key "adjective-noun", value of seven digits, depth from a grid of 40, the same order of
+random draws and the same metric. It departs from RULER in three ways, all about length and layout:
+
+- `length` is the prompt's length. RULER counts 128 tokens to generate in, and grows the haystack
+  in steps of 500 words, which at 1024 would give prompts of about 700 tokens; here the haystack is
+  as many words as fit.
+- The key, value and depth of prompt i do not depend on `length`.
+- Sentences are split by a regular expression instead of NLTK's Punkt model, which is not in PyPI.
+  That only decides between which words the needle may stand.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+# RULER's wording (data/synthetic/constants.py), in the form niah.py gives it for one number.
+TEMPLATE = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards.\n{context}\n"
+    "What is the special magic number for {query} mentioned in the provided text?"
+    " The special magic number for {query} mentioned in the provided text is"
+)
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+DEPTHS = [int(d) for d in np.round(np.linspace(0, 100, num=40, endpoint=True))]
+TOKENS_TO_GENERATE = 128
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]* (?=[\"'(\[]?[A-Z0-9])")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One prompt and what must be in its answer."""
+
+    prompt: str
+    answers: tuple[str, ...]
+    depth: int
+    """Per cent of the haystack's sentences before the needle."""
+    num_tokens: int
+
+
+def niah_single_2(
+    data: Path,
+    count_tokens: Callable[[str], int],
+    *,
+    length: int,
+    count: int,
+    seed: int = 42,
+) -> list[Needle]:
+    """Make ``count`` prompts of at most ``length`` tokens, as close to it as whole words allow.
+
+    ``data``: the folder that scripts/fetch_ruler.py makes. ``count_tokens``: length of a text in
+    tokens, special tokens included. Raises FileNotFoundError if the folder is not there and
+    ValueError if not even the question fits.
+    """
+    haystack = _haystack(data)
+    keys = _keys(data)
+    rng = random.Random(seed)
+    prompts = []
+    for _ in range(count):
+        key = rng.choice(keys)
+        value = str(rng.randint(10**6, 10**7 - 1))
+        (depth,) = rng.sample(DEPTHS, 1)
+        rng.sample(range(1), 1)  # RULER draws which of the keys, here one, it asks for
+        prompts.append(_fill(haystack, key, value, depth, length, count_tokens))
+    return prompts
+
+
+def string_match_all(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """RULER's metric: mean share of the references found in the prediction, in per cent."""
+    return round(100.0 * sum(map(match, predictions, references)) / len(predictions), 2)
+
+
+def match(prediction: str, references: Sequence[str]) -> float:
+    """Share of the references that are in the prediction, whatever their case."""
+    found = [reference.lower() in prediction.lower() for reference in references]
+    return sum(found) / len(found)
+
+
+def sentences(text: str) -> list[str]:
+    """Split after closing punctuation; joined by blanks the parts are the text again."""
+    ends = [match_.end() for match_ in _SENTENCE_END.finditer(text)]
+    return [
+        text[a:b].removesuffix(" ") for a, b in zip([0, *ends], [*ends, len(text)], strict=True)
+    ]
+
+
+def _haystack(data: Path) -> list[str]:
+    text: str = json.loads((data / "PaulGrahamEssays.json").read_text(encoding="utf-8"))["text"]
+    return re.sub(r"\s+", " ", text).split(" ")
+
+
+def _keys(data: Path) -> list[str]:
+    nouns, adjectives = (
+        [line.rstrip() for line in (data / name).read_text(encoding="utf-8").splitlines()]
+        for name in ("nounlist.txt", "adjectivelist.txt")
+    )
+    return sorted({f"{adjective}-{noun}" for adjective in adjectives for noun in nouns})
+
+
+def _fill(
+    haystack: list[str],
+    key: str,
+    value: str,
+    depth: int,
+    length: int,
+    count_tokens: Callable[[str], int],
+) -> Needle:
+    needle = NEEDLE.format(key=key, value=value)
+
+    def prompt(words: int) -> str:
+        parts = sentences(" ".join(haystack[:words]).strip())
+        at = int(len(parts) * (depth / 100))
+        context = " ".join([" ".join(parts[:at]), needle, " ".join(parts[at:])])
+        return TEMPLATE.format(context=context, query=key)
+
+    few, many = 0, min(length, len(haystack))  # a word has at least one token
+    while few < many:
+        middle = (few + many + 1) // 2
+        if count_tokens(prompt(middle)) <= length:
+            few = middle
+        else:
+            many = middle - 1
+    text = prompt(few)
+    tokens = count_tokens(text)
+    if tokens > length:
+        raise ValueError(
+            f"the question alone has {tokens} tokens, more than the {length} asked for"
+        )
+    return Needle(text, (value,), depth, tokens)

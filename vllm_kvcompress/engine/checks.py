@@ -1,0 +1,187 @@
+"""What is refused at start: each reason is one sentence that says what to change."""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import vllm
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+TESTED_VERSION = "0.32"
+
+HOOKS = (
+    ("vllm.engine.arg_utils", "EngineArgs.add_cli_args"),
+    ("vllm.engine.arg_utils", "EngineArgs.from_cli_args"),
+    ("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
+    ("vllm.v1.engine.input_processor", "InputProcessor.process_inputs"),
+    ("vllm.v1.attention.backend", "AttentionBackend.customize_spec"),
+    ("vllm.v1.attention.backends.registry", "register_backend"),
+    ("vllm.v1.attention.selector", "_cached_get_attn_backend"),
+    ("vllm.v1.kv_cache_interface", "replace_as"),
+    ("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry._ensure_registered"),
+    ("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry.register"),
+    ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.remove_skipped_blocks"),
+    (
+        "vllm.v1.core.single_type_kv_cache_manager",
+        "FullAttentionManager.get_num_blocks_to_allocate",
+    ),
+    ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.allocate_new_blocks"),
+    ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.pop_blocks_for_free"),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.truncate_computed_blocks"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler._get_local_prefix_cache_hit"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler._reserve_prefill_lookahead"),
+)
+"""Everything of vLLM that engine/ overrides or calls and that is not a documented interface."""
+
+WORKERS = {"vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.engine.worker.ArenaCPUWorker"}
+"""vLLM's worker -> ours."""
+
+
+class Unsupported(ValueError):  # noqa: N818 - reads as a verdict
+    """A combination that compression cannot serve correctly."""
+
+
+def missing_hooks() -> list[str]:
+    """Return the names in :data:`HOOKS` that the installed vLLM does not have."""
+    missing = []
+    for module, name in HOOKS:
+        try:
+            value: Any = importlib.import_module(module)
+            for part in name.split("."):
+                value = getattr(value, part)
+        except (ImportError, AttributeError):
+            missing.append(f"{module}.{name}")
+    return missing
+
+
+def check_version() -> None:
+    """Refuse a vLLM that this package was not written against.
+
+    Raises:
+        Unsupported: Names the version and, if there is one, the first missing hook.
+
+    """
+    missing = missing_hooks()
+    version = vllm.__version__
+    if not missing and version.startswith(f"{TESTED_VERSION}."):
+        return
+    detail = f" (it has no {missing[0]})" if missing else ""
+    raise Unsupported(
+        f"vLLM {version} is not supported by vllm_kvcompress{detail}; "
+        f"install vllm {TESTED_VERSION} or start without --kv-compression"
+    )
+
+
+def check_config(vllm_config: VllmConfig) -> None:
+    """Refuse settings that compression cannot serve, before anything is loaded.
+
+    Args:
+        vllm_config: The finished configuration.
+
+    Raises:
+        Unsupported: The first reason found.
+
+    """
+    for applies, what, change in _rules(vllm_config):
+        if applies:
+            raise Unsupported(f"{what} supported with --kv-compression; {change}")
+
+
+def _rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
+    """Whether a refusal applies, what is not supported, and what to change."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    worker = parallel.worker_cls
+    drop = "drop the flag for this model"
+    return [
+        (model.runner_type != "generate", "models that do not generate text are not", drop),
+        (model.is_encoder_decoder, "encoder-decoder models are not", drop),
+        (model.use_mla, "models with multi-head latent attention (MLA) are not", drop),
+        (
+            model.is_attention_free or model.is_hybrid,
+            "Mamba and other recurrent models are not",
+            drop,
+        ),
+        (
+            bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0)),
+            "models whose layers share KV caches are not",
+            drop,
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors are not",
+            "drop --kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding is not",
+            "drop --speculative-config",
+        ),
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism is not",
+            "set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
+        ),
+        (
+            parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1,
+            "tensor or pipeline parallelism is not yet",
+            "set --tensor-parallel-size and --pipeline-parallel-size to 1",
+        ),
+        (
+            vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16"),
+            "a quantized KV cache is not yet",
+            "drop --kv-cache-dtype",
+        ),
+        (
+            worker not in WORKERS,
+            f"worker {worker} is not",
+            "drop --worker-cls and use vLLM's CPU build, whose worker is the one wrapped so far",
+        ),
+        (
+            vllm_config.scheduler_config.scheduler_cls is not None,
+            "a custom scheduler is not",
+            "drop --scheduler-cls",
+        ),
+    ]
+
+
+def check_specs(
+    specs: Mapping[str, KVCacheSpec], layers: Mapping[str, Any], impl_cls: type
+) -> None:
+    """Refuse models whose layers cannot share one arena.
+
+    Args:
+        specs: KV-cache spec by layer.
+        layers: The attention layers, by the same names.
+        impl_cls: The attention implementation that every layer must have.
+
+    Raises:
+        Unsupported: Names the first layer that does not fit.
+
+    """
+    from vllm_kvcompress.engine.spec import ArenaSpec
+
+    reference = next(iter(specs.values()), None)
+    for name, spec in specs.items():
+        impl = getattr(layers[name], "impl", None)
+        if not isinstance(impl, impl_cls):
+            raise Unsupported(
+                f"layer {name} uses attention {type(impl).__name__}, which is not supported with "
+                "--kv-compression; drop --attention-backend"
+            )
+        if isinstance(spec, ArenaSpec) and spec.non_causal:
+            raise Unsupported(
+                f"layer {name} sees later tokens (non-causal attention), which is not supported "
+                "with --kv-compression; drop the flag for this model"
+            )
+        if not isinstance(spec, ArenaSpec) or spec.sliding_window or spec.attention_chunk_size:
+            raise Unsupported(
+                f"layer {name} does not attend to the whole context ({type(spec).__name__}); "
+                "sliding-window and chunked models are not supported with --kv-compression yet, "
+                "drop the flag"
+            )
+        if spec != reference:
+            raise Unsupported(
+                f"layer {name} has another KV-cache shape than the first layer, so they cannot "
+                "share pages; drop --kv-compression"
+            )

@@ -1,0 +1,160 @@
+"""Entry point ``vllm.general_plugins``: the flags, and switching compression on when asked."""
+
+import argparse
+import functools
+import json
+from typing import Any
+
+from vllm_kvcompress.config import CONFIG_KEY, DEFAULT_BUDGET, KVCompressionConfig, parse_budget
+
+_MARK = "_kv_compression_wrapped"
+
+
+def register() -> None:
+    """Offer the flags and look out for them. Idempotent; changes nothing unless they are used."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs, _MARK, False):
+        return
+    setattr(EngineArgs, _MARK, True)
+    _wrap_add_cli_args(EngineArgs)
+    _wrap_from_cli_args(EngineArgs)
+    _wrap_create_engine_config(EngineArgs)
+
+
+def merge_settings(
+    additional_config: Any, method: str | None, budget: Any, params: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Return additional_config with the settings of flags or keyword arguments put in.
+
+    Args:
+        additional_config: What the user gave for vLLM's option of that name.
+        method: Name of a method, None for what additional_config says.
+        budget: Tokens per layer or share of the prompt, None for the default.
+        params: Method parameters and engine options.
+
+    Raises:
+        ValueError: Settings without a method, or settings given twice, or wrong ones.
+
+    """
+    extra = dict(additional_config or {})
+    if method is None:
+        if budget is not None or params:
+            raise ValueError(
+                "--kv-compression-budget and --kv-compression-config need --kv-compression METHOD"
+            )
+        return extra
+    if CONFIG_KEY in extra:
+        raise ValueError(
+            f"{CONFIG_KEY} is set twice; use either --kv-compression or --additional-config"
+        )
+    settings = {
+        **(params or {}),
+        "method": method,
+        "budget": DEFAULT_BUDGET if budget is None else budget,
+    }
+    extra[CONFIG_KEY] = KVCompressionConfig.parse(settings).as_dict()
+    return extra
+
+
+def _wrap_add_cli_args(engine_args: Any) -> None:
+    original = engine_args.add_cli_args
+
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group(
+            title="KVCompression",
+            description="KV-cache compression after prefill (vllm_kvcompress).",
+        )
+        group.add_argument(
+            "--kv-compression",
+            metavar="METHOD",
+            default=argparse.SUPPRESS,
+            help="Evict KV-cache tokens after prefill by this method and free their blocks: "
+            "cake, dynamickv, uniform, random, scatter (debugging), or a third party's.",
+        )
+        group.add_argument(
+            "--kv-compression-budget",
+            metavar="N",
+            type=_argument(parse_budget),
+            default=argparse.SUPPRESS,
+            help="Tokens each layer keeps on average, window included, or that number as a share "
+            f"of the prompt in (0, 1). Default: {DEFAULT_BUDGET}.",
+        )
+        group.add_argument(
+            "--kv-compression-config",
+            metavar="JSON",
+            type=_argument(_parse_object),
+            default=argparse.SUPPRESS,
+            help="Parameters of the method as a JSON object, e.g. '{\"gamma\": 200}'; "
+            "also check_integrity and log_requests (true or false).",
+        )
+        return parser
+
+    engine_args.add_cli_args = staticmethod(add_cli_args)
+
+
+def _wrap_from_cli_args(engine_args: Any) -> None:
+    original = engine_args.from_cli_args.__func__
+
+    @functools.wraps(original)
+    def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
+        method = getattr(args, "kv_compression", None)
+        budget = getattr(args, "kv_compression_budget", None)
+        params = getattr(args, "kv_compression_config", None)
+        if method is not None or budget is not None or params:
+            args = argparse.Namespace(**vars(args))
+            args.additional_config = merge_settings(
+                getattr(args, "additional_config", None), method, budget, params
+            )
+        return original(cls, args)
+
+    engine_args.from_cli_args = classmethod(from_cli_args)
+
+
+def _wrap_create_engine_config(engine_args: Any) -> None:
+    original = engine_args.create_engine_config
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        extra = self.additional_config
+        asked = isinstance(extra, dict) and extra.get(CONFIG_KEY) is not None
+        if not asked:
+            return original(self, *args, **kwargs)
+        # Imported here: a vLLM without some hook must still serve those who did not ask.
+        from vllm_kvcompress.engine.checks import check_version
+
+        check_version()
+        config = KVCompressionConfig.parse(extra[CONFIG_KEY])
+        vllm_config = original(self, *args, **kwargs)
+
+        from vllm_kvcompress.engine.switch import switch_on
+
+        switch_on(vllm_config, config)
+        return vllm_config
+
+    engine_args.create_engine_config = create_engine_config
+
+
+def _argument(parse: Any) -> Any:
+    """Let argparse show the sentence of a ValueError instead of the function's name."""
+
+    @functools.wraps(parse)
+    def wrapped(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return wrapped
+
+
+def _parse_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"kv-compression-config must be a JSON object, got {text!r}")
+    return value
