@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Everything that CI checks: style, types, tests. Needs nothing but Python; makes the rest itself.
+#
+#   scripts/test.sh                 all tests but the slow ones
+#   scripts/test.sh --all           the slow ones too
+#   scripts/test.sh tests/test_x.py -k name         further arguments go to pytest
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=scripts/setup_env.sh
+source scripts/setup_env.sh
+
+selection=(-m "not slow")
+arguments=()
+for argument in "$@"; do
+    if [[ "$argument" == --all ]]; then selection=(); else arguments+=("$argument"); fi
+done
+
+"$PYTHON" scripts/fetch_model.py smollm2-135m-instruct
+"$PYTHON" scripts/fetch_model.py qwen2.5-coder-0.5b-instruct
+"$PYTHON" scripts/fetch_ruler.py
+
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+scripts/typecheck.sh
+
+# The tests start engines and servers of their own; none of them may look for a hub or send
+# anything anywhere.
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+export TOKENIZERS_PARALLELISM=false
+# More threads than one spin while they wait for each other and slow small models down.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+PATH="$VENV/bin:$PATH" exec "$PYTHON" -m pytest "${selection[@]}" "${arguments[@]}"
