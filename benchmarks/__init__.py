@@ -1,0 +1,1 @@
+"""Speed: ratios against plain vLLM in the same run."""
