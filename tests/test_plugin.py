@@ -276,6 +276,7 @@ def test_keyword_arguments_merge_like_flags() -> None:
         ((None, "snap", None, None), 'unknown method "snap"'),
         ((None, "cake", None, {"gama": 3}), 'unknown parameter "gama"'),
         ((None, "cake", "64", None), "got '64'"),
+        ((None, "cake", None, {"budget": 64}), "budget does not belong into"),
     ],
 )
 def test_wrong_keyword_arguments_get_one_sentence(

@@ -48,6 +48,9 @@ def merge_settings(
         raise ValueError(
             f"{CONFIG_KEY} is set twice; use either --kv-compression or --additional-config"
         )
+    for name in ("method", "budget"):
+        if name in (params or {}):
+            raise ValueError(f"{name} does not belong into --kv-compression-config; it has a flag")
     settings = {
         **(params or {}),
         "method": method,
