@@ -39,6 +39,13 @@ def test_equals_plain_when_the_prefix_is_cached(engines: Engines, prose: list[in
     assert scatter.generate(prompts, 40) == expected
 
 
+def test_equals_plain_in_bf16(engines: Engines, prose: list[int]) -> None:
+    """The dtype people serve in; with AMX its pages are stored in another order than fp32's."""
+    prompts = _prompts(prose)
+    expected = engines.get(dtype="bfloat16").generate(prompts, 60)
+    assert engines.get("scatter", dtype="bfloat16").generate(prompts, 60) == expected
+
+
 def test_pages_really_are_scattered(engines: Engines, prose: list[int]) -> None:
     engine = engines.get("scatter")
     request_id = engine.add(prose[:200], 8)
