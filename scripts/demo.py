@@ -181,7 +181,8 @@ def run(args: argparse.Namespace, console: Console) -> str | None:
     """The demo; returns what is wrong with its outcome, if anything."""
     model = fetch(args.model, None, "bfloat16", verify=False)
     compressed = args.method != OFF
-    title = f"{args.method}, {args.budget} tokens per layer" if compressed else "no compression"
+    unit = "of the prompt" if "." in args.budget else "tokens per layer"
+    title = f"{args.method}, {args.budget} {unit}" if compressed else "no compression"
     console.print(f"vllm serve {model}: {title} (log: {args.log})")
     patience = 5.0 if compressed else 0.0
     with console.status("the server starts") as status:

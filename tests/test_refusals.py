@@ -282,7 +282,7 @@ def plain_config(root: Path) -> VllmConfig:
     ids=lambda options: next(iter(options)),
 )
 def test_what_can_be_served_is_not_refused(root: Path, options: dict[str, Any]) -> None:
-    start(root, **options)
+    assert start(root, **options).parallel_config.worker_cls in checks.WORKERS.values()
 
 
 # --- versions and hooks --------------------------------------------------------------------------

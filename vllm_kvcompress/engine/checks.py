@@ -103,6 +103,11 @@ def _rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             drop,
         ),
         (
+            model.is_mm_prefix_lm,
+            "models whose images see later tokens are not",
+            drop,
+        ),
+        (
             bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0)),
             "models whose layers share KV caches are not",
             drop,
@@ -161,13 +166,25 @@ def check_specs(
     """
     from vllm_kvcompress.engine.spec import ArenaSpec
 
-    reference = next(iter(specs.values()), None)
+    first = next(iter(specs), "")
     for name, spec in specs.items():
         impl = getattr(layers[name], "impl", None)
         if not isinstance(impl, impl_cls):
             raise Unsupported(
                 f"layer {name} uses attention {type(impl).__name__}, which is not supported with "
                 "--kv-compression; drop --attention-backend"
+            )
+        if getattr(impl, "alibi_slopes", None) is not None:
+            # The kernel would take a survivor's place in the cache for its position in the text.
+            raise Unsupported(
+                f"layer {name} uses ALiBi, which is not supported with --kv-compression; "
+                "drop the flag for this model"
+            )
+        heads = getattr(impl, "num_heads", None)
+        if heads != getattr(layers[first].impl, "num_heads", None):
+            raise Unsupported(
+                f"layer {name} has another number of query heads ({heads}) than the first layer, "
+                "which is not supported with --kv-compression; drop the flag for this model"
             )
         if isinstance(spec, ArenaSpec) and spec.non_causal:
             raise Unsupported(
@@ -180,7 +197,7 @@ def check_specs(
                 "sliding-window and chunked models are not supported with --kv-compression yet, "
                 "drop the flag"
             )
-        if spec != reference:
+        if spec != specs[first]:
             raise Unsupported(
                 f"layer {name} has another KV-cache shape than the first layer, so they cannot "
                 "share pages; drop --kv-compression"

@@ -1,0 +1,81 @@
+"""What the worker finds out about vLLM at start: where pages lie, and which runner it drives."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from vllm_kvcompress.engine.backend import ArenaCPUImpl
+from vllm_kvcompress.engine.checks import Unsupported, check_specs
+from vllm_kvcompress.engine.spec import ArenaSpec
+from vllm_kvcompress.engine.worker import ArenaCPUWorker, flat_view
+
+LAYERS, BLOCKS, HEADS, SIZE, WIDTH = 3, 5, 2, 4, 6
+
+
+def pool(block_outermost: bool) -> list[torch.Tensor]:
+    """Per layer [BLOCKS, HEADS, SIZE, WIDTH] in one allocation of distinct numbers."""
+    outer = (BLOCKS, LAYERS) if block_outermost else (LAYERS, BLOCKS)
+    whole = torch.arange(LAYERS * BLOCKS * HEADS * SIZE * WIDTH, dtype=torch.float32)
+    whole = whole.view(*outer, HEADS, SIZE, WIDTH)
+    return list(whole.unbind(1 if block_outermost else 0))
+
+
+@pytest.mark.parametrize("block_outermost", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_every_page_is_where_the_geometry_says(
+    block_outermost: bool, order: tuple[int, ...]
+) -> None:
+    base = pool(block_outermost)
+    caches = [base[layer] for layer in order]
+    flat, geometry = flat_view(caches)
+    assert (geometry.num_layers, geometry.num_blocks, geometry.block_size) == (LAYERS, BLOCKS, SIZE)
+    seen = set()
+    for layer, cache in enumerate(caches):
+        for block in range(BLOCKS):
+            (page,) = geometry.pages(layer, [block]).tolist()
+            assert torch.equal(flat[page], cache[block])
+            assert flat[page].data_ptr() == cache[block].data_ptr()
+            seen.add(page)
+    assert seen == set(range(LAYERS * BLOCKS))
+
+
+def test_layers_in_allocations_of_their_own_are_refused() -> None:
+    caches = [torch.zeros(BLOCKS, HEADS, SIZE, WIDTH) for _ in range(LAYERS)]
+    with pytest.raises(ValueError, match=r"^this KV-cache layout is not supported .*unset"):
+        flat_view(caches)
+
+
+def test_pages_with_heads_outside_are_refused() -> None:
+    whole = torch.zeros(HEADS, LAYERS, BLOCKS, SIZE, WIDTH)
+    caches = [whole[:, layer].transpose(0, 1) for layer in range(LAYERS)]
+    with pytest.raises(ValueError, match="KV-cache layout is not supported"):
+        flat_view(caches)
+
+
+def test_another_model_runner_is_refused() -> None:
+    worker = ArenaCPUWorker.__new__(ArenaCPUWorker)
+    worker.model_runner = object()
+    with pytest.raises(ValueError, match=r"^model runner object is not supported .* V1 or V2$"):
+        worker._row_reader()
+
+
+def layer(**facts: Any) -> SimpleNamespace:
+    """An attention layer with our implementation, of which only some facts are set."""
+    impl = ArenaCPUImpl.__new__(ArenaCPUImpl)
+    for name, value in {"alibi_slopes": None, "num_heads": 4, **facts}.items():
+        setattr(impl, name, value)
+    return SimpleNamespace(impl=impl)
+
+
+def test_layers_that_cannot_be_scored_or_attended_rightly_are_refused() -> None:
+    spec = ArenaSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    specs: dict[str, KVCacheSpec] = {"first": spec, "second": spec}
+    check_specs(specs, {"first": layer(), "second": layer()}, ArenaCPUImpl)
+    slopes = torch.ones(4)
+    with pytest.raises(Unsupported, match=r"^layer second uses ALiBi, .* drop the flag"):
+        check_specs(specs, {"first": layer(), "second": layer(alibi_slopes=slopes)}, ArenaCPUImpl)
+    with pytest.raises(Unsupported, match=r"^layer second has another number of query heads \(8\)"):
+        check_specs(specs, {"first": layer(), "second": layer(num_heads=8)}, ArenaCPUImpl)
