@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def store(case: Case, cache: Tensor, pages: Tensor, keys: Tensor, values: Tensor
 def values_of(codec: CpuPageCodec, pages: torch.Tensor, count: int) -> torch.Tensor:
     """Values of the first tokens of some pages."""
     keys, values = codec.gather(pages, torch.arange(count).expand(HEADS, -1))
-    assert torch.equal(keys, codec.read_keys(pages, count))
+    assert torch.equal(keys, codec.read_keys(pages.numpy(), count))
     return values
 
 
@@ -90,9 +91,9 @@ def test_tokens_that_attention_wrote_are_read_back(case: Case) -> None:
     count = 2 * case[2] + 5  # the last page is partly filled
     keys, values = tokens(case, count, 2), tokens(case, count, 3)
     store(case, cache, pages, keys, values)
-    assert torch.equal(codec.read_keys(pages, count), keys)
+    assert torch.equal(codec.read_keys(pages.numpy(), count), keys)
     assert torch.equal(values_of(codec, pages, count), values)
-    assert torch.equal(codec.read_keys(pages[1:], 7), keys[:, case[2] : case[2] + 7])
+    assert torch.equal(codec.read_keys(pages[1:].numpy(), 7), keys[:, case[2] : case[2] + 7])
 
 
 @every_case
@@ -104,7 +105,7 @@ def test_writing_is_what_attention_would_write_and_touches_no_other_page(case: C
     count = 2 * case[2] - 3
     keys, values = tokens(case, count, 2), tokens(case, count, 3)
     codec.write(pages, keys, values)
-    assert torch.equal(codec.read_keys(pages, count), keys)
+    assert torch.equal(codec.read_keys(pages.numpy(), count), keys)
     assert torch.equal(values_of(codec, pages, count), values)
     store(case, expected, pages, keys, values)
     bits = torch.int32 if case[1] is torch.float32 else torch.int16
@@ -117,7 +118,7 @@ def test_writing_is_what_attention_would_write_and_touches_no_other_page(case: C
 def test_copying_moves_whole_pages_and_nothing_else(case: Case) -> None:
     cache, before = poisoned(case), poisoned(case)
     codec = make(case, cache)
-    codec.copy(torch.tensor([0, 4]), torch.tensor([2, 6]))
+    codec.copy(np.array([0, 4]), np.array([2, 6]))
     assert torch.equal(cache[[2, 6]], before[[0, 4]])
     others = [0, 1, 3, 4, 5]
     assert torch.equal(cache[others], before[others])
@@ -132,9 +133,9 @@ def test_moved_survivors_read_like_the_originals() -> None:
     keys, values = tokens(case, 90, 2), tokens(case, 90, 3)
     store(case, cache, source, keys, values)
     kept = torch.stack([torch.randperm(90)[:64].sort().values for _ in range(HEADS)])
-    codec.write(target, *codec.gather(source, kept))
+    codec.move([source.numpy()], [kept], [target.numpy()])
     for head in range(HEADS):
-        assert torch.equal(codec.read_keys(target, 64)[head], keys[head, kept[head]])
+        assert torch.equal(codec.read_keys(target.numpy(), 64)[head], keys[head, kept[head]])
         assert torch.equal(values_of(codec, target, 64)[head], values[head, kept[head]])
 
 
@@ -145,7 +146,7 @@ def test_a_view_of_a_block_outermost_pool_serves_too() -> None:
     codec = make(case, wide[::2])
     keys, values = tokens(case, 40, 2), tokens(case, 40, 3)
     codec.write(torch.tensor([4, 1]), keys, values)
-    assert torch.equal(codec.read_keys(torch.tensor([4, 1]), 40), keys)
+    assert torch.equal(codec.read_keys(np.array([4, 1]), 40), keys)
     assert not wide[1::2].any()
 
 

@@ -328,7 +328,7 @@ def test_corrected_cake_statistics(cake_file):
         score_all(golden, method_for(golden, faithful=False), b) for b in range(golden.meta["B"])
     ]
     for name, array in (("log_entropy", "H"), ("log_shift", "V")):
-        total = [sum(np.exp(row[i].stats[name]) for row in rows) for i in range(golden.meta["L"])]
+        total = [sum(np.exp(row[i].stat(name)) for row in rows) for i in range(golden.meta["L"])]
         np.testing.assert_allclose(total, golden.arrays[array], rtol=1e-5)
     for b, row in enumerate(rows):
         found = np.stack([layer.tokens.numpy() for layer in row])

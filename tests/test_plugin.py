@@ -115,7 +115,7 @@ def test_on_names_our_classes(folder: Path) -> None:
     plain = EngineArgs(
         model=str(folder), skip_tokenizer_init=True, load_format="dummy"
     ).create_engine_config()
-    assert config.parallel_config.worker_cls == "vllm_kvcompress.engine.worker.ArenaCPUWorker"
+    assert config.parallel_config.worker_cls == "vllm_kvcompress.engine.cpu_worker.ArenaCPUWorker"
     assert config.scheduler_config.get_scheduler_cls().__name__ == "ArenaScheduler"
     assert plain.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
     assert plain.scheduler_config.scheduler_cls is None

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import vllm
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import CUDAGraphMode, KVTransferConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
@@ -21,7 +22,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_kvcompress.engine import checks
-from vllm_kvcompress.engine.backend import ArenaCPUImpl
+from vllm_kvcompress.engine.backends.cpu_attn import ArenaCPUImpl
 from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.spec import ArenaSpec
 
@@ -231,7 +232,11 @@ def test_a_budget_below_window_and_one_block(root: Path) -> None:
         ({"tensor_parallel_size": 2}, ["tensor", "--tensor-parallel-size", "to 1"]),
         ({"pipeline_parallel_size": 2}, ["pipeline", "--pipeline-parallel-size", "to 1"]),
         ({"kv_cache_dtype": "fp8"}, ["quantized KV cache", "--kv-cache-dtype"]),
-        ({"kv_cache_dtype": "fp8_e5m2"}, ["quantized KV cache", "--kv-cache-dtype"]),
+        ({"kv_cache_dtype": "fp8_e5m2"}, ["KV-cache dtype fp8_e5m2", "--kv-cache-dtype"]),
+        (
+            {"attention_backend": "FLASHINFER"},
+            ["FLASHINFER", "--attention-backend", "FLASH_ATTN or TRITON_ATTN"],
+        ),
         ({"worker_cls": "my.Worker"}, ["worker my.Worker", "--worker-cls"]),
         ({"scheduler_cls": "my.Scheduler"}, ["custom scheduler", "--scheduler-cls"]),
     ],
@@ -255,17 +260,64 @@ def test_context_parallelism(root: Path, field: str) -> None:
 
 def test_a_worker_of_another_platform(root: Path) -> None:
     config = plain_config(root)
-    config.parallel_config.worker_cls = "vllm.v1.worker.gpu_worker.Worker"
+    config.parallel_config.worker_cls = "vllm.v1.worker.xpu_worker.XPUWorker"
     with pytest.raises(checks.Unsupported) as caught:
         checks.check_config(config)
-    check_sentence(caught.value, "gpu_worker.Worker", "CPU")
+    check_sentence(caught.value, "xpu_worker.XPUWorker", "GPU", "CPU")
+
+
+def gpu_config(root: Path, monkeypatch: pytest.MonkeyPatch) -> VllmConfig:
+    """A configuration as a GPU would make it; nothing here can make one."""
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)  # no configuration for the CPU
+    config = plain_config(root)
+    config.parallel_config.worker_cls = checks.GPU_WORKER
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    return config
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3"])
+@pytest.mark.parametrize("backend", [None, "FLASH_ATTN", "TRITON_ATTN"])
+def test_a_gpu_is_accepted(
+    root: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any, backend: str | None
+) -> None:
+    config = gpu_config(root, monkeypatch)
+    config.cache_config.cache_dtype = dtype
+    config.attention_config.backend = AttentionBackendEnum[backend] if backend else None
+    checks.check_config(config)
+
+
+def test_what_a_gpu_cannot_serve(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = gpu_config(root, monkeypatch)
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    with pytest.raises(checks.Unsupported) as caught:
+        checks.check_config(config)
+    check_sentence(caught.value, "cudagraph_mode FULL", "FULL_AND_PIECEWISE")
+
+    config = gpu_config(root, monkeypatch)
+    config.parallel_config.enable_dbo = True
+    with pytest.raises(checks.Unsupported) as caught:
+        checks.check_config(config)
+    check_sentence(caught.value, "dual batch overlap", "--enable-dbo")
+
+    config = gpu_config(root, monkeypatch)
+    config.attention_config.backend = AttentionBackendEnum.FLASHINFER
+    with pytest.raises(checks.Unsupported) as caught:
+        checks.check_config(config)
+    check_sentence(caught.value, "FLASHINFER", "FLASH_ATTN or TRITON_ATTN")
+
+    config = gpu_config(root, monkeypatch)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(checks.Unsupported) as caught:
+        checks.check_config(config)
+    check_sentence(caught.value, "model runner V1", "VLLM_USE_V2_MODEL_RUNNER=1")
 
 
 def plain_config(root: Path) -> VllmConfig:
     """A finished configuration as it is just before ours is checked."""
     config = copy.deepcopy(start(root))
     config.scheduler_config.scheduler_cls = None
-    (config.parallel_config.worker_cls,) = checks.WORKERS
+    config.parallel_config.worker_cls = next(w for w in checks.WORKERS if "cpu" in w)
     checks.check_config(config)
     return config
 
@@ -341,7 +393,9 @@ class Layer:
 
     def __init__(self, impl_cls: type = ArenaCPUImpl) -> None:
         # Without its __init__, which wants a whole model.
-        self.impl: object = object.__new__(impl_cls)
+        self.impl: Any = object.__new__(impl_cls)
+        if impl_cls is ArenaCPUImpl:
+            self.impl.kv_cache_dtype = "auto"
 
 
 def refused_layer(spec: KVCacheSpec, layer: Layer | None = None) -> ValueError:
@@ -382,7 +436,7 @@ def test_layers_of_another_shape() -> None:
 
 def test_layers_of_another_backend() -> None:
     error = refused_layer(ArenaSpec(**SHAPE), Layer(object))
-    check_sentence(error, "layers.1", "attention object", "drop --attention-backend")
+    check_sentence(error, "layers.1", "attention object", "set --attention-backend")
 
 
 def test_layers_that_see_later_tokens() -> None:

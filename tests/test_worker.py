@@ -7,10 +7,11 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_kvcompress.engine.backend import ArenaCPUImpl
+from vllm_kvcompress.engine.backends.cpu_attn import ArenaCPUImpl
 from vllm_kvcompress.engine.checks import Unsupported, check_specs
+from vllm_kvcompress.engine.cpu_worker import ArenaCPUWorker
 from vllm_kvcompress.engine.spec import ArenaSpec
-from vllm_kvcompress.engine.worker import ArenaCPUWorker, flat_view
+from vllm_kvcompress.engine.worker import flat_view
 
 LAYERS, BLOCKS, HEADS, SIZE, WIDTH = 3, 5, 2, 4, 6
 
@@ -55,17 +56,31 @@ def test_pages_with_heads_outside_are_refused() -> None:
         flat_view(caches)
 
 
+def test_pages_with_tokens_outside_heads_are_found_too() -> None:
+    """The order in which CUDA backends store a page."""
+    whole = torch.arange(LAYERS * BLOCKS * HEADS * SIZE * WIDTH, dtype=torch.float32)
+    stored = whole.view(LAYERS, BLOCKS, SIZE, HEADS, WIDTH)
+    caches = [stored[layer].transpose(1, 2) for layer in range(LAYERS)]
+    flat, geometry = flat_view(caches)
+    assert flat.shape[1:] == (HEADS, SIZE, WIDTH)
+    for layer in range(LAYERS):
+        (page,) = geometry.pages(layer, [2]).tolist()
+        assert torch.equal(flat[page], caches[layer][2])
+
+
 def test_another_model_runner_is_refused() -> None:
     worker = ArenaCPUWorker.__new__(ArenaCPUWorker)
     worker.model_runner = object()
+    worker._session = None  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"^model runner object is not supported .* V1 or V2$"):
-        worker._row_reader()
+        worker._follow_runner()
 
 
 def layer(**facts: Any) -> SimpleNamespace:
     """An attention layer with our implementation, of which only some facts are set."""
     impl = ArenaCPUImpl.__new__(ArenaCPUImpl)
-    for name, value in {"alibi_slopes": None, "num_heads": 4, **facts}.items():
+    usual = {"alibi_slopes": None, "num_heads": 4, "kv_cache_dtype": "auto"}
+    for name, value in {**usual, **facts}.items():
         setattr(impl, name, value)
     return SimpleNamespace(impl=impl)
 
@@ -77,5 +92,7 @@ def test_layers_that_cannot_be_scored_or_attended_rightly_are_refused() -> None:
     slopes = torch.ones(4)
     with pytest.raises(Unsupported, match=r"^layer second uses ALiBi, .* drop the flag"):
         check_specs(specs, {"first": layer(), "second": layer(alibi_slopes=slopes)}, ArenaCPUImpl)
+    with pytest.raises(Unsupported, match=r"^layer second has a KV cache of dtype fp8"):
+        check_specs(specs, {"first": layer(), "second": layer(kv_cache_dtype="fp8")}, ArenaCPUImpl)
     with pytest.raises(Unsupported, match=r"^layer second has another number of query heads \(8\)"):
         check_specs(specs, {"first": layer(), "second": layer(num_heads=8)}, ArenaCPUImpl)

@@ -138,6 +138,16 @@ class PageArena:
     Args:
         geometry: The pool's shape.
 
+    Attributes:
+        tables: int32 [L, slots, pages], flat page ids in token order.
+        used: int64 [L, slots], entries of ``tables`` in use, growth included.
+        dealt: int64 [L, slots], entries in use at admission; what follows is growth.
+        shift: int64 [L, slots], tokens held minus tokens of the text, at most 0.
+        growth_column: int64 [slots], where growth blocks begin among all blocks that the request
+            was ever given, prompt blocks first.
+        serial: int64 [slots], number of the admission that filled the slot, from 1 on.
+        version: Changes whenever any of these does.
+
     """
 
     def __init__(self, geometry: PageGeometry) -> None:
@@ -149,8 +159,12 @@ class PageArena:
         self._plan: dict[str, ArenaPlan] = {}
         self.tables: NDArray[np.int32] = np.zeros((layers, 0, 0), dtype=np.int32)
         self.used: IntArray = np.zeros((layers, 0), dtype=np.int64)
+        self.dealt: IntArray = np.zeros((layers, 0), dtype=np.int64)
         self.shift: IntArray = np.zeros((layers, 0), dtype=np.int64)
+        self.growth_column: IntArray = np.zeros(0, dtype=np.int64)
+        self.serial: IntArray = np.zeros(0, dtype=np.int64)
         self.version = 0
+        self._admitted = 0
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._slot
@@ -207,8 +221,12 @@ class PageArena:
         for layer, ids in enumerate(pages):
             self.tables[layer, slot, : len(ids)] = ids
             self.used[layer, slot] = len(ids)
+        self.dealt[:, slot] = self.used[:, slot]
         kept = self.used[:, slot] * plan.block_size - plan.slack
         self.shift[:, slot] = kept - plan.prompt_len
+        self.growth_column[slot] = plan.prompt_blocks + plan.arena_blocks
+        self._admitted += 1
+        self.serial[slot] = self._admitted
         self._slot[request_id] = slot
         self._blocks[request_id] = list(blocks)
         self._plan[request_id] = plan
@@ -282,6 +300,8 @@ class PageArena:
                 )
             kept = self.shift[:, slot] + plan.prompt_len
             grown = len(blocks) - plan.arena_blocks
+            if (self.dealt[:, slot] + grown != self.used[:, slot]).any():
+                raise IntegrityError(f"request {request_id}: {grown} growth blocks, other pages")
             capacity = (self.used[:, slot] - grown) * plan.block_size
             if (kept + plan.slack != capacity).any() or (kept < 1).any():
                 raise IntegrityError(f"request {request_id}: lengths and pages disagree")
@@ -303,5 +323,8 @@ class PageArena:
         if new_slots > old_slots:
             grow = ((0, 0), (0, new_slots - old_slots))
             self.used = np.pad(self.used, grow)
+            self.dealt = np.pad(self.dealt, grow)
             self.shift = np.pad(self.shift, grow)
+            self.growth_column = np.pad(self.growth_column, grow[1])
+            self.serial = np.pad(self.serial, grow[1])
             self._free.extend(range(new_slots - 1, old_slots - 1, -1))

@@ -1,5 +1,6 @@
 """Per-layer page tables, lengths and slot mappings of one step, for all layers at once."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ class BatchRows:
         slot_mapping: int64 [T], logical slots; negative for padding.
         rows: int64 [C], rows of compressed requests, ascending.
         slots: int64 [C], their slots in the arena.
+        seq_lens_bound: int32 [B] on the host, at least ``seq_lens``; None if not known. Needed only
+            where ``seq_lens`` is on a device.
 
     """
 
@@ -30,6 +33,7 @@ class BatchRows:
     slot_mapping: Tensor
     rows: IntArray
     slots: IntArray
+    seq_lens_bound: IntArray | None = None
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,46 @@ class LayerTables:
         block_tables: int32 [L, B, W], flat page ids.
         seq_lens: int32 [L, B], tokens really held after this step.
         slot_mapping: int64 [L, T], slots in the flat view; negative for padding.
+        max_lens: Per layer a number no smaller than its ``seq_lens``; None: look at those.
 
     """
 
     block_tables: Tensor
     seq_lens: Tensor
     slot_mapping: Tensor
+    max_lens: list[int] | None = None
 
 
-class TableBuilder:
-    """Builds :class:`LayerTables`; keeps the page tables while batch and arena stay the same.
+@dataclass(frozen=True)
+class TableLimits:
+    """The largest batch that tables are ever built for.
+
+    Attributes:
+        rows: Requests of a batch, padding included.
+        width: Page-table entries of a row.
+        tokens: Tokens of a batch, padding included.
+
+    """
+
+    rows: int
+    width: int
+    tokens: int
+
+
+class StepTableBuilder(ABC):
+    """Builds the tables of each step, for all layers at once."""
+
+    @abstractmethod
+    def build(self, batch: BatchRows) -> LayerTables:
+        """Return the tables of a batch. No page is touched; earlier tables may be overwritten."""
+
+    def capture(self, seq_lens: Tensor, num_tokens: int) -> LayerTables:
+        """Return tables for a batch of dummies that a CUDA graph is captured with."""
+        raise NotImplementedError(f"{type(self).__name__} has no buffers that stay in place")
+
+
+class TableBuilder(StepTableBuilder):
+    """Builds tables on the CPU; keeps the page tables while batch and arena stay the same.
 
     Args:
         arena: Where the compressed requests' tables are.

@@ -87,13 +87,35 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], max_tokens: int | Sequence[int] = 32, **params: Any
     ) -> list[list[int]]:
         """Greedy output tokens of prompts that run together."""
+        return [list(o.token_ids) for o in self.complete(prompts, max_tokens, **params)]
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int | Sequence[int] = 32, **params: Any
+    ) -> list[Any]:
+        """Greedy completions of prompts that run together, as vLLM's CompletionOutput."""
         limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
         outputs = self.llm.generate(
             [{"prompt_token_ids": list(p)} for p in prompts],
             [greedy(n, **params) for n in limits],
             use_tqdm=False,
         )
-        return [list(o.outputs[0].token_ids) for o in outputs]
+        return [o.outputs[0] for o in outputs]
+
+    def record_kept(self) -> list[list[list[list[int]]]]:
+        """Return a list that from now on gets, per compressed request and layer, what heads keep.
+
+        Requests whose method keeps everything are not noted.
+        """
+        kept: list[list[list[list[int]]]] = []
+        codec = self.session._codec
+        move = codec.move
+
+        def recording(sources: Any, tokens: Sequence[Tensor], targets: Any) -> None:
+            kept.append([layer.tolist() for layer in tokens])
+            move(sources, tokens, targets)
+
+        codec.move = recording
+        return kept
 
     def add(self, prompt: Sequence[int], max_tokens: int = 32, **params: Any) -> str:
         """Queue a request; returns its id in the scheduler (outputs carry the caller's)."""

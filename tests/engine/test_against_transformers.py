@@ -164,8 +164,8 @@ def _shares(preference: Tensor, total: int, cap: int) -> Tensor:
 
 
 def test_layer_statistics(engine: Engine, reference: Reference) -> None:
-    entropy = torch.tensor([s.stats["log_entropy"] for s in engine.scores]).double().exp()
-    shift = torch.tensor([s.stats["log_shift"] for s in engine.scores]).double().exp()
+    entropy = torch.tensor([s.stat("log_entropy") for s in engine.scores]).double().exp()
+    shift = torch.tensor([s.stat("log_shift") for s in engine.scores]).double().exp()
     torch.testing.assert_close(entropy, reference.entropy, rtol=1e-3, atol=0.0)
     torch.testing.assert_close(shift, reference.shift, rtol=1e-3, atol=0.0)
 

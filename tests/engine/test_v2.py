@@ -13,7 +13,8 @@ from tests.engine.harness import REPO
 pytestmark = pytest.mark.engine
 
 
-def _run(limit: int, **job: Any) -> dict[str, Any]:
+def run_v2(limit: int, **job: Any) -> dict[str, Any]:
+    """Run one job of v2_run.py in a process of its own; its result."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.v2_run", json.dumps(job)],
         cwd=REPO,
@@ -31,8 +32,8 @@ def _run(limit: int, **job: Any) -> dict[str, Any]:
 
 
 def _check_scatter(job: dict[str, Any], limit: int) -> None:
-    plain = _run(limit, **job)
-    scatter = _run(limit, method="scatter", **job)
+    plain = run_v2(limit, **job)
+    scatter = run_v2(limit, method="scatter", **job)
     assert scatter["outputs"] == plain["outputs"]
     assert scatter["stats"]["compressed"] == len(job["prompts"]) * job["rounds"]
 
@@ -59,6 +60,6 @@ def test_cake_equals_model_runner_v1(engines: Any, prose: list[int]) -> None:
     """The same tokens kept, so the same output, whichever runner drives it."""
     prompts = [prose[:500], prose[100:164], prose[300:700]]
     expected = engines.get("cake", 128).generate(prompts, 8)
-    result = _run(400, method="cake", budget=128, prompts=prompts, max_tokens=8)
+    result = run_v2(400, method="cake", budget=128, prompts=prompts, max_tokens=8)
     assert result["outputs"] == [expected]
     assert result["stats"]["compressed"] == 2

@@ -4,6 +4,11 @@ V2's kernels are Triton's; its interpreter runs them on the CPU. That has to be 
 vLLM is imported, so the tests start this file as a process of its own.
 
     python -m tests.engine.v2_run '{"prompts": [[...]], "max_tokens": 20, "method": "scatter"}'
+
+``"backend": "TRITON_ATTN"`` takes vLLM's Triton attention, as on a GPU; ``"graphs": [1, 2, 4]``
+captures decode steps of these sizes in FULL mode, with a stand-in for CUDA's graphs that runs the
+captured call again: whatever was a number at capture stays that number, and only what lies in
+buffers can change, as in a real one.
 """
 
 import json
@@ -21,6 +26,60 @@ class _Driver:
         return True
 
 
+def _offer_triton_attention() -> None:
+    """Let the CPU platform choose TRITON_ATTN, and its launchers ask for a GPU's generation."""
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.ops import triton_reshape_and_cache_flash
+
+    def backend(*_: Any, **__: Any) -> str:
+        return str(AttentionBackendEnum.TRITON_ATTN.get_path())
+
+    CpuPlatform.get_attn_backend_cls = staticmethod(backend)
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    triton_reshape_and_cache_flash._is_supported_kv_cache_dtype = lambda name: True
+
+
+def _capture(runner: Any, sizes: list[int]) -> Any:
+    """Give the runner FULL graphs of decode steps; return what counts replays."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    replayed = {"steps": 0}
+
+    def capture(manager: Any, create_forward_fn: Any, progress_bar_desc: str = "") -> None:
+        for desc in manager._capture_descs[CUDAGraphMode.FULL]:
+            forward = create_forward_fn(desc, warmup=False)
+            forward(CUDAGraphMode.NONE)
+
+            def replay(forward: Any = forward) -> None:
+                replayed["steps"] += 1
+                forward(CUDAGraphMode.NONE)
+
+            manager.graphs[desc] = SimpleNamespace(replay=replay)
+        manager._graphs_captured = True
+
+    type(cudagraph_utils.current_platform)._global_graph_pool = object()
+    cudagraph_utils.CudaGraphManager.capture = capture
+    config = runner.compilation_config
+    config.cudagraph_capture_sizes = sizes
+    config.max_cudagraph_capture_size = max(sizes)
+    runner.cudagraph_manager = manager = cudagraph_utils.ModelCudaGraphManager(
+        runner.vllm_config, runner.device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1
+    )
+    manager.capture(
+        runner.model,
+        runner.model_state,
+        runner.input_buffers,
+        None,
+        runner.block_tables,
+        runner.attn_groups,
+        runner.kv_cache_config,
+    )
+    return replayed
+
+
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """Run one engine; see the module's docstring for the job's fields."""
     os.environ["TRITON_INTERPRET"] = "1"
@@ -28,18 +87,37 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     import triton.backends
 
     triton.backends.backends["cpu"] = SimpleNamespace(driver=_Driver, compiler=None)
+    settings = dict(job.get("settings", {}))
+    if "backend" in job:
+        _offer_triton_attention()
+        settings["attention_backend"] = job["backend"]
     from tests.engine.harness import Engines
 
     method = job.get("method")
-    engine = Engines().get(method, job.get("budget"), **job.get("settings", {}))
-    rounds = [
-        engine.generate(job["prompts"], job["max_tokens"]) for _ in range(job.get("rounds", 1))
-    ]
-    engine.check()
+    engine = Engines().get(
+        method,
+        job.get("budget"),
+        config=job.get("config"),
+        **({"model": job["model"]} if "model" in job else {}),
+        **settings,
+    )
     runner = engine.core.model_executor.driver_worker.worker.model_runner
+    replayed = _capture(runner, job["graphs"]) if "graphs" in job else {}
+    kept = engine.record_kept() if method else []
+    rounds, logprobs = [], []
+    for _ in range(job.get("rounds", 1)):
+        outputs = engine.complete(job["prompts"], job["max_tokens"], logprobs=0)
+        rounds.append([list(o.token_ids) for o in outputs])
+        logprobs.append([o.cumulative_logprob for o in outputs])
+    engine.check()
+    impl = next(iter(runner.compilation_config.static_forward_context.values())).impl
     return {
         "outputs": rounds,
+        "logprobs": logprobs,
+        "kept": kept,
         "runner": f"{type(runner).__module__}.{type(runner).__name__}",
+        "attention": type(impl).__name__,
+        "replayed": replayed.get("steps", 0),
         "stats": engine.stats if method else {},
     }
 

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import vllm
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from vllm_kvcompress.engine.backends import BACKENDS
 
 TESTED_VERSION = "0.32"
 
@@ -34,8 +36,15 @@ HOOKS = (
 )
 """Everything of vLLM that engine/ overrides or calls and that is not a documented interface."""
 
-WORKERS = {"vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.engine.worker.ArenaCPUWorker"}
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.engine.cpu_worker.ArenaCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcompress.engine.gpu_worker.ArenaGPUWorker",
+}
 """vLLM's worker -> ours."""
+
+GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+PLAIN_CACHES = ("auto", "bfloat16", "float16")
+FP8_CACHES = ("fp8", "fp8_e4m3")
 
 
 class Unsupported(ValueError):  # noqa: N818 - reads as a verdict
@@ -133,25 +142,71 @@ def _rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             "set --tensor-parallel-size and --pipeline-parallel-size to 1",
         ),
         (
-            vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16"),
-            "a quantized KV cache is not yet",
-            "drop --kv-cache-dtype",
-        ),
-        (
             worker not in WORKERS,
             f"worker {worker} is not",
-            "drop --worker-cls and use vLLM's CPU build, whose worker is the one wrapped so far",
+            "drop --worker-cls, and use vLLM on a GPU or its CPU build",
         ),
         (
             vllm_config.scheduler_config.scheduler_cls is not None,
             "a custom scheduler is not",
             "drop --scheduler-cls",
         ),
+        *_cache_rules(vllm_config),
+        *(_gpu_rules(vllm_config) if worker == GPU_WORKER else ()),
+    ]
+
+
+def _cache_rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
+    """As :func:`_rules`: the KV cache and the attention that reads it."""
+    cache = vllm_config.cache_config
+    chosen = vllm_config.attention_config.backend
+    on_cpu = vllm_config.parallel_config.worker_cls != GPU_WORKER
+    backends = " or ".join(sorted(set(BACKENDS) - {"CPU_ATTN"}))
+    return [
+        (
+            cache.cache_dtype not in (*PLAIN_CACHES, *FP8_CACHES),
+            f"KV-cache dtype {cache.cache_dtype} is not",
+            "drop --kv-cache-dtype or set it to fp8",
+        ),
+        (
+            cache.cache_dtype in FP8_CACHES
+            and on_cpu
+            and (chosen is None or chosen.name == "CPU_ATTN"),
+            "a quantized KV cache on the CPU is not",
+            "drop --kv-cache-dtype",
+        ),
+        (
+            chosen is not None and chosen.name not in BACKENDS,
+            f"attention backend {chosen.name if chosen else ''} is not",
+            f"set --attention-backend to {backends}",
+        ),
+    ]
+
+
+def _gpu_rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
+    """As :func:`_rules`: what only applies to GPUs."""
+    compilation = vllm_config.compilation_config
+    return [
+        (
+            not vllm_config.use_v2_model_runner,
+            "model runner V1 on a GPU is not",
+            "set VLLM_USE_V2_MODEL_RUNNER=1, or drop what makes vLLM fall back to V1",
+        ),
+        (
+            compilation.cudagraph_mode == CUDAGraphMode.FULL,
+            "CUDA graphs of mixed batches (cudagraph_mode FULL) are not",
+            "set -cc.cudagraph_mode=FULL_AND_PIECEWISE, whose decode steps are FULL graphs too",
+        ),
+        (
+            bool(vllm_config.parallel_config.enable_dbo),
+            "dual batch overlap is not",
+            "drop --enable-dbo",
+        ),
     ]
 
 
 def check_specs(
-    specs: Mapping[str, KVCacheSpec], layers: Mapping[str, Any], impl_cls: type
+    specs: Mapping[str, KVCacheSpec], layers: Mapping[str, Any], impl_cls: type[Any]
 ) -> None:
     """Refuse models whose layers cannot share one arena.
 
@@ -168,11 +223,16 @@ def check_specs(
 
     first = next(iter(specs), "")
     for name, spec in specs.items():
-        impl = getattr(layers[name], "impl", None)
+        impl: Any = getattr(layers[name], "impl", None)
         if not isinstance(impl, impl_cls):
             raise Unsupported(
                 f"layer {name} uses attention {type(impl).__name__}, which is not supported with "
-                "--kv-compression; drop --attention-backend"
+                f"--kv-compression; set --attention-backend to one of {', '.join(BACKENDS)}"
+            )
+        if impl.kv_cache_dtype not in impl.cache_dtypes:
+            raise Unsupported(
+                f"layer {name} has a KV cache of dtype {impl.kv_cache_dtype}, which is not "
+                f"supported with --kv-compression and {type(impl).__name__}; drop --kv-cache-dtype"
             )
         if getattr(impl, "alibi_slopes", None) is not None:
             # The kernel would take a survivor's place in the cache for its position in the text.

@@ -1,20 +1,103 @@
 """Read and write tokens of KV pages, whatever order a kernel stores them in.
 
+:class:`PageCodec` is what the compressor asks for; here is the one for vLLM's CPU attention.
+
 CPU attention permutes keys (and with AMX values) inside a page; which way depends on dtype and
 instruction set. The permutation is not documented, so it is measured: known numbers are written
 through vLLM's own operator and read back. Survivors are written through the same operator, which
 packs them itself.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
+
+from kvcompress_kernels.scoring import WindowStatistics
+from vllm_kvcompress.arena import IntArray
+from vllm_kvcompress.engine.facts import LayerFacts
 
 _DIGIT_BASE = 8
 """Digits 0..7 are exact in every cache dtype, FP8 E5M2 included."""
 
 
-class CpuPageCodec:
+class PageCodec(ABC):
+    """Tokens in, tokens out, for one way of storing pages.
+
+    Attributes:
+        block_size: Tokens per page.
+        num_kv_heads: Heads of a page.
+        head_size: D.
+        device: Where the pages lie.
+
+    """
+
+    block_size: int
+    num_kv_heads: int
+    head_size: int
+    device: torch.device
+
+    @abstractmethod
+    def read_keys(self, pages: IntArray, num_tokens: int) -> Tensor:
+        """Return the keys of the first num_tokens tokens of some pages, [N, num_tokens, D].
+
+        Args:
+            pages: Flat page ids in token order.
+            num_tokens: At most len(pages) * block_size.
+
+        """
+
+    @abstractmethod
+    def move(
+        self, sources: Sequence[IntArray], kept: Sequence[Tensor], targets: Sequence[IntArray]
+    ) -> None:
+        """Copy survivors of several layers. Mutates just the target pages, from slot 0 on.
+
+        Args:
+            sources: Per layer the flat page ids of the prompt in token order.
+            kept: Per layer int [N, T_l], token numbers, ascending, each head its own.
+            targets: Per layer the flat page ids that take them; none is a source.
+
+        """
+
+    @abstractmethod
+    def copy(self, source: IntArray, target: IntArray) -> None:
+        """Copy whole pages. Mutates the target pages, none of which is a source."""
+
+    def observe(
+        self,
+        windows: Tensor,
+        sources: Sequence[IntArray],
+        num_tokens: int,
+        facts: Sequence[LayerFacts],
+    ) -> list[WindowStatistics] | None:
+        """Statistics of the window's attention of several layers, straight from the pages.
+
+        Args:
+            windows: Queries [layers, w, H, D].
+            sources: Per layer the flat page ids of the prompt in token order.
+            num_tokens: Length of the prompt.
+            facts: Per layer how products become logits.
+
+        Returns:
+            None if this codec has no kernel for it: keys have to be read then.
+
+        """
+        return None
+
+    def layers_at_once(self, num_tokens: int, num_heads: int) -> int:
+        """How many layers :meth:`observe` should be given in one call."""
+        return 1
+
+    def warm_up(  # noqa: B027 - most codecs have nothing to compile
+        self, num_heads: int, window: int, dtype: torch.dtype
+    ) -> None:
+        """Compile whatever is compiled on first use. Mutates no page that anybody holds."""
+
+
+class CpuPageCodec(PageCodec):
     """Tokens in, tokens out, for vLLM's CPU attention cache.
 
     Args:
@@ -35,27 +118,31 @@ class CpuPageCodec:
         self.block_size = block_size
         self.num_kv_heads = heads
         self.head_size = width // 2
+        self.device = kv_cache.device
         self._dtype = dtype
         self._cache = kv_cache.view(pages, heads, 2 * block_size, self.head_size)
         scratch = torch.zeros_like(self._cache[:1])
         self._key_order = self._probe(scratch, part=0)
         self._value_order = self._probe(scratch, part=1)
 
-    def read_keys(self, pages: Tensor, num_tokens: int) -> Tensor:
-        """Return the keys of the first num_tokens tokens of some pages, [N, num_tokens, D].
-
-        Args:
-            pages: int64 [n], flat page ids in token order.
-            num_tokens: At most n * block_size.
-
-        """
+    def read_keys(self, pages: IntArray, num_tokens: int) -> Tensor:
+        """See the base class."""
         heads = self._cache.shape[1]
-        picked = self._cache[:, :, : self.block_size].index_select(0, pages)
-        flat = picked.reshape(len(pages), heads, self.block_size * self.head_size)
+        ids = torch.as_tensor(pages)
+        picked = self._cache[:, :, : self.block_size].index_select(0, ids)
+        flat = picked.reshape(len(ids), heads, self.block_size * self.head_size)
         bits = flat.view(_bits(flat.dtype)).index_select(2, self._key_order)
-        tokens = bits.view(flat.dtype).view(len(pages), heads, self.block_size, self.head_size)
+        tokens = bits.view(flat.dtype).view(len(ids), heads, self.block_size, self.head_size)
         tokens = tokens.transpose(0, 1).reshape(heads, -1, self.head_size)[:, :num_tokens]
         return tokens.to(self._dtype)
+
+    def move(
+        self, sources: Sequence[IntArray], kept: Sequence[Tensor], targets: Sequence[IntArray]
+    ) -> None:
+        """See the base class."""
+        for source, tokens, target in zip(sources, kept, targets, strict=True):
+            keys, values = self.gather(torch.as_tensor(source), tokens)
+            self.write(torch.as_tensor(target), keys, values)
 
     def gather(self, pages: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of some tokens, each head its own, both [N, T, D].
@@ -80,15 +167,9 @@ class CpuPageCodec:
         slots = pages[tokens // self.block_size] * self.block_size + tokens % self.block_size
         self._store(self._cache, keys.transpose(0, 1), values.transpose(0, 1), slots)
 
-    def copy(self, source: Tensor, destination: Tensor) -> None:
-        """Copy whole pages. Mutates the destination pages.
-
-        Args:
-            source: int64 [n], flat page ids.
-            destination: int64 [n].
-
-        """
-        self._cache[destination] = self._cache[source]
+    def copy(self, source: IntArray, target: IntArray) -> None:
+        """See the base class."""
+        self._cache[torch.as_tensor(target)] = self._cache[torch.as_tensor(source)]
 
     def _gather(self, pages: Tensor, tokens: Tensor, part: int) -> Tensor:
         order = self._value_order if part else self._key_order

@@ -2,38 +2,24 @@
 
 import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
+from kvcompress_kernels.scoring import WindowStatistics
 from vllm_kvcompress.allocation import page_budgets
 from vllm_kvcompress.arena import ArenaPlan, IntArray, PageArena, deal_pages
 from vllm_kvcompress.config import Planner
-from vllm_kvcompress.engine.codec import CpuPageCodec
+from vllm_kvcompress.engine.codec import PageCodec
+from vllm_kvcompress.engine.facts import LayerFacts
 from vllm_kvcompress.engine.ledger import Entry
-from vllm_kvcompress.methods import LayerInput, LayerScores, Need
+from vllm_kvcompress.methods import LayerInput, LayerScores, Need, settled
+from vllm_kvcompress.survivors import with_window
 
 logger = init_logger("vllm.kvcompress.compressor")
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """How one layer's attention turns products into logits.
-
-    Attributes:
-        scale: Factor of q . k.
-        soft_cap: Logit soft cap, 0 for none.
-        sinks: Extra logits per query head [H], or None.
-
-    """
-
-    scale: float
-    soft_cap: float
-    sinks: Tensor | None
 
 
 class Compressor:
@@ -55,7 +41,7 @@ class Compressor:
         self,
         planner: Planner,
         arena: PageArena,
-        codec: CpuPageCodec,
+        codec: PageCodec,
         layers: Sequence[LayerFacts],
     ) -> None:
         self._config = planner.config
@@ -78,16 +64,15 @@ class Compressor:
         if plan is None:
             raise ValueError(f"request {request_id} has no plan")
         blocks = entry.private_blocks()[: plan.arena_blocks]
-        clock = _Clock()
+        sources = self._sources(plan, entry)
+        clock = _Clock({"score": entry.score_seconds} if entry.scores else {})
         if self._method.keeps_all:
             counts: IntArray = np.full(len(self._layers), plan.prompt_blocks, dtype=np.int64)
             pages = deal_pages(self._arena.geometry, blocks, counts, shuffle=True)
-            for layer, target in enumerate(pages):
-                source = self._arena.geometry.pages(layer, entry.blocks[: plan.prompt_blocks])
-                self._codec.copy(torch.from_numpy(source), torch.from_numpy(target))
+            self._codec.copy(np.concatenate(sources), np.concatenate(pages))
             clock.lap("move")
         else:
-            scores = [self._score(layer, plan, entry) for layer in range(len(self._layers))]
+            scores = settled(self._score_layers(plan, entry, sources))
             clock.lap("score")
             counts = page_budgets(
                 self._method,
@@ -98,54 +83,104 @@ class Compressor:
             )
             pages = deal_pages(self._arena.geometry, blocks, counts)
             clock.lap("allocate")
-            for layer, target in enumerate(pages):
-                kept = self._keep(scores[layer], plan, len(target))
-                clock.lap("select")
-                self._move(self._source(layer, plan, entry), kept, target)
-                clock.lap("move")
+            window = self._method.window
+            history = (counts * plan.block_size - window).tolist()
+            chosen = self._method.select_layers(scores, history)
+            kept = [with_window(ids, plan.prompt_len, window) for ids in chosen]
+            clock.lap("select")
+            self._codec.move(sources, kept, pages)
+            clock.lap("move")
         self._arena.admit(request_id, plan, blocks, pages)
+        clock.lap("allocate")
         for phase, seconds in clock.laps.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         if self._config.log_requests:
             self._log(request_id, plan, counts, clock)
 
-    def _source(self, layer: int, plan: ArenaPlan, entry: Entry) -> Tensor:
-        blocks = entry.blocks[: plan.prompt_blocks]
-        return torch.from_numpy(self._arena.geometry.pages(layer, blocks))
+    def score_in_step(self, layer: int, entry: Entry, keys: Tensor) -> None:
+        """Score a layer of a prompt that runs in one step, while its keys are at hand.
 
-    def _score(self, layer: int, plan: ArenaPlan, entry: Entry) -> LayerScores:
+        Args:
+            layer: Index in the arena.
+            entry: The request; mutated: its window is read, its scores are kept in it.
+            keys: All the prompt's keys after RoPE, [N, S, D].
+
+        """
+        if entry.plan is None:
+            raise ValueError("only requests with a plan are scored")
+        start = time.perf_counter()
+        entry.scores[layer] = self._method.score(self._input(layer, entry.plan, entry, keys=keys))
+        entry.score_seconds += time.perf_counter() - start
+
+    def _sources(self, plan: ArenaPlan, entry: Entry) -> list[IntArray]:
+        blocks = entry.blocks[: plan.prompt_blocks]
+        return list(self._arena.geometry.all_pages(blocks))
+
+    def _score_layers(
+        self, plan: ArenaPlan, entry: Entry, sources: Sequence[IntArray]
+    ) -> list[LayerScores]:
+        num_layers = len(self._layers)
+        if len(entry.scores) == num_layers:
+            return [entry.scores[layer] for layer in range(num_layers)]
+        windows = entry.window if self.needs_queries else None
+        scores: list[LayerScores] = []
+        step = 1
+        if windows is not None:
+            step = self._codec.layers_at_once(plan.prompt_len, windows.shape[2])
+        for first in range(0, num_layers, step):
+            group = range(first, min(first + step, num_layers))
+            found = None
+            if windows is not None and self._method.observes:
+                found = self._codec.observe(
+                    windows[first : group.stop],
+                    sources[first : group.stop],
+                    plan.prompt_len,
+                    self._layers[first : group.stop],
+                )
+            for layer in group:
+                scores.append(
+                    self._method.score(
+                        self._input(
+                            layer,
+                            plan,
+                            entry,
+                            read_keys=partial(
+                                self._codec.read_keys, sources[layer], plan.prompt_len
+                            ),
+                            statistics=found[layer - first] if found is not None else None,
+                        )
+                    )
+                )
+        return scores
+
+    def _input(
+        self,
+        layer: int,
+        plan: ArenaPlan,
+        entry: Entry,
+        *,
+        keys: Tensor | None = None,
+        read_keys: Callable[[], Tensor] | None = None,
+        statistics: WindowStatistics | None = None,
+    ) -> LayerInput:
         facts = self._layers[layer]
-        keys = None
-        if Need.KEYS in self._method.needs:
-            keys = self._codec.read_keys(self._source(layer, plan, entry), plan.prompt_len)
         queries = None
         if self.needs_queries and entry.window is not None:
             queries = entry.window[layer].transpose(0, 1)
-        return self._method.score(
-            LayerInput(
-                layer=layer,
-                num_layers=len(self._layers),
-                num_tokens=plan.prompt_len,
-                num_kv_heads=self._codec.num_kv_heads,
-                base=plan.arena_blocks * plan.block_size - self._method.window,
-                queries=queries,
-                keys=keys,
-                scale=facts.scale,
-                soft_cap=facts.soft_cap,
-                sinks=facts.sinks,
-            )
+        return LayerInput(
+            layer=layer,
+            num_layers=len(self._layers),
+            num_tokens=plan.prompt_len,
+            num_kv_heads=self._codec.num_kv_heads,
+            base=plan.arena_blocks * plan.block_size - self._method.window,
+            queries=queries,
+            keys=keys,
+            scale=facts.scale,
+            soft_cap=facts.soft_cap,
+            sinks=facts.sinks,
+            read_keys=read_keys if Need.KEYS in self._method.needs else None,
+            observe=None if statistics is None else lambda: statistics,
         )
-
-    def _keep(self, scores: LayerScores, plan: ArenaPlan, num_pages: int) -> Tensor:
-        """Return the kept token ids, window last, int64 [N, num_pages * block_size]."""
-        window = self._method.window
-        history = self._method.select(scores, num_pages * plan.block_size - window)
-        recent = torch.arange(plan.prompt_len - window, plan.prompt_len)
-        return torch.cat([history, recent.expand(len(history), -1)], dim=1)
-
-    def _move(self, source: Tensor, kept: Tensor, target: IntArray) -> None:
-        keys, values = self._codec.gather(source, kept)
-        self._codec.write(torch.from_numpy(target), keys, values)
 
     def _log(self, request_id: str, plan: ArenaPlan, counts: IntArray, clock: "_Clock") -> None:
         facts = {
@@ -165,8 +200,8 @@ class Compressor:
 class _Clock:
     """Seconds by phase."""
 
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
+    def __init__(self, laps: dict[str, float]) -> None:
+        self.laps = laps
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:

@@ -12,6 +12,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvcompress.arena import ArenaPlan
 from vllm_kvcompress.config import Planner
+from vllm_kvcompress.methods import LayerScores
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Entry:
         computed: Tokens computed before this step.
         scheduled: Tokens of this step.
         window: Queries of the prompt's last tokens, [L, w, H, D], while they are collected.
+        scores: Layers already scored, in a prompt that runs in one step.
+        score_seconds: Time that took.
 
     """
 
@@ -34,10 +37,18 @@ class Entry:
     computed: int
     scheduled: int = 0
     window: Tensor | None = field(default=None, repr=False)
+    scores: dict[int, LayerScores] = field(default_factory=dict, repr=False)
+    score_seconds: float = 0.0
 
     def private_blocks(self) -> list[int]:
         """Arena and growth blocks."""
         return self.blocks[self.plan.prompt_blocks :] if self.plan else []
+
+    def forget_window(self) -> None:
+        """Let go of what was collected for scoring. Mutates the entry."""
+        self.window = None
+        self.scores = {}
+        self.score_seconds = 0.0
 
 
 class Ledger:
@@ -89,7 +100,7 @@ class Ledger:
             if request_id in cached.resumed_req_ids:
                 void.append(request_id)
                 entry.blocks = list(blocks[0]) if blocks else []
-                entry.window = None
+                entry.forget_window()
             elif blocks and blocks[0]:
                 entry.blocks.extend(blocks[0])
                 grown.append(request_id)

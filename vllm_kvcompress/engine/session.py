@@ -1,6 +1,6 @@
 """One worker's compression: what each step needs to know, and the hook after a prefill."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvcompress.arena import IntArray, PageArena, PageGeometry
 from vllm_kvcompress.config import Planner
-from vllm_kvcompress.engine.codec import CpuPageCodec
-from vllm_kvcompress.engine.compressor import Compressor, LayerFacts
-from vllm_kvcompress.engine.ledger import Ledger
-from vllm_kvcompress.tables import BatchRows, LayerTables, TableBuilder
+from vllm_kvcompress.engine.codec import PageCodec
+from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.facts import LayerFacts
+from vllm_kvcompress.engine.ledger import Entry, Ledger
+from vllm_kvcompress.tables import BatchRows, LayerTables, StepTableBuilder
 
 logger = init_logger("vllm.kvcompress.session")
 
@@ -28,6 +29,8 @@ class Capture:
         offset: First of the window's w places.
         start: First of the batch's tokens.
         count: How many.
+        entry: The request.
+        whole: Whether this step holds the whole prompt, so that its keys can be scored at once.
 
     """
 
@@ -35,6 +38,8 @@ class Capture:
     offset: int
     start: int
     count: int
+    entry: Entry
+    whole: bool
 
     def take(self, layer: int, query: Tensor) -> None:
         """Copy one layer's queries [T, H, D]. Mutates the window."""
@@ -67,6 +72,12 @@ class Session:
         codec: Reads and writes tokens in it.
         layers: Scale, soft cap and sinks per layer, in the order of geometry.origin.
         num_heads: Query heads.
+        dtype: The model's dtype.
+        make_tables: Returns the backend's builder of per-layer tables for an arena.
+
+    Attributes:
+        replays: Whether the coming step runs as a FULL CUDA graph, which reads the per-layer
+            tables whatever the batch holds; set by the worker.
 
     """
 
@@ -75,18 +86,21 @@ class Session:
         planner: Planner,
         geometry: PageGeometry,
         flat_cache: Tensor,
-        codec: CpuPageCodec,
+        codec: PageCodec,
         layers: Sequence[LayerFacts],
         num_heads: int,
         dtype: torch.dtype,
+        make_tables: Callable[[PageArena], StepTableBuilder],
     ) -> None:
         self.flat_cache = flat_cache
         self.arena = PageArena(geometry)
         self.step: StepPlan | None = None
+        self.replays = False
         self.stats = {"compressed": 0, "compressed_steps": 0, "plain_steps": 0}
         self._planner = planner
         self._ledger = Ledger(planner)
-        self._builder = TableBuilder(self.arena)
+        self._tables = make_tables(self.arena)
+        self._codec = codec
         self._compressor = Compressor(planner, self.arena, codec, layers)
         self._window_shape = (geometry.num_layers, planner.window, num_heads, codec.head_size)
         self._dtype = dtype
@@ -106,6 +120,12 @@ class Session:
         self._ending = []
         self.step = None
 
+    def collects(self) -> bool:
+        """Whether the step just begun takes queries, for which attention must run in Python."""
+        return self._compressor.needs_queries and any(
+            self._window_part(self._ledger[request_id]) for request_id in self._scheduled
+        )
+
     def plan_step(
         self,
         request_ids: Sequence[str],
@@ -113,6 +133,9 @@ class Session:
         seq_lens: Tensor,
         query_start: Tensor,
         slot_mapping: Tensor,
+        *,
+        query_start_cpu: Tensor,
+        seq_lens_bound: Tensor | None,
     ) -> StepPlan | None:
         """Decide what this step's attention has to do. Mutates windows and the session's step.
 
@@ -122,6 +145,8 @@ class Session:
             seq_lens: int32 [B], logical lengths after the step.
             query_start: int32 [B + 1].
             slot_mapping: int64 [T].
+            query_start_cpu: The same as query_start, on the host.
+            seq_lens_bound: int32 [B] on the host, at least seq_lens; None if not known.
 
         Returns:
             None for a batch in which plain vLLM does everything.
@@ -131,7 +156,7 @@ class Session:
             return None  # a dummy run
         captures: list[Capture] = []
         rows: list[int] = []
-        starts = query_start.tolist()
+        starts = query_start_cpu.tolist()
         for row, request_id in enumerate(request_ids):
             entry = self._ledger[request_id]
             if entry.plan is None:
@@ -146,7 +171,7 @@ class Session:
                 captures.append(capture)
         self.stats["compressed_steps" if rows else "plain_steps"] += 1
         tables = None
-        if rows:
+        if rows or self.replays:
             index: IntArray = np.asarray(rows, dtype=np.int64)
             batch = BatchRows(
                 block_table=block_table,
@@ -155,17 +180,48 @@ class Session:
                 slot_mapping=slot_mapping,
                 rows=index,
                 slots=self.arena.slots(request_ids[row] for row in rows),
+                seq_lens_bound=None if seq_lens_bound is None else seq_lens_bound.numpy(),
             )
-            tables = self._builder.build(batch)
-        self.step = StepPlan(tuple(captures), tables) if captures or rows else None
+            tables = self._tables.build(batch)
+        self.step = StepPlan(tuple(captures), tables) if captures or tables else None
         return self.step
+
+    def plan_capture(self, seq_lens: Tensor, num_tokens: int) -> StepPlan:
+        """Return what a CUDA graph is captured with. Mutates the table buffers.
+
+        Args:
+            seq_lens: int32 [B], the lengths the runner captures with.
+            num_tokens: Tokens of the batch.
+
+        """
+        return StepPlan((), self._tables.capture(seq_lens, num_tokens))
+
+    def warm_up(self) -> None:
+        """Compile kernels before the first request needs them."""
+        _, window, heads, _ = self._window_shape
+        self._codec.warm_up(heads, window, self._dtype)
+
+    def score(self, layer: int, capture: Capture, keys: Tensor) -> None:
+        """Score a layer in the step that holds the whole prompt. Mutates the request's entry.
+
+        Args:
+            layer: Index in the arena.
+            capture: The request's, its queries of this layer taken.
+            keys: Keys of the batch after RoPE, [T, N, D] (or with heads and dims merged).
+
+        """
+        entry = capture.entry
+        first = capture.start + capture.count - entry.prompt_len
+        own = keys[first : first + entry.prompt_len]
+        own = own.view(entry.prompt_len, self._codec.num_kv_heads, self._codec.head_size)
+        self._compressor.score_in_step(layer, entry, own.transpose(0, 1))
 
     def end_step(self) -> None:
         """Compress the requests whose prefill ended in this step. Mutates arena and pages."""
         for request_id in self._ending:
             entry = self._ledger[request_id]
             self._compressor.compress(request_id, entry)
-            entry.window = None
+            entry.forget_window()
             self.stats["compressed"] += 1
         self._ending = []
         self._scheduled = frozenset()
@@ -178,19 +234,27 @@ class Session:
         held = {r: e.private_blocks() for r, e in self._ledger if r in self.arena}
         self.arena.check_integrity(held)
 
+    def _window_part(self, entry: Entry) -> range:
+        """Positions of this step's tokens that lie in the prompt's window."""
+        if entry.plan is None:
+            return range(0)
+        first = max(entry.prompt_len - self._planner.window, entry.computed)
+        return range(first, min(entry.computed + entry.scheduled, entry.prompt_len))
+
     def _capture(self, request_id: str, start: int) -> Capture | None:
         entry = self._ledger[request_id]
-        if not self._compressor.needs_queries:
-            return None
-        first = max(entry.prompt_len - self._planner.window, entry.computed)
-        last = min(entry.computed + entry.scheduled, entry.prompt_len)
-        if last <= first:
+        part = self._window_part(entry)
+        if not self._compressor.needs_queries or not part:
             return None
         if entry.window is None:
-            entry.window = torch.empty(self._window_shape, dtype=self._dtype)
+            entry.window = torch.empty(
+                self._window_shape, dtype=self._dtype, device=self._codec.device
+            )
         return Capture(
             window=entry.window,
-            offset=first - (entry.prompt_len - self._planner.window),
-            start=start + first - entry.computed,
-            count=last - first,
+            offset=part.start - (entry.prompt_len - self._planner.window),
+            start=start + part.start - entry.computed,
+            count=len(part),
+            entry=entry,
+            whole=entry.computed == 0 and part.stop == entry.prompt_len,
         )

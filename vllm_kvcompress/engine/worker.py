@@ -1,97 +1,101 @@
-"""vLLM's CPU worker with a compression session around each step, for both model runners."""
+"""A compression session around each step of vLLM's worker, whatever the device."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
-from vllm.config import set_current_vllm_config
+from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention import selector
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvcompress.arena import PageGeometry
 from vllm_kvcompress.config import Planner
-from vllm_kvcompress.engine.backend import (
-    ArenaCPUBackend,
-    ArenaCPUImpl,
-    ArenaCPUMetadataBuilder,
-)
+from vllm_kvcompress.engine.backends import register_backends
+from vllm_kvcompress.engine.backends.common import ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.checks import check_specs
-from vllm_kvcompress.engine.codec import CpuPageCodec
-from vllm_kvcompress.engine.compressor import LayerFacts
+from vllm_kvcompress.engine.facts import layer_facts
 from vllm_kvcompress.engine.session import Session
 from vllm_kvcompress.engine.settings import planner_of
+from vllm_kvcompress.tables import TableLimits
 
 logger = init_logger("vllm.kvcompress.worker")
 
 
-class ArenaCPUWorker(CPUWorker):
-    """CPU worker of an engine with compression on."""
+class ArenaWorker:
+    """First base of a wrapped worker of an engine with compression on."""
 
+    vllm_config: Any
+    model_runner: Any
     _session: Session
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """See the base class; puts our backend in place before layers choose theirs."""
-        path = f"{ArenaCPUBackend.__module__}.{ArenaCPUBackend.__qualname__}"
-        register_backend(AttentionBackendEnum.CPU_ATTN, path)
+        """See vLLM's Worker; puts our backends in place before layers choose theirs."""
+        register_backends()
         # The choice is remembered per process, perhaps from an engine without compression.
         selector._cached_get_attn_backend.cache_clear()
-        super().load_model(*args, **kwargs)
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """See the base class; refuses models whose layers cannot share one arena."""
+        """See vLLM's Worker; refuses models whose layers cannot share one arena."""
         with set_current_vllm_config(self.vllm_config):
-            specs = super().get_kv_cache_spec()
+            specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
         layers = self.vllm_config.compilation_config.static_forward_context
-        check_specs(specs, {name: layers[name] for name in specs}, ArenaCPUImpl)
+        check_specs(specs, {name: layers[name] for name in specs}, ArenaImpl)
         return specs
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """See the base class; then lays the arena over the cache."""
-        super().initialize_from_config(kv_cache_config)
+        """See vLLM's Worker; then lays the arena over the cache."""
+        super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        config = self.vllm_config
         (group,) = kv_cache_config.kv_cache_groups
         layers = [
-            self.vllm_config.compilation_config.static_forward_context[name]
-            for name in group.layer_names
+            config.compilation_config.static_forward_context[name] for name in group.layer_names
         ]
         flat, geometry = flat_view([layer.kv_cache for layer in layers])
-        planner = planner_of(self.vllm_config, group.kv_cache_spec.block_size)
+        planner = planner_of(config, group.kv_cache_spec.block_size)
         if geometry.block_size != planner.block_size:
             raise ValueError(
                 f"the attention kernel splits blocks of {planner.block_size} into "
                 f"{geometry.block_size}; start with --block-size {geometry.block_size}"
             )
-        first = layers[0]
-        dtype = self.model_config.dtype
+        first, dtype = layers[0], config.model_config.dtype
+        cache_dtype = config.cache_config.cache_dtype
+        limits = TableLimits(
+            rows=config.scheduler_config.max_num_seqs,
+            width=group.kv_cache_spec.max_num_blocks_per_req(
+                config, config.model_config.max_model_len
+            ),
+            tokens=config.scheduler_config.max_num_batched_tokens,
+        )
         self._session = Session(
             planner,
             geometry,
             flat,
-            CpuPageCodec(flat, first.isa, self.cache_config.cache_dtype, dtype),
-            [_layer_facts(layer.impl) for layer in layers],
+            first.impl.make_codec(flat, first, cache_dtype, dtype),
+            [layer_facts(layer, cache_dtype) for layer in layers],
             first.impl.num_heads,
             dtype,
+            partial(first.impl.make_tables, limits=limits, device=flat.device),
         )
         for index, layer in enumerate(layers):
             layer.impl.session = self._session
             layer.impl.arena_layer = index
-        request_ids = self._row_reader()
+        request_ids = self._follow_runner()
         for attn_group in self.model_runner.attn_groups[0]:
             for builder in attn_group.metadata_builders:
-                assert isinstance(builder, ArenaCPUMetadataBuilder), type(builder)
+                assert isinstance(builder, ArenaBuilder), type(builder)
                 builder.session = self._session
                 builder.request_ids = request_ids
-        _announce(planner, self.model_config.max_model_len, kv_cache_config.num_blocks)
+        _announce(planner, config.model_config.max_model_len, kv_cache_config.num_blocks)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """See the base class; compresses the prompts that this step completed."""
+        """See vLLM's Worker; compresses the prompts that this step completed."""
         self._session.begin_step(scheduler_output)
-        output = super().execute_model(scheduler_output)
+        output = super().execute_model(scheduler_output)  # type: ignore[misc]
         self._session.end_step()
         return output
 
@@ -108,19 +112,11 @@ class ArenaCPUWorker(CPUWorker):
         arena = self._session.arena
         return {r: arena.pages_per_layer(r).tolist() for r in arena.request_ids()}
 
-    def _row_reader(self) -> Callable[[int], Sequence[str]]:
-        """Return a function from the batch's size to its requests in row order."""
-        runner: Any = self.model_runner
-        if hasattr(runner, "prepare_attn"):  # model runner V2
-            batch: list[Sequence[str]] = [()]
-            prepare = runner.prepare_attn
-
-            def prepare_attn(input_batch: Any) -> Any:
-                batch[0] = input_batch.req_ids
-                return prepare(input_batch)
-
-            runner.prepare_attn = prepare_attn
-            return lambda num_rows: batch[0][:num_rows]
+    def _follow_runner(self) -> Callable[[int], Sequence[str]]:
+        """Hook into the runner; return a function from the batch's size to its rows' requests."""
+        runner, session = self.model_runner, self._session
+        if hasattr(runner, "gather_batch_req_state"):  # model runner V2
+            return _follow_v2(runner, session)
         if hasattr(runner, "input_batch"):  # model runner V1
             return lambda num_rows: runner.input_batch.req_ids[:num_rows]
         raise ValueError(
@@ -129,14 +125,37 @@ class ArenaCPUWorker(CPUWorker):
         )
 
 
+def _follow_v2(runner: Any, session: Session) -> Callable[[int], Sequence[str]]:
+    """Note a batch's rows, and whether it replays a FULL CUDA graph, before metadata is built."""
+    batch: list[Sequence[str]] = [()]
+    prepare, gather = runner.model_state.prepare_attn, runner.gather_batch_req_state
+
+    def prepare_attn(input_batch: Any, cudagraph_mode: Any, *args: Any, **kwargs: Any) -> Any:
+        batch[0] = input_batch.req_ids
+        session.replays = cudagraph_mode == CUDAGraphMode.FULL and not kwargs.get("for_capture")
+        return prepare(input_batch, cudagraph_mode, *args, **kwargs)
+
+    def gather_batch_req_state(*args: Any, **kwargs: Any) -> Any:
+        state, uniform = gather(*args, **kwargs)
+        # A last chunk of one token passes for a decode step, but a replayed graph would not hand
+        # out its query. Without a uniform length no FULL decode graph is chosen.
+        return state, None if session.collects() else uniform
+
+    runner.model_state.prepare_attn = prepare_attn
+    runner.gather_batch_req_state = gather_batch_req_state
+    return lambda num_rows: batch[0][:num_rows]
+
+
 def flat_view(caches: Sequence[Tensor]) -> tuple[Tensor, PageGeometry]:
     """Lay one view over all layers' caches, in which any page can serve any layer.
 
     Args:
-        caches: Per layer [num_blocks, N, block_size, C], all in one allocation.
+        caches: Per layer [num_blocks, N, block_size, C] in any physical order that keeps a page in
+            one piece, all in one allocation.
 
     Returns:
-        The view [pages, N, block_size, C] and where each layer's pages lie in it.
+        The view [pages, N, block_size, C], strides within a page as they were, and where each
+        layer's pages lie in it.
 
     Raises:
         ValueError: The layers' pages are not spread evenly over one allocation.
@@ -153,7 +172,7 @@ def flat_view(caches: Sequence[Tensor]) -> tuple[Tensor, PageGeometry]:
         and c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
         for c in caches
     )
-    if not same or rest or not page.is_contiguous() or any(o % size for o in offsets):
+    if not same or rest or not _in_one_piece(page) or any(o % size for o in offsets):
         raise ValueError(
             "this KV-cache layout is not supported with --kv-compression; "
             "unset VLLM_KV_CACHE_LAYOUT"
@@ -167,13 +186,15 @@ def flat_view(caches: Sequence[Tensor]) -> tuple[Tensor, PageGeometry]:
     return flat, geometry
 
 
-def _layer_facts(impl: Any) -> LayerFacts:
-    sinks = impl.sinks
-    return LayerFacts(
-        scale=float(impl.scale),
-        soft_cap=float(impl.logits_soft_cap or 0.0),
-        sinks=sinks.to(torch.float32) if sinks is not None else None,
-    )
+def _in_one_piece(page: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, in whatever order."""
+    inner_first = sorted(zip(page.stride(), page.shape, strict=True))
+    expected = 1
+    for stride, size in inner_first:
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _announce(planner: Planner, max_model_len: int, num_blocks: int) -> None:

@@ -1,6 +1,6 @@
 """Compression methods: one small dataclass each, found by name through the registry."""
 
-from .base import END, Every, LayerInput, LayerScores, Method, Need, Schedule
+from .base import END, Every, LayerInput, LayerScores, Method, Need, Schedule, settled
 from .cake import Cake
 from .dynamickv import DynamicKV
 from .random import Random
@@ -24,4 +24,5 @@ __all__ = [
     "available",
     "get_method",
     "register",
+    "settled",
 ]

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from kvcompress_kernels.selection import top_tokens
+from kvcompress_kernels.scoring import WindowStatistics
+from kvcompress_kernels.selection import select_tokens, top_tokens
 
 
 class Need(Enum):
@@ -64,10 +66,13 @@ class LayerInput:
 
     ``layer``: 0-based number among the ``num_layers`` that are compressed. ``num_tokens``: S, the
     prompt's length. ``base``: C - w, history tokens of an average layer. ``queries``: [H, m, D],
-    the last m <= window queries after RoPE, and ``keys``: [N, S, D], all keys after RoPE, in the
-    model's dtype; each is None unless the method declares the need. ``scale``: factor on dot
-    products. ``soft_cap``: tanh cap of the logits, 0 if none. ``sinks``: [H] extra softmax logits,
-    or None.
+    the last m <= window queries after RoPE, in the model's dtype; None unless the method declares
+    the need. ``keys``: [N, S, D], all keys after RoPE, or None with ``read_keys``, which reads them
+    out of the cache (in the model's dtype, or the cache's values if that is quantized).
+    ``observe``: returns the statistics of the window's attention from a kernel that reads the pages
+    in place; None where the queries and keys have to do. ``scale``: factor on the dot products of
+    ``queries`` and ``keys`` (a quantized cache's scales are part of it). ``soft_cap``: tanh cap of
+    the logits, 0 if none. ``sinks``: [H] extra softmax logits, or None.
     """
 
     layer: int
@@ -80,6 +85,8 @@ class LayerInput:
     scale: float
     soft_cap: float = 0.0
     sinks: Tensor | None = None
+    read_keys: Callable[[], Tensor] | None = None
+    observe: Callable[[], WindowStatistics] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,33 @@ class LayerScores:
 
     ``tokens``: fp32 [N, S'], worth of every history token for every KV head, higher is kept.
     ``stats``: scalars of the layer its method's ``weights`` reads (CAKE: ``log_entropy`` and
-    ``log_shift``, natural logarithms, -inf for zero).
+    ``log_shift``, natural logarithms, -inf for zero). ``score`` may leave them on the device as
+    0-dim tensors; :func:`settled` makes numbers of all layers' at once before ``weights`` runs.
     ``query_heads``: fp32 [H, S'], only where a faithful mode must count per query head.
     """
 
     tokens: Tensor
-    stats: Mapping[str, float] = field(default_factory=dict)
+    stats: Mapping[str, float | Tensor] = field(default_factory=dict)
     query_heads: Tensor | None = None
+
+    def stat(self, name: str) -> float:
+        """One of ``stats`` as a number; of a tensor that waits for its device."""
+        return float(self.stats[name])
+
+
+def settled(scores: Sequence[LayerScores]) -> list[LayerScores]:
+    """The same scores with all ``stats`` as numbers, fetched from the device in one transfer."""
+    waiting = [value for s in scores for value in s.stats.values() if isinstance(value, Tensor)]
+    if not waiting:
+        return list(scores)
+    numbers = iter(torch.stack([value.double() for value in waiting]).tolist())
+    return [
+        replace(
+            s,
+            stats={k: next(numbers) if isinstance(v, Tensor) else v for k, v in s.stats.items()},
+        )
+        for s in scores
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +139,11 @@ class Method(ABC):
     """Nothing is ever evicted: the engine only moves tokens about and never calls ``score``."""
 
     window: int = 32
+
+    @property
+    def observes(self) -> bool:
+        """Whether ``score`` works from ``LayerInput.observe``; else it is given keys to read."""
+        return False
 
     def __post_init__(self) -> None:
         self._check_int("window", 1)
@@ -145,6 +177,14 @@ class Method(ABC):
     def select(self, scores: LayerScores, count: int) -> Tensor:
         """The history tokens a layer keeps: int64 [N, count], ascending ids, each once a head."""
         return top_tokens(scores.tokens, count)
+
+    def select_layers(self, scores: Sequence[LayerScores], counts: Sequence[int]) -> list[Tensor]:
+        """``select`` for several layers of one prompt, on an accelerator in one launch."""
+        own = type(self).select is not Method.select
+        if own or scores[0].tokens.device.type == "cpu":
+            return [self.select(s, count) for s, count in zip(scores, counts, strict=True)]
+        ids = select_tokens(torch.stack([s.tokens for s in scores]), counts)
+        return [ids[layer, :, :count] for layer, count in enumerate(counts)]
 
     def _check_int(self, field_name: str, low: int) -> None:
         value = getattr(self, field_name)

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from kvcompress_kernels.selection import group_mean, pool_tokens
+from kvcompress_kernels.selection import token_scores
 
 from . import released_cake
 from .base import END, Every, LayerInput, LayerScores, Method, Need, Schedule
@@ -64,6 +65,10 @@ class Cake(Method):
         self._check_bool("faithful")
 
     @property
+    def observes(self) -> bool:
+        return not self.faithful
+
+    @property
     def schedule(self) -> Schedule:
         return Every(self.every) if self.every else END
 
@@ -71,9 +76,15 @@ class Cake(Method):
         if self.faithful:
             return self._released_score(layer)
         stats = observe(layer, self.window, self.name)
-        indicator = stats.mean.add(stats.var, alpha=self.gamma)
         return LayerScores(
-            tokens=group_mean(pool_tokens(indicator, self.kernel, "avg"), layer.num_kv_heads),
+            tokens=token_scores(
+                stats.mean,
+                stats.var,
+                gamma=self.gamma,
+                kernel=self.kernel,
+                mode="avg",
+                num_kv_heads=layer.num_kv_heads,
+            ),
             stats={"log_entropy": _log(stats.entropy), "log_shift": _log(stats.shift)},
         )
 
@@ -84,7 +95,7 @@ class Cake(Method):
             return self._released_weights(seen, base, num_layers)
         log2_p = np.array(
             [
-                (s.stats["log_entropy"] / self.tau1 + s.stats["log_shift"] / self.tau2)
+                (s.stat("log_entropy") / self.tau1 + s.stat("log_shift") / self.tau2)
                 / math.log(2.0)
                 for s in seen
             ]
@@ -111,7 +122,7 @@ class Cake(Method):
     def _released_weights(
         self, seen: Sequence[LayerScores], base: int, num_layers: int
     ) -> npt.NDArray[np.float64]:
-        preferences = [s.stats["preference"] for s in seen]
+        preferences = [s.stat("preference") for s in seen]
         if not sum(preferences) > 0.0:  # the released code stops with an error here
             return np.zeros(len(seen))
         history = seen[0].tokens.shape[-1]
@@ -119,7 +130,9 @@ class Cake(Method):
         return np.array(budgets.clipped, dtype=np.float64)
 
 
-def _log(value: float) -> float:
+def _log(value: float | Tensor) -> float | Tensor:
+    if isinstance(value, Tensor):
+        return value.log()
     return math.log(value) if value > 0.0 else -math.inf
 
 

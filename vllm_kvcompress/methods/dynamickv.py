@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
-from kvcompress_kernels.selection import group_mean, grouped, pool_tokens, winners_per_layer
+from kvcompress_kernels.selection import group_mean, grouped, token_scores, winners_per_layer
 
 from . import released_dynamickv
 from .base import Every, LayerInput, LayerScores, Method, Need, Schedule
@@ -63,6 +64,10 @@ class DynamicKV(Method):
         self._check_bool("faithful")
 
     @property
+    def observes(self) -> bool:
+        return not self.faithful
+
+    @property
     def schedule(self) -> Schedule:
         return Every(self.every)
 
@@ -80,14 +85,26 @@ class DynamicKV(Method):
                 sinks=layer.sinks,
             )[0].float()
         else:
-            queries, _ = observed(layer, self.name)
-            total = observe(layer, self.window, self.name).mean * queries.shape[1]
-            per_head = pool_tokens(total, self.kernel, self.pooling)
+            return LayerScores(self._window_sum(layer))
         if self.reduce == "mean":
             tokens = group_mean(per_head, layer.num_kv_heads)
         else:
             tokens = grouped(per_head, layer.num_kv_heads).amax(dim=1)
-        return LayerScores(tokens, query_heads=per_head if self.faithful else None)
+        return LayerScores(tokens, query_heads=per_head)
+
+    def _window_sum(self, layer: LayerInput) -> Tensor:
+        mean = observe(layer, self.window, self.name).mean
+        pooled = token_scores(
+            mean,
+            None,
+            gamma=0.0,
+            kernel=self.kernel,
+            mode=self.pooling,
+            num_kv_heads=layer.num_kv_heads,
+            reduce=self.reduce,
+        )
+        # The statistics are means over the window's queries; this method is defined on their sum.
+        return pooled * (self.window if layer.queries is None else layer.queries.shape[1])
 
     def weights(
         self, seen: Sequence[LayerScores], *, base: int, num_layers: int

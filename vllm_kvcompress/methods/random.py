@@ -33,8 +33,7 @@ class Random(Method):
         # Drawn on the CPU: generators of different devices disagree.
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + layer.layer) % 2**63)
         shape = (layer.num_kv_heads, layer.num_tokens - self.window)
-        drawn = torch.rand(shape, generator=generator)
-        return LayerScores(drawn if layer.keys is None else drawn.to(layer.keys.device))
+        return LayerScores(torch.rand(shape, generator=generator))
 
     def cap(self, history: int, base: int) -> int:
         """No layer ever needs more than its equal share."""

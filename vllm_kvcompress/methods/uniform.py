@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvcompress_kernels.selection import group_mean, pool_tokens
+from kvcompress_kernels.selection import token_scores
 
 from .base import LayerInput, LayerScores, Method, Need
 from .registry import register
@@ -33,9 +33,22 @@ class Uniform(Method):
         super().__post_init__()
         self._check_odd("kernel")
 
+    @property
+    def observes(self) -> bool:
+        return True
+
     def score(self, layer: LayerInput) -> LayerScores:
         mean = observe(layer, self.window, self.name).mean
-        return LayerScores(group_mean(pool_tokens(mean, self.kernel, "avg"), layer.num_kv_heads))
+        return LayerScores(
+            token_scores(
+                mean,
+                None,
+                gamma=0.0,
+                kernel=self.kernel,
+                mode="avg",
+                num_kv_heads=layer.num_kv_heads,
+            )
+        )
 
     def cap(self, history: int, base: int) -> int:
         """No layer ever needs more than its equal share."""

@@ -13,13 +13,18 @@ WINDOW_NEEDS = frozenset({Need.WINDOW_QUERIES, Need.KEYS})
 
 def observed(layer: LayerInput, method: str) -> tuple[Tensor, Tensor]:
     """The window's queries [H, m, D] and all keys [N, S, D]; ValueError if one is missing."""
-    if layer.queries is None or layer.keys is None:
+    keys = layer.keys
+    if keys is None and layer.read_keys is not None:
+        keys = layer.read_keys()
+    if layer.queries is None or keys is None:
         raise ValueError(f"{method}: scoring needs the window's queries and all keys")
-    return layer.queries, layer.keys
+    return layer.queries, keys
 
 
 def observe(layer: LayerInput, window: int, method: str) -> WindowStatistics:
     """Attention statistics of the last ``window`` queries of a layer on its history, fp32."""
+    if layer.observe is not None:
+        return layer.observe()
     queries, keys = observed(layer, method)
     return window_statistics(
         queries,

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import get_current_vllm_config_or_none
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -13,26 +12,16 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 
-from vllm_kvcompress.engine.session import Session, StepPlan
-from vllm_kvcompress.engine.settings import compression_of
-from vllm_kvcompress.engine.spec import ArenaSpec
-from vllm_kvcompress.tables import LayerTables
+from vllm_kvcompress.arena import PageArena
+from vllm_kvcompress.engine.backends.common import ArenaBackend, ArenaBuilder, ArenaImpl
+from vllm_kvcompress.engine.codec import CpuPageCodec, PageCodec
+from vllm_kvcompress.engine.session import StepPlan
+from vllm_kvcompress.tables import LayerTables, StepTableBuilder, TableBuilder, TableLimits
 
 
-class ArenaCPUBackend(CPUAttentionBackend):
+class ArenaCPUBackend(ArenaBackend, CPUAttentionBackend):
     """Registered over CPU_ATTN by the worker of an engine with compression on."""
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Put plain full attention under the arena; leave other engines' specs alone."""
-        # Backend classes are shared by all engines of a process, settings are not.
-        if compression_of(get_current_vllm_config_or_none()) is None:
-            return spec
-        if type(spec) is not FullAttentionSpec:
-            return spec
-        return replace_as(spec, ArenaSpec)
 
     @staticmethod
     def get_impl_cls() -> type["ArenaCPUImpl"]:
@@ -45,17 +34,8 @@ class ArenaCPUBackend(CPUAttentionBackend):
         return ArenaCPUMetadataBuilder
 
 
-class ArenaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
-    """Plain metadata, plus one per layer for batches with compressed rows.
-
-    Attributes:
-        session: Set by the worker; None in an engine without compression.
-        request_ids: Returns the batch's requests in row order; set by the worker.
-
-    """
-
-    session: Session | None = None
-    request_ids: Any = None
+class ArenaCPUMetadataBuilder(ArenaBuilder, CPUAttentionMetadataBuilder):
+    """Plain metadata, plus one per layer for batches with compressed rows."""
 
     def build(
         self,
@@ -66,15 +46,7 @@ class ArenaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         """See the base class."""
         common = common_attn_metadata
         base = super().build(common_prefix_len, common, fast_build)
-        if self.session is None:
-            return base
-        step = self.session.plan_step(
-            self.request_ids(common.num_reqs),
-            common.block_table_tensor,
-            common.seq_lens,
-            common.query_start_loc,
-            common.slot_mapping,
-        )
+        step = self.plan(common)
         if step is not None:
             base.arena_step = step
             if step.tables is not None:
@@ -106,17 +78,8 @@ class ArenaCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         return layers
 
 
-class ArenaCPUImpl(CPUAttentionBackendImpl):
-    """The stock kernel, on the flat view of the pool where its layer's own tables say so.
-
-    Attributes:
-        session: Set by the worker; None in an engine without compression.
-        arena_layer: Index of this layer in the arena.
-
-    """
-
-    session: Session | None = None
-    arena_layer: int = -1
+class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
+    """The stock kernel, on the flat view of the pool where its layer's own tables say so."""
 
     def forward(
         self,
@@ -135,6 +98,9 @@ class ArenaCPUImpl(CPUAttentionBackendImpl):
         if step is not None and self.session is not None and attn_metadata is not None:
             for capture in step.captures:
                 capture.take(self.arena_layer, query)
+                if capture.whole:
+                    # The prompt's keys are at hand; reading them back out of the pages costs more.
+                    self.session.score(self.arena_layer, capture, key)
             if step.tables is not None:
                 kv_cache = self.session.flat_cache
                 attn_metadata = attn_metadata.arena_layers[self.arena_layer]
@@ -164,3 +130,17 @@ class ArenaCPUImpl(CPUAttentionBackendImpl):
             kv_cache = self.session.flat_cache
             slot_mapping = step.tables.slot_mapping[self.arena_layer]
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+    @staticmethod
+    def make_codec(
+        flat_cache: Tensor, layer: Any, cache_dtype: str, dtype: torch.dtype
+    ) -> PageCodec:
+        """See the base class."""
+        return CpuPageCodec(flat_cache, layer.isa, cache_dtype, dtype)
+
+    @staticmethod
+    def make_tables(
+        arena: PageArena, limits: TableLimits, device: torch.device
+    ) -> StepTableBuilder:
+        """See the base class."""
+        return TableBuilder(arena)

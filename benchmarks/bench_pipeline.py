@@ -1,0 +1,206 @@
+"""What compressing a prompt costs next to its prefill's attention, per layer.
+
+    python -m benchmarks.bench_pipeline
+
+Scoring, token scores, selection and compaction of one prompt, for one layer alone and for all
+layers in one launch each; both per layer, next to torch's FlashAttention over the same prompt.
+Goal on a GPU: less than 3 % of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.kernel_bench import (
+    LLAMA_3_1_8B,
+    SMALL,
+    Row,
+    Shape,
+    Timing,
+    implementations,
+    measure,
+    parser,
+    row,
+    write,
+)
+from kvcompress_kernels.compaction import compaction_cost, move_tokens
+from kvcompress_kernels.cost import Cost
+from kvcompress_kernels.dispatch import Implementation
+from kvcompress_kernels.scoring import paged_window_statistics, scoring_cost
+from kvcompress_kernels.selection import (
+    select_tokens,
+    selection_cost,
+    token_scores,
+    token_scores_cost,
+)
+
+KERNEL = 5  # pooling width of CAKE
+GAMMA = 200.0
+KEEP = 1024
+
+
+def main() -> None:
+    """Measure and write the rows, and print the shares of the prefill."""
+    args = parser("scoring to compaction of one prompt, next to its prefill").parse_args()
+    small = args.quick or args.device.type == "cpu"
+    shape, tokens = (SMALL, 2048) if small else (LLAMA_3_1_8B, 32768)
+    prefill = _prefill(shape, tokens, args.device)
+    write([prefill], args.csv, args.device)
+    wholes: list[Row] = []
+    for jobs in (1, shape.layers):
+        prompt = Prompt.random(shape, tokens, jobs, args.device)
+        rows: list[Row] = []
+        for implementation in implementations(args.device):
+            # The twin takes long over all layers; one of them says enough.
+            if jobs == 1 or implementation == "triton":
+                rows += _pipeline(prompt, implementation)
+        write(rows, args.csv, args.device)
+        wholes += [entry for entry in rows if entry.kernel == "pipeline"]
+    for entry in wholes:
+        share = entry.seconds_median / prefill.seconds_median
+        print(f"{entry.case}, {entry.implementation}: {share:.2%} of the prefill's attention")
+
+
+@dataclass
+class Prompt:
+    """``jobs`` layers of one prompt in shuffled pages of a cache, with room for what is kept."""
+
+    shape: Shape
+    tokens: int
+    queries: Tensor
+    cache: Tensor
+    source: Tensor
+    target: Tensor
+
+    @classmethod
+    def random(cls, shape: Shape, tokens: int, jobs: int, device: torch.device) -> Prompt:
+        """Normally distributed queries, keys and values in bf16."""
+        width, kept = tokens // shape.block_size, KEEP // shape.block_size
+        pages = torch.randperm(jobs * (width + kept)).to(device, torch.int32)
+        cache = torch.randn(
+            (len(pages), shape.block_size, shape.kv_heads, 2 * shape.head_size),
+            dtype=torch.bfloat16,
+            device=device,
+        ).transpose(1, 2)
+        queries = torch.randn(
+            (jobs, shape.heads, shape.window, shape.head_size), dtype=torch.bfloat16, device=device
+        )
+        source, target = torch.split(pages, [jobs * width, jobs * kept])
+        return cls(shape, tokens, queries, cache, source.view(jobs, -1), target.view(jobs, -1))
+
+
+def _pipeline(prompt: Prompt, implementation: Implementation) -> list[Row]:
+    """The whole and its parts, per layer."""
+    shape, jobs = prompt.shape, prompt.queries.shape[0]
+    history = prompt.tokens - shape.window
+    count = KEEP - shape.window
+    window = torch.arange(history, prompt.tokens, dtype=torch.int32, device=prompt.cache.device)
+    window = window.expand(jobs, shape.kv_heads, -1)
+
+    def score() -> tuple[Tensor, Tensor]:
+        statistics = paged_window_statistics(
+            prompt.queries,
+            prompt.cache[..., : shape.head_size],
+            prompt.source,
+            num_tokens=[prompt.tokens] * jobs,
+            window=shape.window,
+            scale=shape.head_size**-0.5,
+            implementation=implementation,
+        )
+        return statistics.mean, statistics.var
+
+    def rate(mean: Tensor, var: Tensor) -> Tensor:
+        return token_scores(
+            mean,
+            var,
+            gamma=GAMMA,
+            kernel=KERNEL,
+            mode="avg",
+            num_kv_heads=shape.kv_heads,
+            implementation=implementation,
+        )
+
+    def select(scores: Tensor) -> Tensor:
+        chosen = select_tokens(scores, [count] * jobs, implementation=implementation)
+        return torch.cat((chosen, window), dim=2)
+
+    def move(chosen: Tensor) -> None:
+        move_tokens(
+            prompt.cache,
+            prompt.source,
+            chosen,
+            [KEEP] * jobs,
+            prompt.target,
+            implementation=implementation,
+        )
+
+    def whole() -> None:
+        move(select(rate(*score())))
+
+    mean, var = score()
+    scores = rate(mean, var)
+    chosen = select(scores)
+    layer = _costs(shape, prompt.tokens, count)
+    parts: list[tuple[str, Callable[[], object], Cost]] = [
+        ("pipeline", whole, sum(layer.values(), Cost(0, 0))),
+        ("pipeline: scoring", score, layer["scoring"]),
+        ("pipeline: token scores", lambda: rate(mean, var), layer["token scores"]),
+        ("pipeline: selection", lambda: select(scores), layer["selection"]),
+        ("pipeline: compaction", lambda: move(chosen), layer["compaction"]),
+    ]
+    case = f"{prompt.tokens} tokens, keep {KEEP}, per layer, {jobs} at once"
+    return [
+        row(kernel, case, implementation, _per_job(measure(part, device=mean.device), jobs), cost)
+        for kernel, part, cost in parts
+    ]
+
+
+def _costs(shape: Shape, tokens: int, count: int) -> dict[str, Cost]:
+    """Of one layer."""
+    heads, kv_heads, history = shape.heads, shape.kv_heads, tokens - shape.window
+    return {
+        "scoring": scoring_cost(
+            tokens, heads, kv_heads, shape.head_size, shape.window, shape.itemsize
+        ),
+        "token scores": token_scores_cost(
+            jobs=1, heads=heads, kv_heads=kv_heads, tokens=history, kernel=KERNEL, has_var=True
+        ),
+        "selection": selection_cost(jobs=1, heads=kv_heads, tokens=history, count=count),
+        "compaction": compaction_cost(KEEP, kv_heads, shape.head_size, shape.itemsize),
+    }
+
+
+def _per_job(timing: Timing, jobs: int) -> Timing:
+    return Timing(timing.median / jobs, timing.low / jobs, timing.high / jobs)
+
+
+def _prefill(shape: Shape, tokens: int, device: torch.device) -> Row:
+    """Causal attention of the whole prompt, one layer, query heads sharing KV heads."""
+    query, key, value = (
+        torch.randn((1, heads, tokens, shape.head_size), dtype=torch.bfloat16, device=device)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+
+    def attend() -> None:
+        F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+    flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if device.type == "cuda" else nullcontext()
+    with flash:
+        timing = measure(attend, device=device)
+    elements = 2 * query.numel() + key.numel() + value.numel()
+    pairs = tokens * (tokens + 1) // 2
+    cost = Cost(
+        bytes=elements * shape.itemsize, flops=2 * 2 * shape.heads * pairs * shape.head_size
+    )
+    return row("prefill attention", f"{tokens} tokens, one layer", "torch sdpa", timing, cost)
+
+
+if __name__ == "__main__":
+    main()

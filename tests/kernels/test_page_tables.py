@@ -1,0 +1,534 @@
+"""Page tables, lengths and slots of a step against loops over layers, rows, entries and tokens."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcompress_kernels.dispatch import Implementation
+from kvcompress_kernels.page_tables import (
+    ArenaTables,
+    StepTables,
+    fill_page_tables,
+    page_tables_cost,
+)
+
+IMPLEMENTATIONS: list[Implementation] = ["torch", "triton"]
+NUM_BLOCKS = 4000
+SENTINEL = -77
+
+
+@dataclass
+class Row:
+    """One row of a batch. ``prompt_pages`` (per layer) and ``shift`` only if it is compressed."""
+
+    length: int
+    tokens: int
+    blocks: list[int]
+    slot: int = -1
+    prompt_pages: list[list[int]] = field(default_factory=list)
+    shift: list[int] = field(default_factory=list)
+    growth: int = 0
+
+
+class World:
+    """Random requests of one pool, with the arena that describes the compressed ones."""
+
+    def __init__(self, layers: int, size: int, outermost: str, seed: int, slots: int = 6) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.layers, self.size = layers, size
+        per_layer = outermost == "layer"
+        self.origin = [layer * (NUM_BLOCKS if per_layer else 1) for layer in range(layers)]
+        self.step = 1 if per_layer else layers
+        self.free = self.rng.permutation(NUM_BLOCKS).tolist()
+        self.free_slots = self.rng.permutation(slots).tolist()
+        self.slots = slots
+        self.compressed: list[Row] = []
+
+    def take(self, count: int) -> list[int]:
+        return [self.free.pop() for _ in range(count)]
+
+    def plain(self, length: int, tokens: int) -> Row:
+        return Row(length, tokens, self.take(-(-length // self.size)))
+
+    def admit(self, used: list[int], slack: int, generated: int, tokens: int, growth: int) -> Row:
+        """A compressed request whose layers hold ``used`` pages, the last one but for ``slack``.
+
+        ``generated`` tokens came after the prompt; its runner's row has ``growth`` columns of
+        other blocks before the growth blocks.
+        """
+        prompt = max(used) * self.size + int(self.rng.integers(0, 50))
+        blocks = self.take(growth + -(-max(generated - slack, 0) // self.size))
+        pages = [
+            [self.page(int(self.rng.integers(self.layers)), b) for b in self.take(u)] for u in used
+        ]
+        shift = [u * self.size - slack - prompt for u in used]
+        slot = self.free_slots.pop()
+        row = Row(prompt + generated, tokens, blocks, slot, pages, shift, growth)
+        self.compressed.append(row)
+        return row
+
+    def page(self, layer: int, block: int) -> int:
+        return self.origin[layer] + block * self.step
+
+    def foreign_page(self, block: int) -> int:
+        """Any layer's page of a block: the arena lets pages of any layer serve any layer."""
+        return self.page(int(self.rng.integers(self.layers)), block)
+
+    def arena(self, device: torch.device) -> ArenaTables:
+        """Unused slots and entries hold numbers that no result may show."""
+        width = max((len(p) for r in self.compressed for p in r.prompt_pages), default=0) + 2
+        pages = np.full((self.layers, self.slots, width), 10**8, dtype=np.int32)
+        used = np.full((self.layers, self.slots), 10**6, dtype=np.int32)
+        shift = np.full((self.layers, self.slots), -(10**6), dtype=np.int32)
+        growth = np.full(self.slots, 10**6, dtype=np.int32)
+        for row in self.compressed:
+            growth[row.slot] = row.growth
+            for layer, ids in enumerate(row.prompt_pages):
+                pages[layer, row.slot, : len(ids)] = ids
+                used[layer, row.slot] = len(ids)
+                shift[layer, row.slot] = row.shift[layer]
+        return ArenaTables(
+            pages=torch.from_numpy(pages).to(device),
+            used=torch.from_numpy(used).to(device),
+            shift=torch.from_numpy(shift).to(device),
+            growth=torch.from_numpy(growth).to(device),
+            origin=torch.tensor(self.origin, dtype=torch.int64, device=device),
+            step=self.step,
+            block_size=self.size,
+        )
+
+
+def runner_inputs(rows: list[Row], device: torch.device) -> dict[str, Any]:
+    """What the runner hands over; entries it does not use hold a block far away."""
+    width = max((len(row.blocks) for row in rows), default=0) + 1
+    table = np.full((len(rows), width), 10**7, dtype=np.int32)
+    for index, row in enumerate(rows):
+        table[index, : len(row.blocks)] = row.blocks
+    starts = np.cumsum([0, *(row.tokens for row in rows)])
+    arrays = {
+        "slots": [row.slot for row in rows],
+        "seq_lens": [row.length for row in rows],
+        "query_start": starts,
+    }
+    tensors = {k: torch.tensor(np.asarray(v, dtype=np.int32)) for k, v in arrays.items()}
+    tensors["block_table"] = torch.from_numpy(table)
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def oracle(world: World, rows: list[Row], out: StepTables, num_tokens: int) -> list[np.ndarray]:
+    """The buffers after the step, from Python integers alone; what is not due stays a sentinel."""
+    shapes = (out.block_tables.shape, out.seq_lens.shape, out.slot_mapping.shape)
+    tables, lengths, mapping = (np.full(tuple(s), SENTINEL, dtype=np.int64) for s in shapes)
+    mapping[:, :num_tokens] = -1
+    for layer in range(world.layers):
+        token = 0
+        for index, row in enumerate(rows):
+            if row.length == 0:
+                lengths[layer, index] = 0
+                token += row.tokens
+                continue
+            pages = [world.page(layer, block) for block in row.blocks[row.growth :]]
+            held = row.length
+            if row.slot >= 0:
+                pages = row.prompt_pages[layer] + pages
+                held += row.shift[layer]
+            lengths[layer, index] = held
+            needed = -(-held // world.size)
+            assert needed <= len(pages)
+            tables[layer, index, :needed] = pages[:needed]
+            for position in range(held - row.tokens, held):
+                page = pages[position // world.size]
+                if token < num_tokens:
+                    mapping[layer, token] = page * world.size + position % world.size
+                token += 1
+    return [tables, lengths, mapping]
+
+
+def check(
+    world: World,
+    rows: list[Row],
+    device: torch.device,
+    implementation: Implementation,
+    padding: int = 0,
+    width: int = 40,
+) -> StepTables:
+    tokens = sum(row.tokens for row in rows)
+    out = StepTables.allocate(world.layers, len(rows) + 2, width, tokens + padding + 3, device)
+    buffers = (out.block_tables, out.seq_lens, out.slot_mapping)
+    for buffer in buffers:
+        buffer.fill_(SENTINEL)
+    arena, inputs = world.arena(device), runner_inputs(rows, device)
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    pages_before = arena.pages.clone()
+    fill_page_tables(
+        arena, out, **inputs, num_tokens=tokens + padding, implementation=implementation
+    )
+    for found, expected in zip(buffers, oracle(world, rows, out, tokens + padding), strict=True):
+        np.testing.assert_array_equal(found.cpu().numpy(), expected)
+    for name, tensor in before.items():
+        assert torch.equal(inputs[name], tensor), name
+    assert torch.equal(arena.pages, pages_before)
+    return out
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("outermost", ["layer", "block"])
+@pytest.mark.parametrize("size", [16, 48])
+def test_a_mixed_batch(implementation, outermost, size, device):
+    """Decode, prefill chunk, replay of several tokens, growth, a padded row: all in one step."""
+    world = World(3, size, outermost, seed=1)
+    rows = [
+        world.admit([2, 5, 1], slack=0, generated=2 * size + 3, tokens=1, growth=0),
+        world.plain(length=3 * size + 1, tokens=size + 7),
+        world.admit([1, 1, 4], slack=size - 1, generated=size, tokens=size, growth=3),
+        world.plain(length=1, tokens=1),
+        world.admit([3, 2, 3], slack=3, generated=3, tokens=3, growth=5),
+        Row(length=0, tokens=0, blocks=[]),
+    ]
+    check(world, rows, device, implementation, padding=4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("generated", [1, 15, 16, 17, 31, 32, 33])
+def test_one_compressed_row_at_page_borders(implementation, generated, device):
+    world = World(4, 16, "block", seed=2)
+    row = world.admit([1, 2, 3, 2], slack=0, generated=generated, tokens=1, growth=2)
+    check(world, [row], device, implementation)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 8192, 8193])
+def test_one_plain_row(implementation, length, device):
+    """8193 tokens are 513 pages: one more than a program takes at once."""
+    world = World(2, 16, "layer", seed=3)
+    row = world.plain(length, tokens=min(length, 700))
+    check(world, [row], device, implementation, padding=600, width=520)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_long_compressed_rows_that_several_programs_share(implementation, device):
+    world = World(2, 16, "block", seed=4)
+    rows = [
+        world.admit([600, 513], slack=5, generated=530 * 16, tokens=1, growth=1),
+        world.plain(length=1100 * 16, tokens=1),
+    ]
+    check(world, rows, device, implementation, width=1200)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_arena_that_never_held_a_request(implementation, device):
+    world = World(3, 16, "layer", seed=5, slots=0)
+    check(world, [world.plain(40, 1), world.plain(17, 17)], device, implementation, padding=2)
+    empty = ArenaTables(
+        torch.zeros(3, 0, 0, dtype=torch.int32, device=device),
+        torch.zeros(3, 0, dtype=torch.int32, device=device),
+        torch.zeros(3, 0, dtype=torch.int32, device=device),
+        torch.zeros(0, dtype=torch.int32, device=device),
+        torch.tensor(world.origin, dtype=torch.int64, device=device),
+        world.step,
+        16,
+    )
+    out = StepTables.allocate(3, 1, 4, 2, device)
+    row = world.plain(33, 1)
+    inputs = runner_inputs([row], device)
+    fill_page_tables(empty, out, **inputs, num_tokens=2, implementation=implementation)
+    for layer in range(3):
+        pages = [world.page(layer, block) for block in row.blocks]
+        assert out.block_tables[layer, 0].tolist() == [*pages, 0]
+        assert out.slot_mapping[layer].tolist() == [pages[2] * 16, -1]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tokens_of_padding_rows_have_no_slot(implementation, device):
+    """A row of length 0 that still has a token, as in a batch made up to capture a graph."""
+    world = World(2, 16, "block", seed=6)
+    rows = [world.plain(20, 1), Row(length=0, tokens=1, blocks=[])]
+    out = check(world, rows, device, implementation)
+    assert out.slot_mapping[:, 1].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_empty_batch_and_a_step_that_covers_part_of_the_tokens(implementation, device):
+    world = World(2, 16, "layer", seed=7)
+    check(world, [], device, implementation, padding=5)
+    rows = [world.plain(20, 9), world.plain(30, 4)]
+    check(world, rows, device, implementation, padding=-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_flat_ids_and_slots_beyond_32_bits(implementation, device):
+    """Page ids near 2^31 make slots that need 64 bits; the arithmetic must not wrap before."""
+    far = 2**31 - 100
+    arena = ArenaTables(
+        torch.full((1, 1, 1), far, dtype=torch.int32, device=device),
+        torch.ones(1, 1, dtype=torch.int32, device=device),
+        torch.full((1, 1), -4, dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+        torch.tensor([far], device=device),
+        step=1,
+        block_size=128,
+    )
+    out = StepTables.allocate(1, 2, 1, 2, device)
+    rows = [Row(length=104, tokens=1, blocks=[], slot=0), Row(length=100, tokens=1, blocks=[50])]
+    inputs = runner_inputs(rows, device)
+    fill_page_tables(arena, out, **inputs, num_tokens=2, implementation=implementation)
+    assert out.block_tables[0, :, 0].tolist() == [far, far + 50]
+    assert out.slot_mapping[0].tolist() == [far * 128 + 99, (far + 50) * 128 + 99]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_batches(implementation, device, data):
+    layers = data.draw(st.integers(1, 4), "layers")
+    size = data.draw(st.sampled_from([16, 32, 48]), "block size")
+    outermost = data.draw(st.sampled_from(["layer", "block"]), "outermost")
+    world = World(layers, size, outermost, data.draw(st.integers(0, 99), "seed"))
+    rows: list[Row] = []
+    for _ in range(data.draw(st.integers(1, 6), "rows")):
+        kind = data.draw(st.sampled_from(["plain", "compressed", "padded"]))
+        if kind == "padded":
+            rows.append(Row(0, 0, []))
+        elif kind == "plain":
+            length = data.draw(st.integers(1, 4 * size + 1))
+            rows.append(world.plain(length, data.draw(st.integers(1, length))))
+        else:
+            used = data.draw(st.lists(st.integers(1, 5), min_size=layers, max_size=layers))
+            slack = data.draw(st.integers(0, size - 1))
+            generated = data.draw(st.integers(1, 3 * size))
+            tokens = data.draw(st.integers(1, generated))
+            growth = data.draw(st.integers(0, 4))
+            rows.append(world.admit(used, slack, generated, tokens, growth))
+    check(world, rows, device, implementation, data.draw(st.integers(0, 5), "padding"))
+
+
+@pytest.mark.parametrize("outermost", ["layer", "block"])
+def test_triton_equals_torch_on_strided_views(outermost, device):
+    """Buffers and inputs that are parts of larger ones, as a runner's are."""
+    world = World(3, 16, outermost, seed=8)
+    rows = [
+        world.admit([2, 5, 1], slack=2, generated=20, tokens=2, growth=1),
+        world.plain(length=70, tokens=5),
+    ]
+    inputs = runner_inputs(rows, device)
+    wide = torch.full((9, 50), 10**7, dtype=torch.int32, device=device)
+    wide[3:5, : inputs["block_table"].shape[1]] = inputs["block_table"]
+    inputs["block_table"] = wide[3:5]
+    for name in ("slots", "seq_lens", "query_start"):
+        padded = torch.full((11,), 10**6, dtype=torch.int32, device=device)
+        padded[1 : 1 + inputs[name].numel()] = inputs[name]
+        inputs[name] = padded[1 : 1 + inputs[name].numel()]
+    found = []
+    for implementation in IMPLEMENTATIONS:
+        whole = StepTables.allocate(5, 6, 21, 30, device)
+        buffers = (whole.block_tables, whole.seq_lens, whole.slot_mapping)
+        for buffer in buffers:
+            buffer.fill_(SENTINEL)
+        tables, lengths, mapping = buffers
+        view = StepTables(tables[1:4, 1:5, :19], lengths[1:4, 1:5], mapping[1:4, 5:15])
+        fill_page_tables(
+            world.arena(device), view, **inputs, num_tokens=9, implementation=implementation
+        )
+        found.append([b.cpu().numpy() for b in buffers])
+        for got, expected in zip(
+            (view.block_tables, view.seq_lens, view.slot_mapping),
+            oracle(world, rows, view, 9),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(got.cpu().numpy(), expected)
+    for torch_buffer, triton_buffer in zip(*found, strict=True):
+        np.testing.assert_array_equal(torch_buffer, triton_buffer)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("outermost", ["layer", "block"])
+def test_equals_the_workers_own_table_builder(implementation, outermost, device):
+    """The same step through numpy's PageArena and TableBuilder: admitted, grown, replayed."""
+    pytest.importorskip("vllm_kvcompress.tables")
+    from vllm_kvcompress.arena import ArenaPlan, PageArena, PageGeometry, deal_pages
+    from vllm_kvcompress.tables import BatchRows, TableBuilder
+
+    world = World(3, 16, outermost, seed=9)
+    geometry = PageGeometry(np.asarray(world.origin), world.step, NUM_BLOCKS, 16)
+    theirs = PageArena(geometry)
+    rows: list[Row] = []
+    for name, counts, slack, generated, tokens in (
+        ("a", [1, 2, 3], 0, 1, 1),
+        ("b", [4, 1, 1], 5, 40, 7),
+        ("c", [3, 3, 3], 15, 15, 15),
+    ):
+        prompt = 300
+        blocks = world.take(sum(counts) // 3)
+        plan = ArenaPlan(prompt, 16, -(-prompt // 16), len(blocks), slack)
+        pages = deal_pages(geometry, blocks, np.asarray(counts))
+        slot = theirs.admit(name, plan, blocks, pages)
+        grown = world.take(plan.growth_blocks(prompt + generated))
+        theirs.grow(name, [*blocks, *grown])
+        row = Row(prompt + generated, tokens, [*blocks, *grown], slot, growth=len(blocks))
+        row.prompt_pages = [ids.tolist() for ids in pages]
+        row.shift = theirs.shift[:, slot].tolist()
+        world.compressed.append(row)
+        rows.extend((row, world.plain(length=50 + tokens, tokens=tokens)))
+
+    inputs = runner_inputs(rows, device)
+    padding, tokens = 3, sum(row.tokens for row in rows)
+    logical = [
+        row.blocks[min(p // 16, len(row.blocks) - 1)] * 16 + p % 16
+        for row in rows
+        for p in range(row.length - row.tokens, row.length)
+    ]
+    compressed = [index for index, row in enumerate(rows) if row.slot >= 0]
+    expected = TableBuilder(theirs).build(
+        BatchRows(
+            block_table=inputs["block_table"].cpu(),
+            seq_lens=inputs["seq_lens"].cpu(),
+            query_start=inputs["query_start"].cpu(),
+            slot_mapping=torch.tensor(logical + [-1] * padding),
+            rows=np.asarray(compressed),
+            slots=theirs.slots(["a", "b", "c"]),
+        )
+    )
+    out = StepTables.allocate(3, len(rows), 40, tokens + padding, device)
+    fill_page_tables(
+        world.arena(device),
+        out,
+        **inputs,
+        num_tokens=tokens + padding,
+        implementation=implementation,
+    )
+    assert torch.equal(out.seq_lens.cpu(), expected.seq_lens)
+    assert torch.equal(out.slot_mapping.cpu(), expected.slot_mapping)
+    for layer in range(3):
+        for index in range(len(rows)):
+            needed = -(-int(expected.seq_lens[layer, index]) // 16)
+            mine = out.block_tables[layer, index, :needed].tolist()
+            assert mine == expected.block_tables[layer, index, :needed].tolist()
+
+
+def test_buffers_are_filled_in_place(device):
+    """A captured graph holds their addresses."""
+    world = World(2, 16, "layer", seed=10)
+    out = StepTables.allocate(2, 3, 8, 6, device)
+    addresses = [t.data_ptr() for t in (out.block_tables, out.seq_lens, out.slot_mapping)]
+    for rows in ([world.plain(20, 2)], [world.plain(5, 1), world.plain(33, 4)]):
+        inputs = runner_inputs(rows, device)
+        fill_page_tables(world.arena(device), out, **inputs, num_tokens=6)
+        assert out.seq_lens[0, : len(rows)].tolist() == [row.length for row in rows]
+    assert addresses == [t.data_ptr() for t in (out.block_tables, out.seq_lens, out.slot_mapping)]
+
+
+def test_a_captured_graph_follows_its_inputs(device):
+    """Captured with one batch, replayed with another that was copied into the same inputs."""
+    if device.type != "cuda":
+        pytest.skip("CUDA graphs need a GPU")
+    world = World(3, 16, "block", seed=11)
+    first = [world.plain(40, 1), world.plain(20, 1), Row(0, 0, [])]
+    row = world.admit([2, 5, 1], slack=0, generated=17, tokens=1, growth=2)
+    second = [world.plain(70, 1), row, world.plain(3, 1)]
+    arena, out = world.arena(device), StepTables.allocate(3, 3, 12, 3, device)
+    static = {
+        name: torch.nn.functional.pad(tensor, (0, 8)) if name == "block_table" else tensor.clone()
+        for name, tensor in runner_inputs(first, device).items()
+    }
+    fill_page_tables(arena, out, **static, num_tokens=3, implementation="triton")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fill_page_tables(arena, out, **static, num_tokens=3, implementation="triton")
+    for name, tensor in runner_inputs(second, device).items():
+        if name == "block_table":
+            static[name][:, : tensor.shape[1]] = tensor
+        else:
+            static[name].copy_(tensor)
+    for buffer in (out.block_tables, out.seq_lens, out.slot_mapping):
+        buffer.fill_(SENTINEL)
+    graph.replay()
+    torch.cuda.synchronize()
+    buffers = (out.block_tables, out.seq_lens, out.slot_mapping)
+    for found, expected in zip(buffers, oracle(world, second, out, 3), strict=True):
+        np.testing.assert_array_equal(found.cpu().numpy(), expected)
+
+
+def test_other_sizes_compile_nothing_anew(device, monkeypatch):
+    if device.type != "cuda":
+        pytest.skip("nothing is compiled without a GPU")
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        importlib.import_module("triton").knobs.runtime,
+        "jit_post_compile_hook",
+        lambda **about: compiled.append(about["fn"].name),
+    )
+    for count in (1, 2, 15, 16, 17):
+        world = World(3, 16, "block", seed=13, slots=count)
+        rows = [
+            world.admit([1 + i % 3, 2, 3], slack=0, generated=1 + 16 * i, tokens=1 + i, growth=i)
+            for i in range(count)
+        ]
+        check(world, rows, device, "triton", padding=count % 3)
+    assert len(compiled) <= 1
+
+
+def good(device) -> tuple[ArenaTables, StepTables, dict[str, Any]]:
+    world = World(2, 16, "layer", seed=12)
+    return (
+        world.arena(device),
+        StepTables.allocate(2, 2, 8, 6, device),
+        runner_inputs([world.plain(20, 2), world.plain(5, 1)], device),
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": torch.zeros(3, dtype=torch.int32)}, "slots must be"),
+        ({"slots": torch.zeros(2, dtype=torch.int64)}, "slots must be"),
+        ({"query_start": torch.zeros(2, dtype=torch.int32)}, "query_start must be"),
+        ({"block_table": torch.zeros(2, dtype=torch.int32)}, r"block_table must be \[B, W\]"),
+        ({"block_table": torch.zeros(8, 2, dtype=torch.int32).T}, "last dimension of block_table"),
+        ({"num_tokens": 7}, "do not fit into buffers"),
+        ({"num_tokens": -1}, "do not fit into buffers"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, message, device):
+    arena, out, inputs = good(device)
+    moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in change.items()}
+    with pytest.raises(ValueError, match=message):
+        fill_page_tables(arena, out, **{**inputs, "num_tokens": 3, **moved})
+
+
+def test_more_rows_than_the_buffers_hold_are_refused(device):
+    arena, _, inputs = good(device)
+    small = StepTables.allocate(2, 1, 8, 6, device)
+    with pytest.raises(ValueError, match="2 rows and 3 tokens do not fit"):
+        fill_page_tables(arena, small, **inputs, num_tokens=3)
+    with pytest.raises(ValueError, match="tables of 3 layers"):
+        fill_page_tables(arena, StepTables.allocate(3, 2, 8, 6, device), **inputs, num_tokens=3)
+
+
+def test_arena_and_buffers_of_wrong_shapes_are_refused(device):
+    arena, out, _ = good(device)
+    parts = vars(arena)
+    with pytest.raises(ValueError, match="used must be"):
+        ArenaTables(**{**parts, "used": arena.used.long()})
+    with pytest.raises(ValueError, match=r"pages must be \[L, slots, A\]"):
+        ArenaTables(**{**parts, "pages": arena.pages[0]})
+    with pytest.raises(ValueError, match="block size"):
+        ArenaTables(**{**parts, "block_size": 0})
+    with pytest.raises(ValueError, match="seq_lens must be"):
+        StepTables(out.block_tables, out.seq_lens[:1], out.slot_mapping)
+    with pytest.raises(ValueError, match=r"slot_mapping \[L, T_max\]"):
+        StepTables(out.block_tables, out.seq_lens, out.slot_mapping[0])
+
+
+def test_cost_counts_every_operand_once():
+    # 2 layers x 3 rows x 4 pages, one token a row.
+    cost = page_tables_cost(layers=2, entries=24, rows=3, tokens=3)
+    assert cost.bytes == 24 * 8 + 3 * 16 + 2 * 3 * 12 + 2 * 3 * 8
+    assert cost.flops == 0

@@ -1,0 +1,412 @@
+"""Window statistics read from pages: Triton and the torch twin against a float64 oracle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcompress_kernels import scoring_triton
+from kvcompress_kernels.dispatch import Implementation
+from kvcompress_kernels.scoring import PagedStatistics, paged_window_statistics, scoring_cost
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# Inputs are rounded before the oracle sees them. What is left are fp32 sums, and on a GPU the
+# tensor cores' fp32 accumulation, which truncates, and its approximate exponential.
+TOLERANCE = {
+    # queries' dtype: (atol, rtol)
+    F32: (1e-7, 2e-5),
+    F16: (1e-7, 1e-4),
+    BF16: (1e-7, 1e-4),
+}
+BOTH: tuple[Implementation, ...] = ("triton", "torch")
+
+
+@pytest.fixture(autouse=True)
+def _several_shares(monkeypatch) -> None:
+    """Short prompts are shared between programs as long ones are."""
+    monkeypatch.setattr(scoring_triton, "_MIN_SHARE", 64)
+
+
+@pytest.fixture
+def _nan_memory() -> Iterator[None]:
+    """Fresh memory holds NaN, so that what a kernel leaves unwritten is found."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+pytestmark = pytest.mark.usefixtures("_nan_memory")
+
+
+@dataclass
+class Case:
+    """Arguments of one call; everything that must not be read holds NaN or a bad page id."""
+
+    queries: Tensor
+    cache: Tensor
+    table: Tensor
+    num_tokens: list[int]
+    window: int
+    scale: list[float]
+    counts: list[int] | None = None
+    soft_cap: float = 0.0
+    sinks: Tensor | None = None
+    last: bool = True
+    keys: list[Tensor] = field(default_factory=list)  # [N, S, D] of each job, as stored
+
+    def run(self, implementation: Implementation) -> PagedStatistics:
+        return paged_window_statistics(
+            self.queries,
+            self.cache,
+            self.table,
+            num_tokens=self.num_tokens,
+            counts=self.counts,
+            window=self.window,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            sinks=self.sinks,
+            last=self.last,
+            implementation=implementation,
+        )
+
+
+def build(
+    device: torch.device,
+    *,
+    lengths: list[int],
+    group: int = 2,
+    kv_heads: int = 2,
+    rows: int = 32,
+    window: int | None = None,
+    counts: list[int] | None = None,
+    dim: int = 32,
+    page: int = 16,
+    dtype: torch.dtype = F32,
+    key_dtype: torch.dtype | None = None,
+    heads_first: bool = False,
+    peak: float = 1.0,
+    seed: int = 0,
+    ids: torch.dtype = torch.int64,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    jobs, heads = len(lengths), group * kv_heads
+    key_dtype = key_dtype or dtype
+    width = -(-max(lengths) // page) + 1
+    used = sum(-(-n // page) for n in lengths)
+    order = torch.randperm(used + 5, generator=generator)
+    pool = torch.full((used + 5, page, kv_heads, 2 * dim), math.nan)
+    table = torch.full((jobs, width), 1 << 30, dtype=ids)
+    keys, taken = [], 0
+    for r, tokens in enumerate(lengths):
+        pages = order[taken : taken + -(-tokens // page)]
+        taken += len(pages)
+        table[r, : len(pages)] = pages.to(ids)
+        own = torch.randn(tokens, kv_heads, dim, generator=generator).to(key_dtype)
+        for token in range(tokens):
+            pool[pages[token // page], token % page, :, :dim] = own[token].float()
+        keys.append(own.transpose(0, 1).to(device))
+    pool = pool.transpose(1, 2)
+    if heads_first:
+        pool = pool.contiguous()
+    queries = torch.randn(jobs, rows, heads, dim, generator=generator) * peak
+    for r, count in enumerate(counts or []):
+        queries[r, count:] = math.nan
+    return Case(
+        queries=queries.to(device, dtype).transpose(1, 2),
+        cache=pool.to(key_dtype).to(device)[..., :dim],
+        table=table.to(device),
+        num_tokens=lengths,
+        window=window or rows,
+        scale=[dim**-0.5 * (1 + r / 8) for r in range(jobs)],
+        counts=counts,
+        keys=keys,
+    )
+
+
+def oracle(case: Case, r: int) -> tuple[Tensor, Tensor, float, float, Tensor]:
+    count = case.counts[r] if case.counts else case.queries.shape[2]
+    q, k = case.queries[r, :, :count].double(), case.keys[r].double()
+    tokens = k.shape[1]
+    logits = q @ k.repeat_interleave(len(q) // len(k), dim=0).transpose(-1, -2) * case.scale[r]
+    if case.soft_cap:
+        logits = case.soft_cap * torch.tanh(logits / case.soft_cap)
+    position = torch.arange(tokens, device=k.device)
+    logits = logits.masked_fill(position > position[-count:, None], -math.inf)
+    if case.sinks is not None:
+        extra = case.sinks[r].double()[:, None, None].expand(-1, count, 1)
+        logits = torch.cat((logits, extra), dim=-1)
+    p = logits.softmax(dim=-1)[..., : tokens - case.window]
+    var = p.var(dim=1) if count > 1 else torch.zeros_like(p[:, 0])
+    return p.mean(dim=1), var, float(-torch.xlogy(p, p).sum()), float(var.sum()), p[:, -1]
+
+
+def check(case: Case, *, widen: float = 1.0) -> None:
+    """Both implementations against the oracle; unwritten and foreign columns must be 0."""
+    atol, rtol = (widen * t for t in TOLERANCE[case.queries.dtype])
+    for implementation in BOTH:
+        found = case.run(implementation)
+        assert found.entropy.dtype == found.shift.dtype == torch.float64
+        assert found.last is not None
+        for r in range(len(case.num_tokens)):
+            mean, var, entropy, shift, last = oracle(case, r)
+            job = found.job(r)
+            own = job.mean.shape[1]
+            assert own == case.num_tokens[r] - case.window
+            torch.testing.assert_close(job.mean.double(), mean, atol=atol, rtol=rtol)
+            torch.testing.assert_close(job.var.double(), var, atol=atol, rtol=rtol)
+            newest = found.last[r, :, :own].double()
+            torch.testing.assert_close(newest, last, atol=atol, rtol=rtol)
+            assert float(job.entropy) == pytest.approx(entropy, rel=rtol, abs=1e-5)
+            assert float(job.shift) == pytest.approx(shift, rel=rtol, abs=1e-9)
+            for whole in (found.mean, found.var, found.last):
+                assert not whole[r, :, own:].any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "key_dtype"),
+    [(F32, F32), (F16, F16), (BF16, BF16), (BF16, E4M3), (F16, E5M2), (F32, E4M3), (F16, BF16)],
+    ids=str,
+)
+def test_dtypes(device, dtype, key_dtype):
+    case = build(device, lengths=[75, 150], dim=64, dtype=dtype, key_dtype=key_dtype)
+    assert case.cache.dtype == key_dtype
+    check(case)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
+def test_query_heads_per_kv_head(device, group):
+    check(build(device, lengths=[101], group=group, dtype=BF16))
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [F32, F16])
+def test_head_sizes(device, dim, dtype):
+    check(build(device, lengths=[70, 99], dim=dim, kv_heads=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("page", [16, 32, 48, 64, 128])
+def test_lengths_around_page_and_tile_borders(device, page):
+    """All in one launch, from a single history token on."""
+    rows = 7
+    near = {n + d for n in (page, 2 * page, 64, 128) for d in (-1, 0, 1)} | {rows + 1}
+    case = build(device, lengths=sorted(near), rows=rows, page=page, kv_heads=1, dtype=BF16)
+    check(case)
+
+
+@pytest.mark.parametrize(
+    ("rows", "window", "counts"),
+    [(1, 1, None), (1, 32, None), (3, 3, None), (16, 20, [16, 3]), (32, 32, [1, 31]), (5, 40, [2])],
+)
+def test_fewer_queries_than_the_window(device, rows, window, counts):
+    lengths = [90, 140][: len(counts) if counts else 2]
+    check(build(device, lengths=lengths, rows=rows, window=window, counts=counts, group=3))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_soft_cap_and_sinks(device, dtype):
+    case = build(device, lengths=[80, 130], peak=3.0, dtype=dtype)
+    sinks = torch.linspace(-3.0, 6.0, 8, device=device).reshape(2, 4)
+    check(replace(case, soft_cap=2.5))
+    check(replace(case, sinks=sinks))
+    check(replace(case, sinks=sinks.to(dtype), soft_cap=20.0))
+
+
+def test_a_sink_may_swallow_everything(device):
+    case = build(device, lengths=[80])
+    case.sinks = torch.full((1, 4), 300.0, device=device)
+    for implementation in BOTH:
+        found = case.run(implementation)
+        assert float(found.mean.sum()) < 1e-30
+        assert float(found.entropy[0]) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("heads_first", [False, True])
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64])
+def test_cache_layouts_and_page_id_types(device, heads_first, ids):
+    case = build(device, lengths=[60, 111], heads_first=heads_first, ids=ids, dtype=F16)
+    assert case.cache.stride(2) == (64 if heads_first else 128)
+    check(case)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    group=st.sampled_from([1, 2, 5, 7]),
+    rows=st.integers(1, 33),
+    more=st.integers(0, 5),
+    histories=st.lists(st.integers(1, 180), min_size=1, max_size=3),
+    dim=st.sampled_from([32, 40, 80]),
+    page=st.sampled_from([16, 48, 64]),
+    soft_cap=st.sampled_from([0.0, 5.0]),
+    with_sinks=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_odd_shapes(device, group, rows, more, histories, dim, page, soft_cap, with_sinks, seed):
+    window = rows + more
+    lengths = [n + window for n in histories]
+    counts = [max(1, rows - r) for r in range(len(lengths))]
+    case = build(
+        device, lengths=lengths, group=group, kv_heads=1, rows=rows, window=window, counts=counts,
+        dim=dim, page=page, seed=seed,
+    )  # fmt: skip
+    case.soft_cap = soft_cap
+    if with_sinks:
+        case.sinks = torch.randn(len(lengths), group, generator=torch.manual_seed(seed)).to(device)
+    check(case)
+
+
+def put(case: Case, token: int, values: Tensor) -> None:
+    """Overwrite the key of a token of job 0, KV head 0."""
+    page = case.cache.shape[2]
+    case.cache[case.table[0, token // page], 0, token % page] = values.to(case.cache)
+    case.keys[0][0, token] = values.to(case.cache)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_rows_with_a_single_winner(device, dtype):
+    """Probabilities of exactly 0 and 1, logits thousands apart; nothing is NaN."""
+    case = build(device, lengths=[150], kv_heads=1, dtype=dtype)
+    case.cache.nan_to_num_(nan=0.0).mul_(0.0)
+    case.keys[0].zero_()
+    put(case, 3, torch.nn.functional.one_hot(torch.tensor(0), 32) * 1.0e3)
+    case.queries.zero_()
+    case.queries[..., 0] = 5.0e3
+    for implementation in BOTH:
+        found = case.run(implementation)
+        assert found.mean[0, :, 3].tolist() == [1.0, 1.0]
+        assert float(found.mean.sum()) == 2.0
+        assert float(found.entropy[0]) == pytest.approx(0.0, abs=1e-6)
+        assert float(found.shift[0]) == 0.0
+
+
+def test_large_logits_keep_their_precision(device):
+    case = build(device, lengths=[150], dim=64, peak=30.0)
+    check(case, widen=20.0)  # the products' own rounding, at logits of some hundreds
+
+
+@pytest.mark.parametrize("where", [5, 40, 70, 145])
+@pytest.mark.parametrize("soft_cap", [0.0, 4.0])
+def test_minus_infinite_logits(device, where, soft_cap):
+    """A key of -inf in one dimension, all queries positive there; also in the window itself."""
+    case = build(device, lengths=[150], kv_heads=1)
+    put(case, where, torch.tensor([-math.inf] + [0.0] * 31))
+    case.queries[..., 0] = case.queries[..., 0].abs() + 0.1
+    case.soft_cap = soft_cap
+    check(case)
+
+
+def test_a_share_that_sees_nothing_but_minus_infinity(device):
+    case = build(device, lengths=[200], kv_heads=1)
+    for token in range(64, 128):
+        put(case, token, torch.tensor([-math.inf] + [0.0] * 31))
+    case.queries[..., 0] = case.queries[..., 0].abs() + 0.1
+    check(case)
+
+
+@pytest.mark.parametrize("implementation", BOTH)
+def test_nan_in_a_key_is_not_hidden(device, implementation):
+    case = build(device, lengths=[150], kv_heads=1)
+    put(case, 20, torch.full((32,), math.nan))
+    found = case.run(implementation)
+    assert found.mean.isnan().all()
+    assert found.entropy.isnan().all()
+
+
+@pytest.mark.parametrize("implementation", BOTH)
+def test_a_job_does_not_depend_on_the_others(device, implementation):
+    case = build(device, lengths=[77, 300, 140], dtype=BF16)
+    together = case.run(implementation)
+    again = case.run(implementation)
+    assert torch.equal(together.entropy, again.entropy)
+    assert torch.equal(together.shift, again.shift)
+    for r, tokens in enumerate(case.num_tokens):
+        alone = replace(
+            case,
+            queries=case.queries[r : r + 1],
+            table=case.table[r : r + 1],
+            num_tokens=[tokens],
+            scale=[case.scale[r]],
+        ).run(implementation)
+        assert together.last is not None
+        assert alone.last is not None
+        own = tokens - case.window
+        for mine, whole in ((alone.mean, together.mean), (alone.var, together.var)):
+            assert torch.equal(mine[0], whole[r, :, :own])
+        assert torch.equal(alone.last[0], together.last[r, :, :own])
+        assert float(alone.entropy[0]) == pytest.approx(float(together.entropy[r]), rel=1e-12)
+        assert float(alone.shift[0]) == pytest.approx(float(together.shift[r]), rel=1e-12)
+
+
+@pytest.mark.parametrize("implementation", BOTH)
+def test_inputs_are_left_alone(device, implementation):
+    case = build(device, lengths=[90], dtype=F16)
+    inputs = (case.queries, case.cache, case.table)
+    before = [x.clone() for x in inputs]
+    assert case.run(implementation).last is not None
+    assert replace(case, last=False).run(implementation).last is None
+    for now, then in zip(inputs, before, strict=True):
+        torch.testing.assert_close(now, then, atol=0.0, rtol=0.0, equal_nan=True)
+
+
+def test_pages_beyond_two_to_the_31_elements(device):
+    """Offsets into the pool need 64 bits; only the few pages in use are ever touched."""
+    case = build(device, lengths=[70], rows=4, key_dtype=E4M3)
+    torch.use_deterministic_algorithms(False)  # which would fill the whole pool
+    page_size = case.cache.shape[2] * case.cache.shape[1] * 2 * 32
+    first = (1 << 31) // page_size
+    pool = torch.empty((first + case.cache.shape[0]) * page_size, dtype=torch.uint8, device=device)
+    far = pool.view(-1, 16, 2, 64).transpose(1, 2)[..., :32]
+    far[first:] = case.cache.view(torch.uint8)
+    moved = replace(case, cache=far.view(E4M3), table=case.table + first)
+    for implementation in BOTH:
+        assert torch.equal(moved.run(implementation).mean, case.run(implementation).mean)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_host_does_not_wait_for_the_device(device):
+    case = build(device, lengths=[90, 140])
+    expected = case.run("triton").mean
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = case.run("triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.mean, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_tokens": [32, 100]}, "no token lies before"),
+        ({"num_tokens": [70]}, "2 jobs, but 1 lengths"),
+        ({"num_tokens": [70, 200]}, "do not hold 200 tokens"),
+        ({"counts": [0, 3]}, "queries must be 1 to"),
+        ({"counts": [33, 3], "window": 40}, "33 queries are asked for"),
+        ({"scale": [1.0, 0.0]}, "scales must be positive"),
+        ({"sinks": torch.zeros(2, 3)}, "sinks must be"),
+        ({"table": torch.zeros(2, 7)}, "page ids must be"),
+        ({"queries": torch.zeros(2, 4, 32, 16)}, "head size"),
+        ({"queries": torch.zeros(2, 3, 32, 32)}, "cannot be shared"),
+        ({"queries": torch.zeros(2, 4, 32, 64)[..., ::2]}, "last stride"),
+        ({"cache": torch.zeros(20, 2, 16, 32, dtype=torch.uint8)}, "must be floats"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(device, change, message):
+    case = replace(build(device, lengths=[70, 100]), **change)
+    with pytest.raises(ValueError, match=message):
+        case.run("torch")
+
+
+def test_cost_counts_two_reads_of_the_keys():
+    cost = scoring_cost(1000, heads=8, kv_heads=2, head_size=64, window=32, itemsize=2)
+    assert cost.bytes == 2 * 1000 * 2 * 64 * 2 + 8 * 32 * 64 * 2 + 2 * 8 * 968 * 4
+    assert cost.flops == 2 * (2 * 8 * 32 * 1000 * 64)

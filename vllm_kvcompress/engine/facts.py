@@ -1,0 +1,46 @@
+"""What scoring has to know of an attention layer."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """How one layer's attention turns products of what is stored into logits.
+
+    Attributes:
+        scale: Factor of q . k, where k is the cache's number and q the query that attention is
+            given: the scales of a quantized cache and of quantized queries are part of it.
+        soft_cap: Logit soft cap, 0 for none.
+        sinks: Extra logits per query head, fp32 [H], or None.
+
+    """
+
+    scale: float
+    soft_cap: float
+    sinks: Tensor | None
+
+
+def layer_facts(layer: Any, cache_dtype: str) -> LayerFacts:
+    """Read the facts of one of vLLM's attention layers.
+
+    Args:
+        layer: The layer, its weights loaded.
+        cache_dtype: vLLM's name of the cache dtype.
+
+    """
+    impl = layer.impl
+    scale = float(impl.scale)
+    if cache_dtype.startswith("fp8"):
+        scale *= float(layer._k_scale_float)
+        if layer.query_quant is not None:
+            scale *= float(layer._q_scale_float)
+    sinks = impl.sinks
+    return LayerFacts(
+        scale=scale,
+        soft_cap=float(impl.logits_soft_cap or 0.0),
+        sinks=sinks.to(torch.float32) if sinks is not None else None,
+    )
