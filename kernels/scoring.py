@@ -161,11 +161,9 @@ def paged_window_statistics(
     _check_heads(heads, dim, kv_heads, key_dim)
     each = list(counts) if counts is not None else [rows] * jobs
     scales = [float(s) for s in scale] if isinstance(scale, Sequence) else [float(scale)] * jobs
-    if jobs < 1 or {len(each), len(scales), len(num_tokens), page_table.shape[0]} != {jobs}:
-        raise ValueError(
-            f"{jobs} jobs, but {len(num_tokens)} lengths, {len(each)} counts, {len(scales)} "
-            f"scales, {page_table.shape[0]} page table rows"
-        )
+    given = (len(num_tokens), len(each), len(scales), page_table.shape[0])
+    if jobs < 1 or set(given) != {jobs}:
+        raise ValueError(f"{jobs} jobs, but lengths, counts, scales and page rows are {given}")
     for count, tokens in zip(each, num_tokens, strict=True):
         _check_lengths(count, tokens, window)
     most, room = max(num_tokens), page_table.shape[1] * page

@@ -104,11 +104,10 @@ def paged_window_statistics(
     job_data, job_scales = _send(num_tokens, counts, history, shares, scales, device)
 
     splits = max(map(triton.cdiv, num_tokens, shares))
-    fresh = {"dtype": torch.float32, "device": device}
-    partial = torch.empty((4, jobs, splits, heads * rows), **fresh)
-    whole = torch.empty((3, jobs, heads * rows), **fresh)
+    partial = mean.new_empty((4, jobs, splits, heads * rows))
+    whole = mean.new_empty((3, jobs, heads * rows))
     column_splits = max(map(triton.cdiv, history, shares))
-    shifts = torch.empty((jobs, column_splits * programs), **fresh)
+    shifts = mean.new_empty((jobs, column_splits * programs))
     common = (
         queries,
         key_cache,
@@ -184,7 +183,10 @@ def _size(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return 132, 232448
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    # AMD's devices have no larger size to opt in to, and no such property.
+    least = properties.shared_memory_per_block
+    shared = getattr(properties, "shared_memory_per_block_optin", least)
+    return properties.multi_processor_count, shared
 
 
 def _share(tokens: int, programs: int, tile: int, processors: int) -> int:

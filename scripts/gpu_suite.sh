@@ -35,7 +35,7 @@ done
 options=()
 if $cpu; then
     # More threads than one spin while they wait for each other.
-    export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1 TRITON_INTERPRET=1
+    export CUDA_VISIBLE_DEVICES="" OMP_NUM_THREADS=1
     options=(--quick --device cpu)
 elif ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     printf 'gpu_suite: torch sees no GPU here (--cpu checks the script without one).\n' >&2

@@ -1,7 +1,12 @@
-"""Per-layer tables of a step against a per-row, per-layer, per-token reference."""
+"""Per-layer tables of a step against a per-row, per-layer, per-token reference.
+
+Both builders: the one for the CPU backend, and the one that fills a device's buffers (here through
+the torch twin of its kernel; the kernel is compared with its twin in tests/kernels).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcompress.arena import ArenaPlan, PageArena, PageGeometry, deal_pages
-from vllm_kvcompress.tables import BatchRows, LayerTables, TableBuilder
+from vllm_kvcompress.device_tables import DeviceTableBuilder
+from vllm_kvcompress.tables import (
+    BatchRows,
+    LayerTables,
+    StepTableBuilder,
+    TableBuilder,
+    TableLimits,
+)
 
 NUM_BLOCKS = 200
-WIDTH = 24
+WIDTH = 64
+LIMITS = TableLimits(rows=8, width=WIDTH, tokens=80)
+
+Make = Callable[[PageArena], StepTableBuilder]
+
+
+def on_device(arena: PageArena) -> DeviceTableBuilder:
+    return DeviceTableBuilder(arena, LIMITS, torch.device("cpu"), implementation="torch")
+
+
+both_builders = pytest.mark.parametrize("make", [TableBuilder, on_device], ids=["cpu", "device"])
 
 
 @dataclass
@@ -81,7 +103,9 @@ class World:
         table = np.full((len(rows), WIDTH), 7, dtype=np.int32)
         slots: list[int] = []
         for index, row in enumerate(rows):
-            table[index, : len(row.blocks)] = row.blocks
+            # A compressed row still begins with its prompt's blocks, which are others' by now.
+            first = 0 if row.name is None else -(-row.prompt // self.size)
+            table[index, first : first + len(row.blocks)] = row.blocks
             for position in range(row.length - row.tokens, row.length):
                 # The runner knows nothing of the arena: for a compressed row this is nonsense.
                 block = int(table[index, min(position // self.size, WIDTH - 1)])
@@ -97,6 +121,7 @@ class World:
             slot_mapping=torch.tensor(slots + [-1] * padding, dtype=torch.int64),
             rows=np.asarray(compressed, dtype=np.int64),
             slots=self.arena.slots(names),
+            seq_lens_bound=np.asarray([r.length + 1 for r in rows]),
         )
 
     def check(self, rows: list[Row], padding: int, built: LayerTables) -> None:
@@ -120,7 +145,9 @@ class World:
         assert built.block_tables.dtype == torch.int32
         assert built.seq_lens.dtype == torch.int32
         assert built.slot_mapping.dtype == torch.int64
-        assert built.slot_mapping.is_contiguous()
+        assert built.slot_mapping[0].is_contiguous()
+        if built.max_lens is not None:
+            assert built.max_lens == [int(n) + 1 for n in built.seq_lens.max(dim=1).values]
 
 
 @st.composite
@@ -132,9 +159,10 @@ def uneven(draw: st.DrawFn, layers: int) -> list[int]:
     return (np.diff(np.asarray([0, *cuts, free])) + 1).tolist()
 
 
+@both_builders
 @settings(max_examples=120, deadline=None)
-@given(st.data())
-def test_tables_equal_the_reference(data: st.DataObject) -> None:
+@given(data=st.data())
+def test_tables_equal_the_reference(make: Make, data: st.DataObject) -> None:
     layers = data.draw(st.integers(1, 4), "layers")
     size = data.draw(st.sampled_from([2, 4]), "block size")
     world = World(layers, size, data.draw(st.sampled_from(["layer", "block"]), "outermost"))
@@ -148,7 +176,7 @@ def test_tables_equal_the_reference(data: st.DataObject) -> None:
             counts = data.draw(uneven(layers))
             prompt = data.draw(st.integers(max(counts) * size, 60))
             rows.append(world.admit(f"r{index}", prompt, counts, data.draw(st.integers(0, 1))))
-    builder = TableBuilder(world.arena)
+    builder = make(world.arena)
     for _ in range(data.draw(st.integers(1, 3), "steps")):
         for row in rows:
             if row.name is not None:
@@ -160,14 +188,17 @@ def test_tables_equal_the_reference(data: st.DataObject) -> None:
         world.arena.check_integrity({r.name: r.blocks for r in rows if r.name is not None})
 
 
+@both_builders
 @pytest.mark.parametrize("outermost", ["layer", "block"])
-def test_plain_rows_beside_a_compressed_one_keep_plain_vllms_slots(outermost: str) -> None:
+def test_plain_rows_beside_a_compressed_one_keep_plain_vllms_slots(
+    make: Make, outermost: str
+) -> None:
     world = World(3, 4, outermost)
     compressed = world.admit("a", 40, [1, 2, 3])
     world.feed(compressed, 1)
     prefill, decode = world.plain(11, 7), world.plain(9, 1)
     batch = world.batch([prefill, compressed, decode], padding=2)
-    built = TableBuilder(world.arena).build(batch)
+    built = make(world.arena).build(batch)
     logical = batch.slot_mapping
     theirs = [0, 1, 2, 3, 4, 5, 6, 8]  # token 7 is the compressed row's
     # Layer l's own cache is every step-th page of the flat view from origin[l] on.
@@ -184,11 +215,12 @@ def test_plain_rows_beside_a_compressed_one_keep_plain_vllms_slots(outermost: st
         assert built.seq_lens[layer, [0, 2]].tolist() == [11, 9]
 
 
-def test_layers_of_one_request_have_their_own_lengths() -> None:
+@both_builders
+def test_layers_of_one_request_have_their_own_lengths(make: Make) -> None:
     world = World(3, 4, "layer")
     row = world.admit("a", 40, [1, 2, 3])
     world.feed(row, 1)
-    built = TableBuilder(world.arena).build(world.batch([row]))
+    built = make(world.arena).build(world.batch([row]))
     assert built.seq_lens[:, 0].tolist() == [5, 9, 13]
     # Their next slot is the first of the same growth block in each layer's own page.
     first = [world.page(layer, row.blocks[-1]) * 4 for layer in range(3)]
@@ -210,21 +242,23 @@ def test_tables_are_reused_while_batch_and_arena_stay_the_same() -> None:
     world.check(rows, 0, second)
 
 
-def test_tables_are_refreshed_when_a_request_grows() -> None:
+@both_builders
+def test_tables_are_refreshed_when_a_request_grows(make: Make) -> None:
     world = World(2, 4, "block")
     row = world.admit("a", 30, [1, 3])
-    builder = TableBuilder(world.arena)
+    builder = make(world.arena)
     for _ in range(10):
         world.feed(row, 1)
         world.check([row], 0, builder.build(world.batch([row])))
     assert len(row.blocks) == 2 + 3
 
 
-def test_tables_are_refreshed_when_a_slot_gets_another_request() -> None:
+@both_builders
+def test_tables_are_refreshed_when_a_slot_gets_another_request(make: Make) -> None:
     world = World(2, 4, "layer")
     old = world.admit("a", 30, [1, 3])
     world.feed(old, 1)
-    builder = TableBuilder(world.arena)
+    builder = make(world.arena)
     world.check([old], 0, builder.build(world.batch([old])))
     slot = world.arena.slot("a")
     world.arena.drop("a")
@@ -234,23 +268,65 @@ def test_tables_are_refreshed_when_a_slot_gets_another_request() -> None:
     world.check([new], 0, builder.build(world.batch([new])))
 
 
-def test_tables_are_refreshed_when_rows_change_places_or_leave() -> None:
+@both_builders
+def test_tables_are_refreshed_when_rows_change_places_or_leave(make: Make) -> None:
     world = World(2, 4, "layer")
     rows = [world.admit("a", 30, [1, 3]), world.admit("b", 34, [3, 1])]
     plain = world.plain(6, 1)
     for row in rows:
         world.feed(row, 1)
-    builder = TableBuilder(world.arena)
+    builder = make(world.arena)
     for batch in (rows, rows[::-1], rows[:1], [rows[0], plain], [plain, rows[0]], rows):
         world.check(batch, 0, builder.build(world.batch(batch)))
 
 
-def test_a_chunk_of_another_prompt_growing_beside_a_compressed_row() -> None:
+@both_builders
+def test_a_chunk_of_another_prompt_growing_beside_a_compressed_row(make: Make) -> None:
     # Same rows and arena version twice: only the plain row's blocks differ.
     world = World(2, 4, "block")
     row = world.admit("a", 30, [2, 2])
-    builder = TableBuilder(world.arena)
+    builder = make(world.arena)
     for length in (4, 8, 12):
         world.feed(row, 1)
         batch = [row, world.plain(length, 4)]
         world.check(batch, 0, builder.build(world.batch(batch)))
+
+
+def test_a_devices_buffers_never_move() -> None:
+    """A captured graph reads the addresses of the moment; slots and pages of the arena may grow."""
+    world = World(2, 4, "layer")
+    builder = on_device(world.arena)
+    captured = builder.capture(torch.ones(6, dtype=torch.int32), 6)
+    assert captured.block_tables.eq(0).all()
+    assert captured.seq_lens.eq(1).all()
+    assert captured.slot_mapping.eq(-1).all()
+    rows = []
+    for index in range(6):
+        row = world.admit(f"r{index}", 100 + index, [2 + index, 2 + index])
+        world.feed(row, 1)
+        rows.append(row)
+        built = builder.build(world.batch(rows))
+        world.check(rows, 0, built)
+        for now, then in (
+            (built.block_tables, captured.block_tables),
+            (built.seq_lens, captured.seq_lens),
+            (built.slot_mapping, captured.slot_mapping),
+        ):
+            assert now.data_ptr() == then.data_ptr()
+            assert now[1].data_ptr() == then[1].data_ptr()
+    # What was captured for six rows holds what the last step filled in.
+    world.check(rows, 0, captured)
+
+
+def test_a_replayed_batch_may_have_no_compressed_row() -> None:
+    world = World(2, 4, "block")
+    rows = [world.plain(9, 1), world.plain(4, 1)]
+    builder = on_device(world.arena)
+    world.check(rows, 2, builder.build(world.batch(rows, padding=2)))
+
+
+def test_a_batch_beyond_the_limits_is_refused() -> None:
+    world = World(2, 4, "block")
+    rows = [world.plain(1, 1) for _ in range(LIMITS.rows + 1)]
+    with pytest.raises(ValueError, match="a batch of 9 rows and 9 tokens exceeds"):
+        on_device(world.arena).build(world.batch(rows))

@@ -44,29 +44,28 @@ def test_holds_the_promised_blocks(engines: Engines, prose: list[int]) -> None:
 def test_layers_keep_what_their_tables_say(engines: Engines, prose: list[int]) -> None:
     """Arena pages hold exactly the prompt's own keys of the kept tokens, window last."""
     engine = engines.get("cake", BUDGET)
-    compressor = engine.session._compressor
-    seen: dict[int, int] = {}
-    move = compressor._move
+    codec, seen = engine.session._codec, []
+    window = engine.session._planner.window
+    move = codec.move
 
-    def spy(source: Any, kept: Any, target: Any) -> None:
-        move(source, kept, target)
-        codec = compressor._codec
-        whole = codec.read_keys(source, 777)
-        moved = codec.read_keys(torch.from_numpy(target), kept.shape[1])
-        index = kept.unsqueeze(-1).expand(-1, -1, whole.shape[-1])
-        assert torch.equal(moved, whole.gather(1, index))
-        window = compressor._method.window
-        assert torch.equal(kept[0, -window:], torch.arange(777)[-window:])
-        assert all(len(set(row.tolist())) == kept.shape[1] for row in kept)
-        seen[len(seen)] = kept.shape[1]
+    def spy(sources: Any, kept: Any, targets: Any) -> None:
+        move(sources, kept, targets)
+        for source, tokens, target in zip(sources, kept, targets, strict=True):
+            whole = codec.read_keys(source, 777)
+            moved = codec.read_keys(target, tokens.shape[1])
+            index = tokens.unsqueeze(-1).expand(-1, -1, whole.shape[-1])
+            assert torch.equal(moved, whole.gather(1, index))
+            assert torch.equal(tokens[0, -window:], torch.arange(777)[-window:])
+            assert all(len(set(row.tolist())) == tokens.shape[1] for row in tokens)
+            seen.append(tokens.shape[1])
 
-    compressor._move = spy
+    codec.move = spy
     try:
         engine.generate([prose[:777]], 4)
     finally:
-        compressor._move = move
+        codec.move = move
     assert len(seen) == 30
-    assert sum(seen.values()) == 30 * BUDGET
+    assert sum(seen) == 30 * BUDGET
 
 
 def test_second_question_hits_the_prefix_and_leaves_it_alone(

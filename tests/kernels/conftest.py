@@ -22,6 +22,8 @@ def _import_interpreted() -> None:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
+        # Triton's interpreter imports this on its first launch, when the variable is off again.
+        importlib.import_module("triton.experimental.gluon.language")
         for name in KERNELS:
             importlib.import_module(f"kvcompress_kernels.{name}_triton")
     finally:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress_kernels import scoring
-from kvcompress_kernels.scoring import WindowStatistics, window_statistics
+from kvcompress_kernels.scoring import WindowStatistics, scoring_cost, window_statistics
 
 # The arithmetic is fp32 whatever the input; inputs are rounded before the oracle sees them, so the
 # tolerances are those of fp32 sums and do not widen for half precision.
@@ -200,3 +200,9 @@ def test_sinks_of_the_wrong_length_are_refused():
         window_statistics(
             torch.zeros(4, 8, 16), torch.zeros(2, 40, 16), window=8, scale=1.0, sinks=torch.ones(3)
         )
+
+
+def test_cost_counts_two_reads_of_the_keys():
+    cost = scoring_cost(1000, heads=8, kv_heads=2, head_size=64, window=32, itemsize=2)
+    assert cost.bytes == 2 * 1000 * 2 * 64 * 2 + 8 * 32 * 64 * 2 + 2 * 8 * 968 * 4
+    assert cost.flops == 2 * (2 * 8 * 32 * 1000 * 64)
