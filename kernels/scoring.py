@@ -28,6 +28,13 @@ _BLOCK_GPU = 16384
 # beyond it the second sweep computes them again, so that memory does not grow with the prompt.
 _KEEP_LOGITS = 1 << 24
 _LOWEST = torch.finfo(torch.float32).min
+# exp of less than this is 0 here. A little further down fp32 runs out of normal numbers, and on a
+# CPU exponentials and products of the others take 10 to 200 times as long.
+_FAR_BELOW = -87.0
+_EXP_FAR_BELOW = 1.7e-38  # just above exp(_FAR_BELOW)
+# Factor on probabilities that keeps their squares from running out of normal numbers; the sum of
+# the squares of any window still fits below the largest one.
+_LIFT = 2.0**56
 _PAGE_IDS = (torch.int32, torch.int64)
 
 
@@ -336,7 +343,11 @@ class _Blocks:
         torch.amax(logits, 1, keepdim=True, out=top)
         top.clamp_min_(_LOWEST)  # a row that sees nothing here: exp(-inf - lowest) is 0
         logits.sub_(top)
-        return logits, torch.exp(logits, out=kept)
+        # A look at the smallest costs less than the other two, but on a GPU one would wait for it.
+        if logits.device.type == "cpu" and float(logits.amin()) >= _FAR_BELOW:
+            return logits, torch.exp(logits, out=kept)
+        torch.exp(logits.clamp_min_(_FAR_BELOW), out=kept)
+        return logits, torch.threshold_(kept, _EXP_FAR_BELOW, 0.0)
 
     def first(self, q: Tensor, keys: Tensor, sink: Tensor | None) -> Tensor:
         """Normalise: set the factor of every block and row; return the entropy (fp64)."""
@@ -351,28 +362,26 @@ class _Blocks:
                 torch.sum(e, 1, out=self._before[i])
             else:
                 self._before[i] = self._sum[i]
-            # 0 * (-inf) counts as 0. A genuine NaN is in the sums as well and is not lost.
-            torch.nansum(logits.mul_(e), 1, out=self._dot[i])
+            torch.sum(logits.mul_(e), 1, out=self._dot[i])
         top = self._top.amax(0)
         if sink is not None:
             top = torch.maximum(top, sink)
-        below = self._top - top
-        factor = below.exp()
+        below = (self._top - top).clamp_min_(_FAR_BELOW)
+        factor = torch.threshold_(below.exp(), _EXP_FAR_BELOW, 0.0)
         total = (factor * self._sum).sum(0)
         if sink is not None:
             total += (sink - top).exp()
         self._factor = factor.div_(total)
         # -sum p ln p with ln p = (logit - block's top) + (block's top - top - ln total). Neither
         # part is positive, so nothing cancels.
-        ln_factor = below.sub_(total.log())
-        terms = torch.where(factor > 0.0, ln_factor, 0.0).mul_(self._before).add_(self._dot)
+        terms = below.sub_(total.log()).mul_(self._before).add_(self._dot)
         return -terms.mul_(factor).sum(dtype=torch.float64)
 
     def second(self, q: Tensor, keys: Tensor, out: _Out) -> None:
         """Write mean, variance and last row [G, S'] of this head."""
         group, count = self._group, self._count
-        factors = self._factor.view(-1, group, count, 1)
-        weights = (self._factor / count).view(-1, group, 1, count)
+        factors = (self._factor * _LIFT).view(-1, group, count, 1)
+        weights = (self._factor * (_LIFT / count)).view(-1, group, 1, count)
         for i, (start, stop) in enumerate(self._spans):
             if start >= self._history:
                 break
@@ -381,9 +390,9 @@ class _Blocks:
             stop = min(stop, self._history)
             per_head = per_head[:, :, : stop - start]
             mean = torch.bmm(weights[i], per_head)
-            out.mean[:, start:stop] = mean[:, 0]
+            torch.mul(mean[:, 0], 1.0 / _LIFT, out=out.mean[:, start:stop])
             if out.last is not None:
-                out.last[:, start:stop] = per_head[:, -1] * factors[i][:, -1]
+                out.last[:, start:stop] = per_head[:, -1] * factors[i][:, -1] / _LIFT
             if count == 1:
                 out.var[:, start:stop] = 0.0
                 continue
@@ -391,7 +400,8 @@ class _Blocks:
             size = group * count * (stop - start)
             deviation = self._work[i].flatten()[:size].view(per_head.shape)
             torch.addcmul(mean.neg_(), per_head, factors[i], out=deviation)
-            torch.sum(deviation.square_(), dim=1, out=out.var[:, start:stop]).div_(count - 1)
+            squares = torch.sum(deviation.square_(), dim=1, out=out.var[:, start:stop])
+            squares.mul_(1.0 / (_LIFT * _LIFT * (count - 1)))
 
 
 def _block_size(rows: int, tokens: int, device: torch.device) -> int:

@@ -13,7 +13,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _FAR_BELOW = tl.constexpr(-1.0e4)
 
 _VARYING = ["stride_table", "jobs", "splits", "width"]
-_UNALIGNED = ["queries", "table", "job_data", "scales", "sinks"]
+_UNALIGNED = ["table", "job_data", "scales", "sinks"]
 
 
 @triton.jit

@@ -56,6 +56,7 @@ def test_scatter_equals_plain_for_200_tokens(prose: list[int], chunk: int, cachi
     _check_scatter(job, limit=1500)
 
 
+@pytest.mark.slow
 def test_cake_equals_model_runner_v1(engines: Any, prose: list[int]) -> None:
     """The same tokens kept, so the same output, whichever runner drives it."""
     prompts = [prose[:500], prose[100:164], prose[300:700]]

@@ -5,10 +5,11 @@ vLLM is imported, so the tests start this file as a process of its own.
 
     python -m tests.engine.v2_run '{"prompts": [[...]], "max_tokens": 20, "method": "scatter"}'
 
-``"backend": "TRITON_ATTN"`` takes vLLM's Triton attention, as on a GPU; ``"graphs": [1, 2, 4]``
-captures decode steps of these sizes in FULL mode, with a stand-in for CUDA's graphs that runs the
-captured call again: whatever was a number at capture stays that number, and only what lies in
-buffers can change, as in a real one.
+``"backend"`` takes a GPU's attention: ``"TRITON_ATTN"`` through the interpreter, ``"FLASH_ATTN"``
+with stand-ins for its kernels (see ``flash_stand_in.py``). ``"graphs": [1, 2, 4]`` captures decode
+steps of these sizes in FULL mode, with a stand-in for CUDA's graphs that runs the captured call
+again: whatever was a number at capture stays that number, and only what lies in buffers can change,
+as in a real one.
 """
 
 import json
@@ -26,23 +27,29 @@ class _Driver:
         return True
 
 
-def _offer_triton_attention() -> None:
-    """Let the CPU platform choose TRITON_ATTN, and its launchers ask for a GPU's generation."""
+def _offer_gpu_attention(name: str) -> None:
+    """Let the CPU platform choose a GPU's attention backend."""
     import torch
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 
+    from tests.engine import flash_stand_in
+
     def backend(*_: Any, **__: Any) -> str:
-        return str(AttentionBackendEnum.TRITON_ATTN.get_path())
+        return str(AttentionBackendEnum[name].get_path())
 
     CpuPlatform.get_attn_backend_cls = staticmethod(backend)
+    if name == "FLASH_ATTN":
+        flash_stand_in.install()
+    # The launchers of the Triton backend ask for the GPU's generation.
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     triton_reshape_and_cache_flash._is_supported_kv_cache_dtype = lambda name: True
 
 
 def _capture(runner: Any, sizes: list[int]) -> Any:
     """Give the runner FULL graphs of decode steps; return what counts replays."""
+    import torch
     from vllm.config import CUDAGraphMode
     from vllm.v1.worker.gpu import cudagraph_utils
 
@@ -65,6 +72,11 @@ def _capture(runner: Any, sizes: list[int]) -> Any:
     config = runner.compilation_config
     config.cudagraph_capture_sizes = sizes
     config.max_cudagraph_capture_size = max(sizes)
+    for builder in (b for group in runner.attn_groups[0] for b in group.metadata_builders):
+        if hasattr(builder, "use_full_cuda_graph"):
+            # What the builder of FLASH_ATTN prepares where the configuration names full graphs.
+            builder.use_full_cuda_graph = True
+            builder.scheduler_metadata = torch.zeros(1 + 4 * max(sizes), dtype=torch.int32)
     runner.cudagraph_manager = manager = cudagraph_utils.ModelCudaGraphManager(
         runner.vllm_config, runner.device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1
     )
@@ -89,7 +101,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     triton.backends.backends["cpu"] = SimpleNamespace(driver=_Driver, compiler=None)
     settings = dict(job.get("settings", {}))
     if "backend" in job:
-        _offer_triton_attention()
+        _offer_gpu_attention(job["backend"])
         settings["attention_backend"] = job["backend"]
     from tests.engine.harness import Engines
 
