@@ -1,16 +1,44 @@
 """Numerical kernels of vllm_kvcompress, importable as ``kvcompress_kernels``.
 
-Nothing here knows vLLM, requests or pages: each module is one piece of tensor arithmetic with a
-plain torch implementation that is the reference for any accelerated twin beside it.
+Nothing here knows vLLM or requests: each module is one piece of tensor arithmetic, with a plain
+torch implementation that serves on the CPU and is the reference for the Triton kernel in the
+``_triton`` module beside it. Those are imported when a tensor on an accelerator first needs them.
 """
 
-from .scoring import WindowStatistics, window_statistics
-from .selection import group_mean, pool_tokens, top_tokens, winners_per_layer
+from .compaction import copy_pages, move_tokens
+from .cost import Cost
+from .dispatch import Implementation
+from .page_tables import ArenaTables, StepTables, fill_page_tables
+from .scoring import (
+    PagedStatistics,
+    WindowStatistics,
+    paged_window_statistics,
+    window_statistics,
+)
+from .selection import (
+    group_mean,
+    pool_tokens,
+    select_tokens,
+    token_scores,
+    top_tokens,
+    winners_per_layer,
+)
 
 __all__ = [
+    "ArenaTables",
+    "Cost",
+    "Implementation",
+    "PagedStatistics",
+    "StepTables",
     "WindowStatistics",
+    "copy_pages",
+    "fill_page_tables",
     "group_mean",
+    "move_tokens",
+    "paged_window_statistics",
     "pool_tokens",
+    "select_tokens",
+    "token_scores",
     "top_tokens",
     "window_statistics",
     "winners_per_layer",

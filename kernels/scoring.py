@@ -21,6 +21,7 @@ from .dispatch import Implementation, triton_kernels, use_triton
 
 # Columns handled at once. On the CPU this many for every _ROWS_CPU rows and thread, so that the
 # working set of a block (two fp32 arrays of rows x columns) stays in the L2 caches of the cores.
+# Fewer rows at once would keep all blocks there, but make the products slower than that saves.
 _BLOCK_CPU = 512
 _ROWS_CPU = 256
 _BLOCK_GPU = 16384
@@ -35,7 +36,6 @@ _EXP_FAR_BELOW = 1.7e-38  # just above exp(_FAR_BELOW)
 # Factor on probabilities that keeps their squares from running out of normal numbers; the sum of
 # the squares of any window still fits below the largest one.
 _LIFT = 2.0**56
-_PAGE_IDS = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def paged_window_statistics(
         (sinks is not None and tuple(sinks.shape) != (jobs, heads), "sinks must be [jobs, heads]"),
         (queries.stride(-1) != 1 or key_cache.stride(-1) != 1, "the last stride must be 1"),
         (not key_cache.is_floating_point(), f"keys must be floats, got {key_cache.dtype}"),
-        (page_table.dtype not in _PAGE_IDS, f"page ids must be integers: {page_table.dtype}"),
+        (page_table.is_floating_point(), f"page ids must be integers: {page_table.dtype}"),
     ):
         if wrong:
             raise ValueError(message)
@@ -264,18 +264,13 @@ class _Out:
 
 
 def _sweep(
-    queries: Tensor,
-    keys: Tensor,
-    scale: float,
-    soft_cap: float,
-    sinks: Tensor | None,
-    out: _Out,
+    queries: Tensor, keys: Tensor, scale: float, soft_cap: float, sinks: Tensor | None, out: _Out
 ) -> tuple[Tensor, Tensor]:
     """Fill ``out``; return entropy and shift as fp64 tensors of no dimension."""
     heads, count, _ = queries.shape
     kv_heads, tokens, _ = keys.shape
     group = heads // kv_heads
-    blocks = _Blocks(group, count, tokens, out.mean.shape[1], soft_cap, keys.device)
+    blocks = _Blocks(group, count, tokens, out.mean.shape[1], soft_cap, keys)
     entropy = torch.zeros((), dtype=torch.float64, device=keys.device)
     for n in range(kv_heads):
         rows = slice(n * group, (n + 1) * group)
@@ -292,29 +287,22 @@ class _Blocks:
 
     The first sweep takes each row's exponentials relative to the row's maximum *in the block*, so
     that it needs one exponential per element and no second one when the maximum of the whole row
-    is known: the second sweep multiplies the block's row by one factor. Buffers are reused from
-    head to head.
+    is known: the second sweep multiplies the block's row by one factor. Heads share the buffers.
     """
 
     def __init__(
-        self,
-        group: int,
-        count: int,
-        tokens: int,
-        history: int,
-        soft_cap: float,
-        device: torch.device,
+        self, group: int, count: int, tokens: int, history: int, soft_cap: float, like: Tensor
     ) -> None:
         rows = group * count
         self._group, self._count, self._tokens, self._history = group, count, tokens, history
         self._soft_cap = soft_cap
-        block = _block_size(rows, tokens, device)
+        block = _block_size(rows, tokens, like.device)
         self._spans = [(a, min(a + block, tokens)) for a in range(0, tokens, block)]
         self._keep = rows * tokens <= _KEEP_LOGITS
         number = len(self._spans)
 
         def fresh(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=device)
+            return torch.empty(shape, dtype=torch.float32, device=like.device)
 
         kept = list(fresh(number if self._keep else 1, rows * block))
         kept = kept if self._keep else kept * number

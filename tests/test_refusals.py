@@ -391,11 +391,11 @@ SHAPE: dict[str, Any] = {
 class Layer:
     """An attention layer, as far as the check looks at it."""
 
-    def __init__(self, impl_cls: type = ArenaCPUImpl) -> None:
+    def __init__(self, impl_cls: type[Any] = ArenaCPUImpl) -> None:
         # Without its __init__, which wants a whole model.
         self.impl: Any = object.__new__(impl_cls)
-        if impl_cls is ArenaCPUImpl:
-            self.impl.kv_cache_dtype = "auto"
+        if issubclass(impl_cls, ArenaCPUImpl):
+            setattr(self.impl, "kv_cache_dtype", "auto")  # noqa: B010
 
 
 def refused_layer(spec: KVCacheSpec, layer: Layer | None = None) -> ValueError:

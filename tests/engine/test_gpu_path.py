@@ -113,12 +113,10 @@ def test_cake_keeps_what_it_keeps_on_the_cpu_backend(
     prompts = [prose[:193], prose[300:459]]
     tokens = 4 if backend == "TRITON_ATTN" else 12
     settings = {"block_size": 32, "max_num_batched_tokens": 64, "max_model_len": 512}
-    reference = engines.get(
-        "cake",
-        96,
-        **({"model": model} if backend == "TRITON_ATTN" else {}),
-        **{**settings, "max_num_batched_tokens": 512},
-    )
+    one_step: dict[str, Any] = {**settings, "max_num_batched_tokens": 512}
+    if backend == "TRITON_ATTN":
+        one_step["model"] = model
+    reference = engines.get("cake", 96, **one_step)
     kept = reference.record_kept()
     outputs = reference.generate(prompts, tokens)
     job = {"prompts": prompts, "max_tokens": tokens, "method": "cake", "budget": 96}
