@@ -60,9 +60,13 @@ class Given(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class CakeAt(Cake):
-    """CAKE with any schedule."""
+    """CAKE with any schedule, every cut of which is made."""
 
     plan: Schedule = field(default=END)
+
+    @property
+    def steady(self) -> bool:
+        return False
 
     @property
     def schedule(self) -> Schedule:
@@ -99,11 +103,12 @@ def cake_layers(logs, history: int) -> list[LayerScores]:
 def test_cascade_equals_one_shot_for_cake_in_tokens(logs, history, base, plan):
     layers = cake_layers(logs, history)
     count = len(layers)
-    at_end, staged = (
-        token_budgets(CakeAt(window=2, plan=p), layers, base=base, num_layers=count)
-        for p in (END, plan)
+    at_end, staged, direct = (
+        token_budgets(method, layers, base=base, num_layers=count)
+        for method in (CakeAt(window=2), CakeAt(window=2, plan=plan), Cake(window=2))
     )
-    assert staged.tolist() == at_end.tolist()
+    assert Cake(window=2).steady
+    assert staged.tolist() == at_end.tolist() == direct.tolist()
     assert staged.sum() == min(base, history) * count
     assert (staged <= history).all()
 
@@ -122,17 +127,17 @@ def test_cascade_equals_one_shot_for_cake_in_pages(logs, pages, block, window, e
     pages = max(pages, reserved)
     prompt = pages * block + extra
     layers = cake_layers(logs, prompt - window)
-    at_end, staged = (
+    at_end, staged, direct = (
         page_budgets(
-            CakeAt(window=window, plan=p),
+            method,
             layers,
             pages_per_layer=pages,
             block_size=block,
             prompt_len=prompt,
         )
-        for p in (END, plan)
+        for method in (CakeAt(window=window), CakeAt(window=window, plan=plan), Cake(window=window))
     )
-    assert staged.tolist() == at_end.tolist()
+    assert staged.tolist() == at_end.tolist() == direct.tolist()
     assert staged.sum() == pages * len(layers)
     assert (staged >= reserved).all()
     assert (staged * block <= prompt).all()

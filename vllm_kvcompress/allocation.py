@@ -165,6 +165,16 @@ class Cascade:
         """Units each layer seen so far may hold now (a copy)."""
         return self._held.copy()
 
+    @property
+    def steady(self) -> bool:
+        """Whether cuts between layers make no difference to where the last one ends."""
+        return self._method.steady
+
+    def see(self, layers: Sequence[LayerScores]) -> None:
+        """Take several layers' scores without a cut. Mutates the cascade."""
+        self._seen.extend(layers)
+        self._held = np.append(self._held, np.full(len(layers), self._cap))
+
     def add(self, scores: LayerScores) -> Ints | None:
         """Take the next layer's scores; the new budgets of all layers seen if there is a cut.
 
@@ -269,6 +279,10 @@ def page_budgets(
 
 
 def _run(cascade: Cascade, layers: Sequence[LayerScores]) -> Ints:
+    if cascade.steady:
+        cascade.see(layers)
+        cascade.cut()
+        return cascade.held
     budgets = None
     for scores in layers:
         budgets = cascade.add(scores)

@@ -141,6 +141,14 @@ class Method(ABC):
     window: int = 32
 
     @property
+    def steady(self) -> bool:
+        """Whether two layers' weights keep their ratio when further layers are seen.
+
+        A cascade of cuts then ends exactly where a single one does, which is cheaper to make.
+        """
+        return False
+
+    @property
     def observes(self) -> bool:
         """Whether ``score`` works from ``LayerInput.observe``; else it is given keys to read."""
         return False

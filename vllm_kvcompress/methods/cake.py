@@ -65,6 +65,10 @@ class Cake(Method):
         self._check_bool("faithful")
 
     @property
+    def steady(self) -> bool:
+        return not self.faithful
+
+    @property
     def observes(self) -> bool:
         return not self.faithful
 
