@@ -13,6 +13,14 @@ from kvcompress_kernels.scoring import window_statistics
 from kvcompress_kernels.selection import top_tokens
 from vllm_kvcompress.methods import Cake, LayerInput, LayerScores, settled
 
+FACTS: dict[str, Any] = {
+    "layer": 0,
+    "num_layers": 1,
+    "num_tokens": 60,
+    "num_kv_heads": 2,
+    "base": 10,
+}
+
 
 def test_scalars_left_on_a_device_become_numbers_in_one_go() -> None:
     tokens = torch.zeros(1, 5)
@@ -37,7 +45,7 @@ def test_cake_takes_statistics_from_a_kernel_that_leaves_scalars_on_its_device()
         "base": 10,
     }
     method = Cake(window=8)
-    direct = method.score(LayerInput(**facts, queries=queries, keys=keys, scale=0.25))
+    direct = method.score(LayerInput(**FACTS, queries=queries, keys=keys, scale=0.25))
     stats = window_statistics(queries, keys, window=8, scale=0.25)
     on_device = replace(
         stats,
@@ -45,7 +53,7 @@ def test_cake_takes_statistics_from_a_kernel_that_leaves_scalars_on_its_device()
         shift=torch.tensor(stats.shift, dtype=torch.float64),
     )
     observed = method.score(
-        LayerInput(**facts, queries=queries, keys=None, scale=0.25, observe=lambda: on_device)
+        LayerInput(**FACTS, queries=queries, keys=None, scale=0.25, observe=lambda: on_device)
     )
     assert torch.equal(observed.tokens, direct.tokens)
     (numbers,) = settled([observed])
@@ -67,7 +75,7 @@ def test_keys_are_read_only_by_methods_that_need_them() -> None:
         read.append(True)
         return keys
 
-    entry = LayerInput(**facts, queries=queries, keys=None, scale=0.25, read_keys=read_keys)
+    entry = LayerInput(**FACTS, queries=queries, keys=None, scale=0.25, read_keys=read_keys)
     lazy = Cake(window=8, faithful=True).score(entry)
     eager = Cake(window=8, faithful=True).score(replace(entry, keys=keys))
     assert torch.equal(lazy.tokens, eager.tokens)
