@@ -37,13 +37,6 @@ def test_scalars_left_on_a_device_become_numbers_in_one_go() -> None:
 
 def test_cake_takes_statistics_from_a_kernel_that_leaves_scalars_on_its_device() -> None:
     queries, keys = torch.randn(4, 8, 16), torch.randn(2, 60, 16)
-    facts: dict[str, Any] = {
-        "layer": 0,
-        "num_layers": 1,
-        "num_tokens": 60,
-        "num_kv_heads": 2,
-        "base": 10,
-    }
     method = Cake(window=8)
     direct = method.score(LayerInput(**FACTS, queries=queries, keys=keys, scale=0.25))
     stats = window_statistics(queries, keys, window=8, scale=0.25)
@@ -62,13 +55,6 @@ def test_cake_takes_statistics_from_a_kernel_that_leaves_scalars_on_its_device()
 
 def test_keys_are_read_only_by_methods_that_need_them() -> None:
     queries, keys = torch.randn(4, 8, 16), torch.randn(2, 60, 16)
-    facts: dict[str, Any] = {
-        "layer": 0,
-        "num_layers": 1,
-        "num_tokens": 60,
-        "num_kv_heads": 2,
-        "base": 10,
-    }
     read = []
 
     def read_keys() -> torch.Tensor:
