@@ -325,6 +325,16 @@ def test_a_replayed_batch_may_have_no_compressed_row() -> None:
     world.check(rows, 2, builder.build(world.batch(rows, padding=2)))
 
 
+def test_warming_up_leaves_an_empty_row() -> None:
+    world = World(2, 4, "block")
+    builder = on_device(world.arena)
+    builder.warm_up()
+    built = builder.capture(torch.zeros(1, dtype=torch.int32), 0)
+    assert built.seq_lens.tolist() == [[0], [0]]
+    rows = [world.plain(9, 1)]
+    world.check(rows, 0, builder.build(world.batch(rows)))
+
+
 def test_a_batch_beyond_the_limits_is_refused() -> None:
     world = World(2, 4, "block")
     rows = [world.plain(1, 1) for _ in range(LIMITS.rows + 1)]

@@ -85,6 +85,20 @@ class DeviceTableBuilder(StepTableBuilder):
         self._out.slot_mapping[:, :num_tokens] = -1
         return self._views(rows, num_tokens, None)
 
+    def warm_up(self) -> None:
+        """See the base class; fills the tables of an empty row."""
+        nothing = torch.zeros(1, 1, dtype=torch.int32, device=self._device)
+        fill_page_tables(
+            self._mirror,
+            self._out,
+            slots=torch.full((1,), -1, dtype=torch.int32, device=self._device),
+            block_table=nothing,
+            seq_lens=nothing[0],
+            query_start=nothing.expand(1, 2)[0].contiguous(),
+            num_tokens=0,
+            implementation=self._implementation,
+        )
+
     def _views(self, rows: int, tokens: int, max_lens: list[int] | None) -> LayerTables:
         out = self._out
         return LayerTables(

@@ -81,6 +81,9 @@ class StepTableBuilder(ABC):
         """Return tables for a batch of dummies that a CUDA graph is captured with."""
         raise NotImplementedError(f"{type(self).__name__} has no buffers that stay in place")
 
+    def warm_up(self) -> None:  # noqa: B027 - on the CPU there is nothing to compile
+        """Compile what :meth:`build` needs, so that no request waits for it."""
+
 
 class TableBuilder(StepTableBuilder):
     """Builds tables on the CPU; keeps the page tables while batch and arena stay the same.

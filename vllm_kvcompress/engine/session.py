@@ -200,6 +200,7 @@ class Session:
         """Compile kernels before the first request needs them."""
         _, window, heads, _ = self._window_shape
         self._codec.warm_up(heads, window, self._dtype)
+        self._tables.warm_up()
 
     def score(self, layer: int, capture: Capture, keys: Tensor) -> None:
         """Score a layer in the step that holds the whole prompt. Mutates the request's entry.

@@ -63,7 +63,7 @@ class ArenaWorker:
                 f"{geometry.block_size}; start with --block-size {geometry.block_size}"
             )
         first, dtype = layers[0], config.model_config.dtype
-        cache_dtype = config.cache_config.cache_dtype
+        cache_dtype = first.impl.kv_cache_dtype
         limits = TableLimits(
             rows=config.scheduler_config.max_num_seqs,
             width=group.kv_cache_spec.max_num_blocks_per_req(
@@ -115,9 +115,10 @@ class ArenaWorker:
     def _follow_runner(self) -> Callable[[int], Sequence[str]]:
         """Hook into the runner; return a function from the batch's size to its rows' requests."""
         runner, session = self.model_runner, self._session
-        if hasattr(runner, "gather_batch_req_state"):  # model runner V2
+        state = getattr(runner, "model_state", None)
+        if hasattr(runner, "gather_batch_req_state") and hasattr(state, "prepare_attn"):  # V2
             return _follow_v2(runner, session)
-        if hasattr(runner, "input_batch"):  # model runner V1
+        if hasattr(runner, "input_batch"):  # V1
             return lambda num_rows: runner.input_batch.req_ids[:num_rows]
         raise ValueError(
             f"model runner {type(runner).__name__} is not supported with --kv-compression; "
