@@ -2,8 +2,8 @@
 
 Model runner V2 and our Triton kernels for page tables, scoring and moving, through Triton's
 interpreter, under either of vLLM's attention backends: TRITON_ATTN, whose kernels the interpreter
-runs as well (on the first two layers of a real model, because that is slow), and FLASH_ATTN with
-stand-ins for its kernels (on the whole model). Decode steps run as FULL CUDA graphs would: with the
+runs as well, and FLASH_ATTN with stand-ins for its kernels. Interpreting is slow, so the model is
+the first layers of a real one: two, and eight. Decode steps run as FULL CUDA graphs would: with the
 metadata of the moment they were captured (see ``v2_run.py``).
 """
 
@@ -22,26 +22,29 @@ pytestmark = pytest.mark.engine
 LIMIT = 600
 SETTINGS = {"block_size": 16, "max_num_batched_tokens": 64, "max_model_len": 512}
 GRAPHS = [1, 2, 4]
-TOKENS = {"TRITON_ATTN": 6, "FLASH_ATTN": 20}
+TOKENS = {"TRITON_ATTN": 6, "FLASH_ATTN": 14}
+LAYERS = {"TRITON_ATTN": 2, "FLASH_ATTN": 8}
 
 Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two layers of the small model."""
-    return str(cut_model(Path(MODELS / SMALL), tmp_path_factory.mktemp("cut") / "two", 2))
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The small model's first layers, by backend."""
+    folder = tmp_path_factory.mktemp("cut")
+    return {
+        backend: str(cut_model(Path(MODELS / SMALL), folder / backend, count))
+        for backend, count in LAYERS.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def run(model: str) -> Run:
+def run(models: dict[str, str]) -> Run:
     """Run one engine with a GPU's attention; equal jobs run once."""
     done: dict[str, dict[str, Any]] = {}
 
     def once(backend: str, **job: Any) -> dict[str, Any]:
-        job = {"settings": SETTINGS, "backend": backend, **job}
-        if backend == "TRITON_ATTN":
-            job["model"] = model
+        job = {"settings": SETTINGS, "backend": backend, "model": models[backend], **job}
         key = repr(sorted(job.items()))
         if key not in done:
             done[key] = run_v2(LIMIT, **job)
@@ -53,7 +56,7 @@ def run(model: str) -> Run:
 @pytest.fixture(scope="module")
 def prompts(prose: list[int]) -> list[list[int]]:
     """In chunks, on a block border, past one, and one token."""
-    return [prose[:100], prose[40:88], prose[10:43], prose[7:8]]
+    return [prose[:70], prose[40:88], prose[10:43], prose[7:8]]
 
 
 def test_plain_vllm_replays_its_graphs(run: Run, prompts: list[list[int]]) -> None:
@@ -104,7 +107,12 @@ def test_fp8_scatter_equals_fp8_plain(run: Run, prompts: list[list[int]]) -> Non
     ("backend", "dtype"), [("FLASH_ATTN", "auto"), ("TRITON_ATTN", "auto"), ("TRITON_ATTN", "fp8")]
 )
 def test_cake_keeps_what_it_keeps_on_the_cpu_backend(
-    run: Run, engines: Engines, model: str, prose: list[int], backend: str, dtype: str
+    run: Run,
+    engines: Engines,
+    models: dict[str, str],
+    prose: list[int],
+    backend: str,
+    dtype: str,
 ) -> None:
     """The same tokens, though the last chunks are 1 and 31 tokens long and steps replay graphs.
 
@@ -112,11 +120,14 @@ def test_cake_keeps_what_it_keeps_on_the_cpu_backend(
     """
     prompts = [prose[:193], prose[300:459]]
     tokens = 4 if backend == "TRITON_ATTN" else 12
-    settings = {"block_size": 32, "max_num_batched_tokens": 64, "max_model_len": 512}
-    one_step: dict[str, Any] = {**settings, "max_num_batched_tokens": 512}
-    if backend == "TRITON_ATTN":
-        one_step["model"] = model
-    reference = engines.get("cake", 96, **one_step)
+    settings: dict[str, Any] = {
+        "block_size": 32,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 512,
+    }
+    reference = engines.get(
+        "cake", 96, model=models[backend], **{**settings, "max_num_batched_tokens": 512}
+    )
     kept = reference.record_kept()
     outputs = reference.generate(prompts, tokens)
     job = {"prompts": prompts, "max_tokens": tokens, "method": "cake", "budget": 96}
