@@ -30,20 +30,16 @@ from benchmarks.kernel_bench import (
     row,
     write,
 )
-from kvcompress_kernels.compaction import compaction_cost, move_tokens
+from benchmarks.kernel_costs import KEEP, costs
+from kvcompress_kernels.compaction import move_tokens
 from kvcompress_kernels.cost import Cost
 from kvcompress_kernels.dispatch import Implementation
-from kvcompress_kernels.scoring import paged_window_statistics, scoring_cost
-from kvcompress_kernels.selection import (
-    select_tokens,
-    selection_cost,
-    token_scores,
-    token_scores_cost,
-)
+from kvcompress_kernels.scoring import paged_window_statistics
+from kvcompress_kernels.selection import select_tokens, token_scores
 
 KERNEL = 5  # pooling width of CAKE
 GAMMA = 200.0
-KEEP = 1024
+PARTS = ("scoring", "token scores", "selection", "compaction")
 
 
 def main() -> None:
@@ -147,9 +143,9 @@ def _pipeline(prompt: Prompt, implementation: Implementation) -> list[Row]:
     mean, var = score()
     scores = rate(mean, var)
     chosen = select(scores)
-    layer = _costs(shape, prompt.tokens, count)
+    layer = costs(shape, prompt.tokens)
     parts: list[tuple[str, Callable[[], object], Cost]] = [
-        ("pipeline", whole, sum(layer.values(), Cost(0, 0))),
+        ("pipeline", whole, sum((layer[part] for part in PARTS), Cost(0, 0))),
         ("pipeline: scoring", score, layer["scoring"]),
         ("pipeline: token scores", lambda: rate(mean, var), layer["token scores"]),
         ("pipeline: selection", lambda: select(scores), layer["selection"]),
@@ -160,21 +156,6 @@ def _pipeline(prompt: Prompt, implementation: Implementation) -> list[Row]:
         row(kernel, case, implementation, _per_job(measure(part, device=mean.device), jobs), cost)
         for kernel, part, cost in parts
     ]
-
-
-def _costs(shape: Shape, tokens: int, count: int) -> dict[str, Cost]:
-    """Of one layer."""
-    heads, kv_heads, history = shape.heads, shape.kv_heads, tokens - shape.window
-    return {
-        "scoring": scoring_cost(
-            tokens, heads, kv_heads, shape.head_size, shape.window, shape.itemsize
-        ),
-        "token scores": token_scores_cost(
-            jobs=1, heads=heads, kv_heads=kv_heads, tokens=history, kernel=KERNEL, has_var=True
-        ),
-        "selection": selection_cost(jobs=1, heads=kv_heads, tokens=history, count=count),
-        "compaction": compaction_cost(KEEP, kv_heads, shape.head_size, shape.itemsize),
-    }
 
 
 def _per_job(timing: Timing, jobs: int) -> Timing:
@@ -194,11 +175,7 @@ def _prefill(shape: Shape, tokens: int, device: torch.device) -> Row:
     flash = sdpa_kernel(SDPBackend.FLASH_ATTENTION) if device.type == "cuda" else nullcontext()
     with flash:
         timing = measure(attend, device=device)
-    elements = 2 * query.numel() + key.numel() + value.numel()
-    pairs = tokens * (tokens + 1) // 2
-    cost = Cost(
-        bytes=elements * shape.itemsize, flops=2 * 2 * shape.heads * pairs * shape.head_size
-    )
+    cost = costs(shape, tokens)["prefill attention, to compare"]
     return row("prefill attention", f"{tokens} tokens, one layer", "torch sdpa", timing, cost)
 
 

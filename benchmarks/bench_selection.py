@@ -23,7 +23,7 @@ from kvcompress_kernels.selection import (
     winners_per_layer,
 )
 
-from .kernel_bench import Row, implementations, measure, parser, write
+from .kernel_bench import Row, implementations, measure, parser, row, write
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,7 @@ def timed(
     """One row for every implementation in ``functions``."""
     rows = []
     for name, function in functions.items():
-        timing = measure(function, device=device)
-        numbers = (timing.median, timing.spread, cost.bytes, cost.flops)
-        rows.append(Row(kernel, shape.case, name, *numbers))
+        rows.append(row(kernel, shape.case, name, measure(function, device=device), cost))
     return rows
 
 
@@ -135,10 +133,10 @@ def time_token_scores(shape: Shape, device: torch.device) -> list[Row]:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser("Scoring and selection of tokens.").parse_args(arguments)
     rows = [
-        row
+        entry
         for shape in shapes(options.quick, options.device)
         for time in (time_selection, time_winners, time_token_scores)
-        for row in time(shape, options.device)
+        for entry in time(shape, options.device)
     ]
     write(rows, options.csv, options.device)
 

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .transfer import upload
+
 # A program moves about this much: large enough that every thread has several 16-byte loads under
 # way, small enough that a few thousand survivors give every multiprocessor work.
 _TILE_BYTES = 16384
@@ -33,18 +35,19 @@ def move_tokens(
     _, heads, size, width = words.shape
     assert words.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
     assert words.stride(-1) == 1
-    on_device = _on_device(counts, words.device)
+    if not isinstance(counts, Tensor):
+        counts = upload(torch.tensor(counts, dtype=torch.int32), words.device)
     rows = _rows_per_program(words)
     grid = (triton.cdiv(tokens.shape[-1], rows), heads, tokens.shape[0])
     _move_tokens[grid](
         words,
         source_pages,
         tokens,
-        on_device,
+        counts,
         target_pages,
         *source_pages.stride(),
         *tokens.stride(),
-        on_device.stride(0),
+        counts.stride(0),
         *target_pages.stride(),
         *words.stride()[:-1],
         SIZE=size,
@@ -85,14 +88,6 @@ def copy_pages(words: Tensor, source: Tensor, target: Tensor) -> None:
 def _rows_per_program(words: Tensor) -> int:
     row_bytes = triton.next_power_of_2(words.shape[-1]) * words.element_size()
     return min(max(_TILE_BYTES // row_bytes, 8), 128)
-
-
-def _on_device(counts: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    if isinstance(counts, Tensor):
-        return counts
-    # From pinned memory: a copy from pageable memory would wait for the device.
-    host = torch.tensor(counts, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
 
 
 @triton.jit

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .scoring_passes_triton import columns, combine, row_sums
+from .transfer import upload
 
 # Tokens per program of a pass at least, so that loading the queries stays a small part.
 _MIN_SHARE = 512
@@ -211,8 +212,5 @@ def _send(
     packed = np.empty((5, len(scales)), dtype=np.int32)
     packed[:4] = num_tokens, counts, history, shares
     packed[4] = np.asarray(scales, dtype=np.float32).view(np.int32)
-    host = torch.from_numpy(packed)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    sent = host.to(device, non_blocking=True)
+    sent = upload(torch.from_numpy(packed), device)
     return sent[:4], sent[4].view(torch.float32)

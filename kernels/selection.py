@@ -56,9 +56,13 @@ def group_mean(scores: Tensor, num_kv_heads: int) -> Tensor:
 def grouped(scores: Tensor, num_kv_heads: int) -> Tensor:
     """View [H, S'] as [N, H / N, S']; raises ValueError if H is not a multiple of N."""
     heads = scores.shape[0]
+    _check_heads(heads, num_kv_heads)
+    return scores.reshape(num_kv_heads, heads // num_kv_heads, *scores.shape[1:])
+
+
+def _check_heads(heads: int, num_kv_heads: int) -> None:
     if num_kv_heads < 1 or heads % num_kv_heads:
         raise ValueError(f"{heads} query heads cannot be shared by {num_kv_heads} KV heads")
-    return scores.reshape(num_kv_heads, heads // num_kv_heads, *scores.shape[1:])
 
 
 def _check_pooling(kernel: int, mode: str) -> None:
@@ -103,8 +107,7 @@ def token_scores(
     if gamma == 0.0:
         var = None
     *jobs, heads, tokens = mean.shape
-    if num_kv_heads < 1 or heads % num_kv_heads:
-        raise ValueError(f"{heads} query heads cannot be shared by {num_kv_heads} KV heads")
+    _check_heads(heads, num_kv_heads)
     for name, tensor in (("mean", mean), ("var", mean if var is None else var)):
         if tensor.dtype != torch.float32 or tensor.shape != mean.shape:
             raise ValueError(

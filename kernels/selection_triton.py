@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .token_scores_triton import token_scores, upload
+from .token_scores_triton import token_scores
+from .transfer import upload
 
 __all__ = ["select_tokens", "token_scores", "winners_per_layer"]
 
@@ -132,7 +133,7 @@ def select_tokens(
     assert kept.dtype == torch.int32
     assert kept.is_contiguous()
     rows = jobs * heads
-    both = upload([*counts, *lengths], torch.int32, scores.device)
+    both = upload(torch.tensor([*counts, *lengths], dtype=torch.int32), scores.device)
     scratch = torch.zeros(rows * _SCRATCH, dtype=torch.int32, device=scores.device)
     block, warps = _tile(max(lengths))
     _select_kernel[(rows,)](
@@ -254,11 +255,7 @@ def winners_per_layer(scores: Sequence[Tensor], k: int) -> Tensor:
     layers = len(rows)
     device = rows[0].device
     described = [(layer.data_ptr(), layer.stride(0), *layer.shape) for layer in rows]
-    table = upload(
-        [f for field in zip(*described, strict=True) for f in field],
-        torch.int64,
-        device,
-    )
+    table = upload(torch.tensor(described, dtype=torch.int64).T.contiguous(), device)
     longest = max(layer.shape[1] for layer in rows)
     most_heads = max(layer.shape[0] for layer in rows)
     block, warps = _tile(longest)

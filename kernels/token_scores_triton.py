@@ -15,11 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-def upload(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A host list on ``device``. From pinned memory, so that the host does not wait for it."""
-    on_gpu = device.type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
+from .transfer import upload
 
 
 @triton.jit
@@ -120,7 +116,7 @@ def token_scores(
         mean,
         second,
         out,
-        mean if lengths is None else upload(lengths, torch.int32, mean.device),
+        mean if lengths is None else upload(torch.tensor(lengths, dtype=torch.int32), mean.device),
         tokens,
         mean.stride(0),
         mean.stride(1),

@@ -113,7 +113,7 @@ def test_a_scale_holds_for_the_numbers_that_are_stored() -> None:
 def test_warming_up_writes_nothing() -> None:
     cache = pool("NHD")
     codec = StridedPageCodec(cache, "auto", torch.float32, implementation="torch")
-    codec.warm_up(2 * HEADS, WINDOW, torch.float32)
+    codec.warm_up()
     assert torch.equal(cache, pool("NHD"))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvcompress_kernels.dispatch import Implementation
 from kvcompress_kernels.page_tables import ArenaTables, StepTables, fill_page_tables
+from kvcompress_kernels.transfer import upload
 from vllm_kvcompress.arena import PageArena
 from vllm_kvcompress.tables import BatchRows, LayerTables, StepTableBuilder, TableLimits
 
@@ -158,8 +159,4 @@ class DeviceTableBuilder(StepTableBuilder):
         )
 
     def _send(self, array: NDArray[np.int32]) -> Tensor:
-        """Copy to the device without waiting for it."""
-        host = torch.from_numpy(np.ascontiguousarray(array))
-        if self._device.type == "cpu":
-            return host.clone()
-        return host.pin_memory().to(self._device, non_blocking=True)
+        return upload(torch.from_numpy(np.ascontiguousarray(array)), self._device)

@@ -1,10 +1,10 @@
 """The path a GPU takes, end to end on the CPU.
 
-Model runner V2 and our Triton kernels for page tables, scoring and moving, through Triton's
-interpreter, under either of vLLM's attention backends: TRITON_ATTN, whose kernels the interpreter
-runs as well, and FLASH_ATTN with stand-ins for its kernels. Interpreting is slow, so the model is
-the first layers of a real one: two, and eight. Decode steps run as FULL CUDA graphs would: with the
-metadata of the moment they were captured (see ``v2_run.py``).
+Model runner V2 and our Triton kernels, through Triton's interpreter, under either of vLLM's
+attention backends: TRITON_ATTN, whose kernels the interpreter runs too, and FLASH_ATTN with
+stand-ins for its kernels. Interpreting is slow, so the model is the first layers of a real one,
+two and four. Decode steps run as FULL CUDA graphs would: with the metadata of the moment they were
+captured (see ``v2_run.py``).
 """
 
 from collections.abc import Callable
@@ -23,7 +23,14 @@ LIMIT = 600
 SETTINGS = {"block_size": 16, "max_num_batched_tokens": 64, "max_model_len": 512}
 GRAPHS = [1, 2, 4]
 TOKENS = {"TRITON_ATTN": 6, "FLASH_ATTN": 14}
-LAYERS = {"TRITON_ATTN": 2, "FLASH_ATTN": 8}
+LAYERS = {"TRITON_ATTN": 2, "FLASH_ATTN": 4}
+KERNELS = {
+    "cake": {
+        *("row_sums", "combine", "columns", "_token_scores_kernel", "_select_kernel"),
+        *("_move_tokens", "_fill"),
+    }
+}
+KERNELS["dynamickv"] = {*KERNELS["cake"], "_layer_histogram_kernel", "_layer_threshold_kernel"}
 
 Run = Callable[..., dict[str, Any]]
 
@@ -104,13 +111,20 @@ def test_fp8_scatter_equals_fp8_plain(run: Run, prompts: list[list[int]]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("FLASH_ATTN", "auto"), ("TRITON_ATTN", "auto"), ("TRITON_ATTN", "fp8")]
+    ("method", "backend", "dtype"),
+    [
+        ("cake", "FLASH_ATTN", "auto"),
+        ("dynamickv", "FLASH_ATTN", "auto"),
+        ("cake", "TRITON_ATTN", "auto"),
+        ("cake", "TRITON_ATTN", "fp8"),
+    ],
 )
-def test_cake_keeps_what_it_keeps_on_the_cpu_backend(
+def test_a_method_keeps_what_it_keeps_on_the_cpu_backend(
     run: Run,
     engines: Engines,
     models: dict[str, str],
     prose: list[int],
+    method: str,
     backend: str,
     dtype: str,
 ) -> None:
@@ -123,17 +137,21 @@ def test_cake_keeps_what_it_keeps_on_the_cpu_backend(
     settings: dict[str, Any] = {
         "block_size": 32,
         "max_num_batched_tokens": 64,
-        "max_model_len": 512,
+        "max_model_len": 256,
     }
     reference = engines.get(
-        "cake", 96, model=models[backend], **{**settings, "max_num_batched_tokens": 512}
+        method, 96, model=models[backend], **{**settings, "max_num_batched_tokens": 512}
     )
     kept = reference.record_kept()
     outputs = reference.generate(prompts, tokens)
-    job = {"prompts": prompts, "max_tokens": tokens, "method": "cake", "budget": 96}
-    result = run(backend, **job, settings={**settings, "kv_cache_dtype": dtype}, graphs=GRAPHS)
+    job = {"prompts": prompts, "max_tokens": tokens, "method": method, "budget": 96}
+    settings["kv_cache_dtype"] = dtype
+    result = run(backend, **job, settings=settings, graphs=GRAPHS, warm_up=True)
     assert result["stats"]["compressed"] == len(result["kept"]) == 2
     assert result["replayed"] > 0
+    # No request waits for a compiler.
+    assert {variant.split()[0] for variant in result["warm"]} == KERNELS[method]
+    assert result["launched"] == result["warm"]
     if dtype == "auto":
         assert sorted(result["kept"]) == sorted(kept)
         assert result["outputs"] == [outputs]

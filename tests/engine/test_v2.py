@@ -56,11 +56,13 @@ def test_scatter_equals_plain_for_200_tokens(prose: list[int], chunk: int, cachi
     _check_scatter(job, limit=1500)
 
 
-@pytest.mark.slow
 def test_cake_equals_model_runner_v1(engines: Any, prose: list[int]) -> None:
     """The same tokens kept, so the same output, whichever runner drives it."""
     prompts = [prose[:500], prose[100:164], prose[300:700]]
-    expected = engines.get("cake", 128).generate(prompts, 8)
+    engine = engines.get("cake", 128)
+    kept = engine.record_kept()
+    expected = engine.generate(prompts, 8)
     result = run_v2(400, method="cake", budget=128, prompts=prompts, max_tokens=8)
+    assert sorted(result["kept"]) == sorted(kept)
     assert result["outputs"] == [expected]
-    assert result["stats"]["compressed"] == 2
+    assert result["stats"]["compressed"] == len(kept) == 2

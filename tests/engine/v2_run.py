@@ -34,12 +34,17 @@ def _offer_gpu_attention(name: str) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 
+    from kvcompress_kernels import selection
     from tests.engine import flash_stand_in
+    from vllm_kvcompress.methods import base
 
     def backend(*_: Any, **__: Any) -> str:
         return str(AttentionBackendEnum[name].get_path())
 
     CpuPlatform.get_attn_backend_cls = staticmethod(backend)
+    # Methods leave the choice of kernels to the tensors' device.
+    for module in (selection, base):
+        vars(module)["use_triton"] = lambda tensor, implementation: implementation != "torch"
     if name == "FLASH_ATTN":
         flash_stand_in.install()
     # The launchers of the Triton backend ask for the GPU's generation.
@@ -92,10 +97,33 @@ def _capture(runner: Any, sizes: list[int]) -> Any:
     return replayed
 
 
+def _record_launches() -> set[str]:
+    """Return a set that gets every variant of our kernels that runs from now on.
+
+    A variant is what a compiler would have to make anew: constants and the tensors' types.
+    """
+    import torch
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run = InterpretedFunction.run
+    variants: set[str] = set()
+
+    def recording(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        if kernel.fn.__module__.startswith("kvcompress_kernels"):
+            constants = sorted((k, v) for k, v in kwargs.items() if k.isupper() or k == "num_warps")
+            types = [str(a.dtype) for a in args if isinstance(a, torch.Tensor)]
+            variants.add(f"{kernel.fn.__name__} {constants} {types}")
+        return run(kernel, *args, **kwargs)
+
+    InterpretedFunction.run = recording
+    return variants
+
+
 def main(job: dict[str, Any]) -> dict[str, Any]:
     """Run one engine; see the module's docstring for the job's fields."""
     os.environ["TRITON_INTERPRET"] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    import torch
     import triton.backends
 
     triton.backends.backends["cpu"] = SimpleNamespace(driver=_Driver, compiler=None)
@@ -115,6 +143,12 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     )
     runner = engine.core.model_executor.driver_worker.worker.model_runner
     replayed = _capture(runner, job["graphs"]) if "graphs" in job else {}
+    launched = _record_launches()
+    if job.get("warm_up"):
+        before = engine.session.flat_cache.clone()
+        engine.session.warm_up(runner.max_model_len)
+        assert torch.equal(engine.session.flat_cache, before)
+    warm = sorted(launched)
     kept = engine.record_kept() if method else []
     rounds, logprobs = [], []
     for _ in range(job.get("rounds", 1)):
@@ -130,6 +164,8 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         "runner": f"{type(runner).__module__}.{type(runner).__name__}",
         "attention": type(impl).__name__,
         "replayed": replayed.get("steps", 0),
+        "warm": warm,
+        "launched": sorted(launched),
         "stats": engine.stats if method else {},
     }
 

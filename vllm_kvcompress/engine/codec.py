@@ -91,10 +91,8 @@ class PageCodec(ABC):
         """How many layers :meth:`observe` should be given in one call."""
         return 1
 
-    def warm_up(  # noqa: B027 - most codecs have nothing to compile
-        self, num_heads: int, window: int, dtype: torch.dtype
-    ) -> None:
-        """Compile whatever is compiled on first use. Mutates no page that anybody holds."""
+    def warm_up(self) -> None:  # noqa: B027 - most codecs have nothing to compile
+        """Compile what :meth:`move` needs. Mutates no page."""
 
 
 class CpuPageCodec(PageCodec):

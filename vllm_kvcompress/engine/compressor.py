@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
@@ -44,6 +45,7 @@ class Compressor:
         codec: PageCodec,
         layers: Sequence[LayerFacts],
     ) -> None:
+        self._planner = planner
         self._config = planner.config
         self._method = planner.config.build_method()
         self._arena = arena
@@ -72,22 +74,9 @@ class Compressor:
             self._codec.copy(np.concatenate(sources), np.concatenate(pages))
             clock.lap("move")
         else:
-            scores = settled(self._score_layers(plan, entry, sources))
-            clock.lap("score")
-            counts = page_budgets(
-                self._method,
-                scores,
-                pages_per_layer=plan.arena_blocks,
-                block_size=plan.block_size,
-                prompt_len=plan.prompt_len,
-            )
+            counts, kept = self._choose(plan, entry, sources, clock)
             pages = deal_pages(self._arena.geometry, blocks, counts)
             clock.lap("allocate")
-            window = self._method.window
-            history = (counts * plan.block_size - window).tolist()
-            chosen = self._method.select_layers(scores, history)
-            kept = [with_window(ids, plan.prompt_len, window) for ids in chosen]
-            clock.lap("select")
             self._codec.move(sources, kept, pages)
             clock.lap("move")
         self._arena.admit(request_id, plan, blocks, pages)
@@ -96,6 +85,29 @@ class Compressor:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         if self._config.log_requests:
             self._log(request_id, plan, counts, clock)
+
+    def warm_up(self, window_shape: Sequence[int], dtype: torch.dtype, max_model_len: int) -> None:
+        """Choose tokens of the shortest and the longest prompt there can be, and keep none.
+
+        What is compiled on first use is compiled by it, and too little memory beside the pool
+        shows at the start. Both prompts lie in the null block; nothing is mutated.
+
+        Args:
+            window_shape: [L, w, H, D] of the queries.
+            dtype: Of the queries.
+            max_model_len: Tokens of the longest prompt.
+
+        """
+        plans = (self._planner.plan(n) for n in range(self._planner.window + 1, max_model_len + 1))
+        shortest = next((plan for plan in plans if plan), None)
+        if self._method.keeps_all or shortest is None:
+            return
+        window = torch.zeros(*window_shape, dtype=dtype, device=self._codec.device)
+        for plan in (shortest, self._planner.plan(max_model_len)):
+            if plan is not None:
+                entry = Entry(plan.prompt_len, plan, [0] * plan.prompt_blocks, 0, window=window)
+                self._choose(plan, entry, self._sources(plan, entry), _Clock({}))
+        self._codec.warm_up()
 
     def score_in_step(self, layer: int, entry: Entry, keys: Tensor) -> None:
         """Score a layer of a prompt that runs in one step, while its keys are at hand.
@@ -115,6 +127,27 @@ class Compressor:
     def _sources(self, plan: ArenaPlan, entry: Entry) -> list[IntArray]:
         blocks = entry.blocks[: plan.prompt_blocks]
         return list(self._arena.geometry.all_pages(blocks))
+
+    def _choose(
+        self, plan: ArenaPlan, entry: Entry, sources: Sequence[IntArray], clock: "_Clock"
+    ) -> tuple[IntArray, list[Tensor]]:
+        """Return pages per layer, int64 [L], and the tokens that each layer keeps, int [N, T_l]."""
+        scores = settled(self._score_layers(plan, entry, sources))
+        clock.lap("score")
+        counts = page_budgets(
+            self._method,
+            scores,
+            pages_per_layer=plan.arena_blocks,
+            block_size=plan.block_size,
+            prompt_len=plan.prompt_len,
+        )
+        clock.lap("allocate")
+        window = self._method.window
+        history = (counts * plan.block_size - window).tolist()
+        chosen = self._method.select_layers(scores, history)
+        kept = [with_window(ids, plan.prompt_len, window) for ids in chosen]
+        clock.lap("select")
+        return counts, kept
 
     def _score_layers(
         self, plan: ArenaPlan, entry: Entry, sources: Sequence[IntArray]
@@ -138,19 +171,10 @@ class Compressor:
                     self._layers[first : group.stop],
                 )
             for layer in group:
-                scores.append(
-                    self._method.score(
-                        self._input(
-                            layer,
-                            plan,
-                            entry,
-                            read_keys=partial(
-                                self._codec.read_keys, sources[layer], plan.prompt_len
-                            ),
-                            statistics=found[layer - first] if found is not None else None,
-                        )
-                    )
-                )
+                read_keys = partial(self._codec.read_keys, sources[layer], plan.prompt_len)
+                statistics = found[layer - first] if found is not None else None
+                given = self._input(layer, plan, entry, read_keys=read_keys, statistics=statistics)
+                scores.append(self._method.score(given))
         return scores
 
     def _input(

@@ -36,7 +36,7 @@ class ArenaGPUWorker(ArenaWorker, Worker):
     def compile_or_warm_up_model(self) -> Any:
         """See vLLM's Worker; compiles our kernels too."""
         times = super().compile_or_warm_up_model()
-        self._session.warm_up()
+        self._session.warm_up(self.model_config.max_model_len)
         return times
 
     def _workspace(self) -> tuple[int, int]:

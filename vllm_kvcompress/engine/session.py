@@ -196,10 +196,14 @@ class Session:
         """
         return StepPlan((), self._tables.capture(seq_lens, num_tokens))
 
-    def warm_up(self) -> None:
-        """Compile kernels before the first request needs them."""
-        _, window, heads, _ = self._window_shape
-        self._codec.warm_up(heads, window, self._dtype)
+    def warm_up(self, max_model_len: int) -> None:
+        """Run every kernel once, so that no request waits for a compiler. Mutates table buffers.
+
+        Args:
+            max_model_len: Tokens of the longest prompt.
+
+        """
+        self._compressor.warm_up(self._window_shape, self._dtype, max_model_len)
         self._tables.warm_up()
 
     def score(self, layer: int, capture: Capture, keys: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvcompress_kernels.compaction import copy_pages, move_tokens
 from kvcompress_kernels.dispatch import Implementation
 from kvcompress_kernels.scoring import WindowStatistics, paged_window_statistics
-from kvcompress_kernels.selection import select_tokens, token_scores
+from kvcompress_kernels.transfer import upload
 from vllm_kvcompress.arena import IntArray
 from vllm_kvcompress.engine.codec import PageCodec
 from vllm_kvcompress.engine.facts import LayerFacts
@@ -66,7 +66,8 @@ class StridedPageCodec(PageCodec):
         counts = [tokens.shape[-1] for tokens in kept]
         most = max(counts)
         padded = [
-            torch.nn.functional.pad(t.to(self.device), (0, most - t.shape[-1]), value=-1)
+            # One type: for another the kernel would be compiled anew.
+            torch.nn.functional.pad(t.to(self.device, torch.int32), (0, most - t.shape[-1]))
             for t in kept
         ]
         move_tokens(
@@ -109,34 +110,18 @@ class StridedPageCodec(PageCodec):
         """See the base class."""
         return max(1, OBSERVED_BYTES // (2 * 4 * num_heads * num_tokens))
 
-    def warm_up(self, num_heads: int, window: int, dtype: torch.dtype) -> None:
-        """See the base class; reads the null page and moves nothing."""
-        pages = [np.zeros(-(-(window + 1) // self.block_size), dtype=np.int64)]
-        windows = torch.zeros(1, window, num_heads, self.head_size, dtype=dtype, device=self.device)
-        facts = [LayerFacts(scale=1.0, soft_cap=0.0, sinks=None)]
-        found = self.observe(windows, pages, window + 1, facts)
-        assert found is not None
-        scores = token_scores(
-            found[0].mean,
-            found[0].var,
-            gamma=1.0,
-            kernel=5,
-            mode="avg",
-            num_kv_heads=self.num_kv_heads,
-            implementation=self._implementation,
-        )
-        ids = select_tokens(scores[None], [1], implementation=self._implementation)
-        self.move(pages, [ids[0, :, :0]], pages)
+    def warm_up(self) -> None:
+        """See the base class; launches a move of no tokens."""
+        page = self._send([np.zeros(1, dtype=np.int64)])
+        nothing = page.new_zeros(1, self.num_kv_heads, 1, dtype=torch.int32)
+        move_tokens(self._cache, page, nothing, [0], page, implementation=self._implementation)
 
     def _send(self, pages: Sequence[IntArray]) -> Tensor:
         """Page ids as int64 [jobs, most], short rows filled with page 0, on the pool's device."""
         table = np.zeros((len(pages), max(len(p) for p in pages)), dtype=np.int64)
         for row, ids in zip(table, pages, strict=True):
             row[: len(ids)] = ids
-        host = torch.from_numpy(table)
-        if self.device.type == "cpu":
-            return host
-        return host.pin_memory().to(self.device, non_blocking=True)
+        return upload(torch.from_numpy(table), self.device)
 
     def _bytes(self, cache: Tensor) -> Tensor:
         """Return the cache as integers where its type cannot be gathered."""

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvcompress_kernels.dispatch import use_triton
 from kvcompress_kernels.scoring import WindowStatistics
 from kvcompress_kernels.selection import select_tokens, top_tokens
 
@@ -189,7 +190,7 @@ class Method(ABC):
     def select_layers(self, scores: Sequence[LayerScores], counts: Sequence[int]) -> list[Tensor]:
         """``select`` for several layers of one prompt, on an accelerator in one launch."""
         own = type(self).select is not Method.select
-        if own or scores[0].tokens.device.type == "cpu":
+        if own or not use_triton(scores[0].tokens, "auto"):
             return [self.select(s, count) for s, count in zip(scores, counts, strict=True)]
         ids = select_tokens(torch.stack([s.tokens for s in scores]), counts)
         return [ids[layer, :, :count] for layer, count in enumerate(counts)]
