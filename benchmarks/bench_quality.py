@@ -39,7 +39,8 @@ from vllm import SamplingParams  # noqa: E402
 
 from tests.ruler import TOKENS_TO_GENERATE, Needle, match, niah_single_2  # noqa: E402
 from vllm_kvcompress import LLM  # noqa: E402
-from vllm_kvcompress.config import KVCompressionConfig, Planner, parse_budget  # noqa: E402
+from vllm_kvcompress.config import KVCompressionConfig, parse_budget  # noqa: E402
+from vllm_kvcompress.planner import Planner  # noqa: E402
 from vllm_kvcompress.methods import Need  # noqa: E402
 
 FULL = "full"
@@ -152,7 +153,7 @@ def switch(llm: Any, config: KVCompressionConfig) -> None:
     compressor._config, compressor._method = config, method
     compressor.needs_queries = Need.WINDOW_QUERIES in method.needs
     for old in (core.scheduler._planner, session._planner):
-        old.config, old.keeps_all, old.plan = config, planner.keeps_all, planner.plan
+        old.__dict__.update(planner.__dict__)
 
 
 def measure(

@@ -1,13 +1,15 @@
 """Drives vLLM's real schedulers, with ours on top, without a model.
 
-Every step's message is also fed to the worker's ledger, so that the two sides of the engine are
-compared wherever a step is made.
+Every step's message is also fed to the worker's ledger, which notes the cuts as the real worker
+does, so that the two sides of the engine are compared wherever a step is made.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections import deque
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,14 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_kvcompress.engine.ledger import Ledger
+from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.engine.ledger import Entry, Ledger
 from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.scheduler import ArenaAsyncScheduler, ArenaScheduler
+from vllm_kvcompress.engine.settings import DECODE_KEY, planner_of
 from vllm_kvcompress.engine.spec import ArenaSpec
 
 SIZE = 8
@@ -45,37 +49,38 @@ LLAMA = {
     "num_key_value_heads": 1,
     "head_dim": 32,
     "vocab_size": 1000,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 4096,
     "torch_dtype": "bfloat16",
 }
 AnyScheduler = type[ArenaScheduler] | type[ArenaAsyncScheduler]
 
 
-def make_folder(path: Path) -> Path:
+def make_folder(path: Path, layers: int = 2) -> Path:
     """Write a small model's config and make the plugin known."""
-    (path / "config.json").write_text(json.dumps(LLAMA))
+    (path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": layers}))
     register()
     init_none_hash(sha256)
     return path
 
 
-def configure(folder: Path, *, budget: Any = 16, max_len: int = 200, **options: Any) -> VllmConfig:
-    """A finished configuration with compression on, blocks of SIZE tokens."""
+def configure(folder: Path, *, max_len: int = 200, **options: Any) -> VllmConfig:
+    """A finished configuration with compression on, blocks of SIZE tokens.
+
+    Options of kv_compression go there, all others to vLLM.
+    """
     options.setdefault("max_num_batched_tokens", 1000)
+    compression = {"method": "uniform", "budget": 16, "window": WINDOW, "prefill": "full"}
+    compression["check_integrity"] = True
+    for option in fields(KVCompressionConfig):
+        if option.name in options:
+            compression[option.name] = options.pop(option.name)
     return EngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
         load_format="dummy",
         max_model_len=max_len,
         block_size=SIZE,
-        additional_config={
-            "kv_compression": {
-                "method": options.pop("method", "uniform"),
-                "budget": budget,
-                "window": WINDOW,
-                "check_integrity": True,
-            }
-        },
+        additional_config={"kv_compression": compression},
         **options,
     ).create_engine_config()
 
@@ -84,18 +89,56 @@ def pool_of(config: VllmConfig, blocks: int) -> KVCacheConfig:
     """What vLLM's own start-up makes of memory for that many blocks; ValueError if too few."""
     config.cache_config.kv_cache_layout = "LBHNC"  # as CPU attention has it
     spec = ArenaSpec(block_size=SIZE, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
-    specs = {f"layer{i}": spec for i in range(2)}
+    layers = config.model_config.get_num_layers(config.parallel_config)
+    specs = {f"layer{i}": spec for i in range(layers)}
     memory = blocks * spec.page_size_bytes * len(specs)
     (pool,) = get_kv_cache_configs(config, [specs], [memory])
     return pool
+
+
+def set_lag(config: VllmConfig, cls: AnyScheduler) -> None:
+    """Plan as the scheduler needs it. Mutates config."""
+    # The CPU platform turns asynchronous scheduling off; the class works without it.
+    config.scheduler_config.async_scheduling = cls is ArenaAsyncScheduler
+
+
+def smallest_pool(config: VllmConfig, cls: AnyScheduler) -> int:
+    """The fewest blocks with which vLLM's own start-up check lets this configuration run."""
+    set_lag(config, cls)
+
+    def is_enough(blocks: int) -> bool:
+        try:
+            pool_of(config, blocks)
+        except ValueError:
+            return False
+        return True
+
+    blocks = 1 + bisect_left(range(1, 500), True, key=is_enough)
+    assert is_enough(blocks), "no pool is large enough"
+    return blocks
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A step between its planning and the processing of its result.
+
+    Attributes:
+        output: The scheduler's message.
+        result: The worker's answer.
+        using: By request, which admission it is of, and the blocks that the step reads and writes.
+
+    """
+
+    output: SchedulerOutput
+    result: ModelRunnerOutput
+    using: dict[str, tuple[int, frozenset[int]]]
 
 
 class Engine:
     """A scheduler, and in place of the workers something that makes up tokens."""
 
     def __init__(self, cls: AnyScheduler, config: VllmConfig, blocks: int) -> None:
-        # The CPU platform turns asynchronous scheduling off; the class works without it.
-        config.scheduler_config.async_scheduling = cls is ArenaAsyncScheduler
+        set_lag(config, cls)
         pool = pool_of(config, blocks)
         assert pool.num_blocks == blocks
         config.cache_config.num_gpu_blocks = blocks
@@ -103,14 +146,32 @@ class Engine:
         self.depth = 2 if cls is ArenaAsyncScheduler else 1
         self.arena = self.scheduler._arena
         self.planner = self.scheduler._planner
-        self.ledger = Ledger(self.planner)
-        self.in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        # The worker's own, made from the same configuration.
+        self.ledger = Ledger(planner_of(config, SIZE))
+        self.in_flight: deque[InFlight] = deque()
         self.answers: dict[str, int] = {}
+        self.admissions: dict[str, int] = {}
         self.preemptions = 0
+        self.hits = 0
         self.ballast: list[KVCacheBlock] = []
         # By request, the tokens of each of its steps.
         self.chunks: dict[str, list[tuple[int, int]]] = {}
         self._hasher = get_request_block_hasher(SIZE, sha256)
+        self._row = self.planner.row_blocks(config.model_config.max_model_len)
+        self._watch_promises()
+
+    def _watch_promises(self) -> None:
+        manager = self.scheduler.kv_cache_manager
+        original = manager.allocate_slots
+
+        def allocate_slots(request: Request, *args: Any, **kwargs: Any) -> Any:
+            blocks = original(request, *args, **kwargs)
+            # A request that was admitted must get what it was admitted with.
+            state = self.arena._admitted.get(request.request_id)
+            assert blocks is not None or state is None or not state.until, request.request_id
+            return blocks
+
+        manager.allocate_slots = allocate_slots
 
     @property
     def free(self) -> int:
@@ -126,15 +187,45 @@ class Engine:
         assert all(block.ref_cnt > 0 for block in blocks)
         return len(blocks)
 
-    def add(self, name: str, prompt: list[int] | int, max_tokens: int = 100) -> Request:
+    def add(
+        self,
+        name: str,
+        prompt: list[int] | int,
+        max_tokens: int = 100,
+        *,
+        decode: bool | None = None,
+        priority: int = 0,
+    ) -> Request:
         # A number stands for a prompt that shares no block with another request's.
         ids = [len(self.answers), *range(1, prompt)] if isinstance(prompt, int) else prompt
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        request = Request(name, ids, params, None, block_hasher=self._hasher)
+        extra = None if decode is None else {DECODE_KEY: decode}
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
+        # A clock would let equal priorities tie.
+        time = float(len(self.answers))
+        request = Request(
+            name,
+            ids,
+            params,
+            None,
+            arrival_time=time,
+            block_hasher=self._hasher,
+            priority=priority,
+        )
         self.answers[name] = 0
         self.chunks[name] = []
         self.scheduler.add_request(request)
         return request
+
+    def abort(self, name: str) -> None:
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+        self.check()
+
+    def preempt(self, name: str) -> None:
+        """Preempt a running request, as vLLM does for want of blocks."""
+        request = self.scheduler.requests[name]
+        self.scheduler.running.remove(request)
+        self.scheduler._preempt_request(request, 0.0)
+        self.check()
 
     def schedule(self) -> SchedulerOutput:
         """Plan one step and leave it in flight; both sides must agree on every block."""
@@ -143,23 +234,61 @@ class Engine:
         self.preemptions += len(output.preempted_req_ids or ())
         computed = {r.req_id: r.num_computed_tokens for r in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
+        begun = [*computed, *cached.resumed_req_ids]
         computed |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for name in begun:
+            self.admissions[name] = self.admissions.get(name, 0) + 1
+            self.hits += computed[name] > 0
         for name, count in output.num_scheduled_tokens.items():
             self.chunks[name].append((computed[name], count))
         # The model samples for a row once all its known tokens are in.
         requests = self.scheduler.requests
         sampled = [[] if requests[name].is_prefill_chunk else [1] for name in names]
         index = {name: i for i, name in enumerate(names)}
+        self.ledger.update(output)
+        self.check()
         if names:
             result = ModelRunnerOutput(names, index, sampled_token_ids=sampled)
-            self.in_flight.append((output, result))
-        self.ledger.update(output)
-        private = self.arena.private_blocks()
+            using = {name: (self.admissions[name], self.used(name)) for name in names}
+            self.in_flight.append(InFlight(output, result, using))
         for name in names:
-            assert self.ledger[name].private_blocks() == private.get(name, []), name
+            entry = self.ledger[name]
+            if entry.next_cut == entry.computed + entry.scheduled:
+                entry.advance()
+                self._compare(name, entry)
+        return output
+
+    def used(self, name: str) -> frozenset[int]:
+        """Blocks that the worker reads and writes in the request's current step."""
+        entry = self.ledger[name]
+        return frozenset(entry.private_blocks() if entry.cuts else entry.blocks)
+
+    def check(self) -> None:
+        """Verify the books, and that the worker's blocks are those that the scheduler holds."""
         self.arena.check_integrity()
         assert self.free + self.taken() == self.total
-        return output
+        for name, entry in self.ledger:
+            if self.arena.is_admitted(name):
+                self._compare(name, entry)
+        for step in self.in_flight:
+            for name, (admission, using) in step.using.items():
+                # Steps of requests that were preempted run before anybody else's use of the block.
+                if self.arena.is_admitted(name) and self.admissions[name] == admission:
+                    held = {block.block_id for block in self.arena.req_to_blocks[name]}
+                    assert using <= held, f"{name} lost blocks that a step in flight uses"
+
+    def _compare(self, name: str, entry: Entry) -> None:
+        state = self.arena._admitted[name]
+        assert (entry.front, entry.cached) == (state.front, state.cached)
+        assert len(entry.blocks) <= self._row
+        blocks = [block.block_id for block in self.arena.req_to_blocks[name]]
+        assert state.released <= entry.cuts
+        for number in range(state.released, entry.cuts):
+            # What goes back once the scheduler has processed the cut.
+            assert entry.course is not None
+            part = entry.course.superfluous(number, entry.front)
+            del blocks[part.start : part.stop]
+        assert blocks == (entry.private_blocks() if entry.cuts else entry.blocks), name
 
     def leave_free(self, blocks: int) -> None:
         """Take blocks out of the pool, so that it is as small as a test wants it."""
@@ -174,11 +303,11 @@ class Engine:
 
     def process(self) -> None:
         """Hand the oldest step's tokens to the scheduler."""
-        output, result = self.in_flight.popleft()
-        for outputs in self.scheduler.update_from_output(output, result).values():
+        step = self.in_flight.popleft()
+        for outputs in self.scheduler.update_from_output(step.output, step.result).values():
             for item in outputs.outputs:
                 self.answers[item.request_id] += len(item.new_token_ids)
-        self.arena.check_integrity()
+        self.check()
 
     def step(self) -> None:
         """One turn of the engine's loop: keep the pipeline full, then take the oldest result."""

@@ -1,4 +1,4 @@
-"""Arena arithmetic, dealing of pages, and the arena's books against a naive model."""
+"""Dealing of pages, and the arena's books against a naive model."""
 
 from __future__ import annotations
 
@@ -27,74 +27,11 @@ def geometry_of(layers: int, num_blocks: int, block_size: int, *, outermost: str
     return PageGeometry(np.arange(layers), layers, num_blocks, block_size)
 
 
-@st.composite
-def plans(draw: st.DrawFn) -> ArenaPlan:
-    """Plans as the planner makes them: evicting ones, and those that keep every token."""
-    size = draw(st.sampled_from([1, 4, 32]))
-    prompt = draw(st.integers(1, 40 * size))
-    blocks = -(-prompt // size)
-    if draw(st.booleans()):
-        return ArenaPlan(prompt, size, blocks, blocks, blocks * size - prompt)
-    return ArenaPlan(prompt, size, blocks, draw(st.integers(1, blocks)), 0)
-
-
 def split(draw: st.DrawFn, total: int, parts: int, least: int) -> IntArray:
     """Non-negative counts that add up to total, each at least ``least``."""
     free = total - least * parts
     cuts = sorted(draw(st.integers(0, free)) for _ in range(parts - 1))
     return np.diff(np.asarray([0, *cuts, free])) + least
-
-
-# --- ArenaPlan -----------------------------------------------------------------------------------
-
-
-@given(plans(), st.integers(0, 200))
-def test_growth_is_the_fewest_blocks_that_hold_what_the_slack_does_not(
-    plan: ArenaPlan, generated: int
-) -> None:
-    growth = plan.growth_blocks(plan.prompt_len + generated)
-    assert growth * plan.block_size + plan.slack >= generated
-    assert growth == 0 or (growth - 1) * plan.block_size + plan.slack < generated
-
-
-def test_growth_takes_one_block_every_block_size_tokens() -> None:
-    plan = ArenaPlan(prompt_len=100, block_size=8, prompt_blocks=13, arena_blocks=4, slack=0)
-    grown = [plan.growth_blocks(100 + n) for n in range(18)]
-    assert grown == [0, *[1] * 8, *[2] * 8, 3]
-    # Tokens in the last page of a prompt that was kept whole come first.
-    kept = ArenaPlan(prompt_len=100, block_size=8, prompt_blocks=13, arena_blocks=13, slack=4)
-    assert [kept.growth_blocks(100 + n) for n in range(6)] == [0, 0, 0, 0, 0, 1]
-
-
-@given(plans(), st.integers(0, 2000), st.booleans())
-def test_blocks_before_the_end_of_the_prompt_are_those_of_plain_vllm(
-    plan: ArenaPlan, tokens: int, released: bool
-) -> None:
-    tokens = min(tokens, plan.prompt_len - 1)
-    assert plan.blocks_for(tokens, released) == -(-tokens // plan.block_size)
-
-
-def test_blocks_at_and_after_the_end_of_the_prompt() -> None:
-    plan = ArenaPlan(prompt_len=100, block_size=8, prompt_blocks=13, arena_blocks=4, slack=0)
-    assert plan.blocks_for(99, released=False) == 13
-    assert plan.blocks_for(100, released=False) == 13 + 4
-    assert plan.blocks_for(101, released=False) == 13 + 4 + 1
-    assert plan.blocks_for(100, released=True) == 4
-    assert plan.blocks_for(109, released=True) == 4 + 2
-
-
-@given(plans(), st.integers(0, 200), st.integers(1, 50))
-def test_peak_is_never_exceeded(plan: ArenaPlan, generated: int, chunk: int) -> None:
-    end = plan.prompt_len + generated
-    chunks = range(0, plan.prompt_len, chunk)
-    held = [plan.blocks_for(min(start + chunk, plan.prompt_len), False) for start in chunks]
-    if generated:
-        # Async scheduling: one more step is planned before the compressing one was processed.
-        held.append(plan.blocks_for(plan.prompt_len + 1, released=False))
-    held += [plan.blocks_for(plan.prompt_len + n, released=True) for n in range(generated + 1)]
-    # Reserving all growth on top of both copies would always do; more would waste the pool.
-    at_worst = plan.prompt_blocks + plan.arena_blocks + plan.growth_blocks(end)
-    assert max(held) <= plan.peak_blocks(end) <= at_worst
 
 
 # --- deal_pages ----------------------------------------------------------------------------------
@@ -159,11 +96,14 @@ class ArenaMachine(RuleBasedStateMachine):
         self.blocks: dict[str, list[int]] = {}
         self.tables: dict[str, list[list[int]]] = {}
         self.kept: dict[str, list[int]] = {}
+        self.dealt: dict[str, list[int]] = {}
+        self.growth: dict[str, int] = {}
+        self.staged: dict[str, list[list[int]]] = {}
         self.made = 0
 
     @precondition(lambda self: len(self.free) >= 2)
-    @rule(data=st.data(), slack=st.integers(0, SIZE - 1))
-    def admit(self, data: st.DataObject, slack: int) -> None:
+    @rule(data=st.data(), slack=st.integers(0, SIZE - 1), column=st.none() | st.integers(0, 90))
+    def admit(self, data: st.DataObject, slack: int, column: int | None) -> None:
         count = data.draw(st.integers(1, min(4, len(self.free))))
         order = data.draw(st.permutations(self.free))
         blocks, self.free = list(order[:count]), list(order[count:])
@@ -172,9 +112,13 @@ class ArenaMachine(RuleBasedStateMachine):
         name = f"r{self.made}"
         self.made += 1
         plan = ArenaPlan(50, SIZE, 13, count, slack)
-        slot = self.arena.admit(name, plan, blocks, pages)
+        slot = self.arena.admit(name, plan, blocks, pages, column)
         assert slot == self.arena.slot(name)
         self.blocks[name] = blocks
+        self.dealt[name] = counts.tolist()
+        # The prompt's 13 blocks and the arena's come before the first growth block, unless the
+        # request was given others in between.
+        self.growth[name] = 13 + count if column is None else column
         self.tables[name] = [p.tolist() for p in pages]
         self.kept[name] = [len(p) * SIZE - slack for p in pages]
 
@@ -196,7 +140,26 @@ class ArenaMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.blocks)))
         self.arena.drop(name)
         self.free += self.blocks.pop(name)
-        del self.tables[name], self.kept[name]
+        del self.tables[name], self.kept[name], self.dealt[name], self.growth[name]
+
+    @rule(data=st.data(), length=st.integers(1, 6))
+    def stage(self, data: st.DataObject, length: int) -> None:
+        """Tables for one step in which layers reuse each other's pages."""
+        page = st.integers(0, LAYERS * BLOCKS - 1)
+        table = st.lists(page, min_size=length, max_size=length)
+        name = f"s{self.made}"
+        self.made += 1
+        self.staged[name] = [data.draw(table) for _ in range(LAYERS)]
+        serials = self.arena.serial.copy()
+        slot = self.arena.stage(name, [np.asarray(ids) for ids in self.staged[name]])
+        assert self.arena.serial[slot] > serials.max(initial=0)
+
+    @precondition(lambda self: self.staged)
+    @rule(data=st.data())
+    def unstage(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.staged)))
+        self.arena.drop(name)
+        del self.staged[name]
 
     @rule(slots=st.integers(0, 12), pages=st.integers(0, 12))
     def reserve(self, slots: int, pages: int) -> None:
@@ -212,11 +175,12 @@ class ArenaMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         arena = self.arena
         arena.check_integrity(self.blocks)
-        assert sorted(arena.request_ids()) == sorted(self.blocks)
-        assert len(arena) == len(self.blocks)
-        slots = [arena.slot(name) for name in self.blocks]
+        names = [*self.blocks, *self.staged]
+        assert sorted(arena.request_ids()) == sorted(names)
+        assert len(arena) == len(names)
+        slots = [arena.slot(name) for name in names]
         assert len(set(slots)) == len(slots)
-        np.testing.assert_array_equal(arena.slots(self.blocks), slots)
+        np.testing.assert_array_equal(arena.slots(names), slots)
         for name, tables in self.tables.items():
             assert name in arena
             lengths = [len(t) for t in tables]
@@ -224,7 +188,14 @@ class ArenaMachine(RuleBasedStateMachine):
             slot = arena.slot(name)
             for layer, table in enumerate(tables):
                 assert arena.tables[layer, slot, : lengths[layer]].tolist() == table
-            assert (arena.shift[:, slot] + 50).tolist() == self.kept[name]
+            assert [ids.tolist() for ids in arena.layer_pages(name)] == tables
+            assert arena.dealt_pages(name).tolist() == self.dealt[name]
+            assert arena.lengths(name, 50).tolist() == self.kept[name]
+            assert arena.lengths(name, 57).tolist() == [kept + 7 for kept in self.kept[name]]
+            assert arena.growth_column[slot] == self.growth[name]
+        for name, tables in self.staged.items():
+            assert [ids.tolist() for ids in arena.layer_pages(name)] == tables
+            assert arena.lengths(name, 21).tolist() == [21] * LAYERS  # nothing is evicted yet
 
 
 TestArenaMachine = ArenaMachine.TestCase
@@ -252,6 +223,36 @@ def test_admitting_twice_or_with_wrong_pages_is_refused_and_changes_nothing() ->
         arena.admit("b", plan, [5, 6], [pages[0][:1], *pages[1:]])
     assert arena.request_ids() == ["a"]
     arena.check_integrity({"a": [3, 4]})
+
+
+def test_what_is_handed_out_is_a_copy() -> None:
+    arena = arena_with({"a": [3, 4]})
+    for taken in (*arena.layer_pages("a"), arena.dealt_pages("a"), arena.lengths("a", 50)):
+        taken += 1
+    for taken in (arena.pages_per_layer("a"), arena.slots(["a"])):
+        taken += 1
+    arena.check_integrity({"a": [3, 4]})
+    assert arena.dealt_pages("a").tolist() == arena.pages_per_layer("a").tolist() == [2] * LAYERS
+
+
+def test_a_request_is_staged_once_and_admitted_after_it_was_dropped() -> None:
+    arena = arena_with({"a": [3, 4]})
+    shared = [np.array([7, 8, 9])] * LAYERS
+    with pytest.raises(ValueError, match="request a is in the arena already"):
+        arena.stage("a", shared)
+    arena.stage("b", shared)
+    with pytest.raises(ValueError, match="request b is in the arena already"):
+        arena.stage("b", shared)
+    # Layers share its pages and it has no blocks: the books of the others are looked at alone.
+    arena.check_integrity({"a": [3, 4]})
+    pages = deal_pages(arena.geometry, [5, 6], np.full(LAYERS, 2))
+    plan = ArenaPlan(50, SIZE, 13, 2, 0)
+    with pytest.raises(ValueError, match="request b is in the arena already"):
+        arena.admit("b", plan, [5, 6], pages)
+    arena.drop("b")
+    arena.admit("b", plan, [5, 6], pages)
+    arena.check_integrity({"a": [3, 4], "b": [5, 6]})
+    assert arena.dealt_pages("b").tolist() == [2] * LAYERS
 
 
 def test_growing_from_other_blocks_is_refused() -> None:

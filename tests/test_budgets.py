@@ -133,7 +133,7 @@ def test_cascade_equals_one_shot_for_cake_in_pages(logs, pages, block, window, e
             layers,
             pages_per_layer=pages,
             block_size=block,
-            prompt_len=prompt,
+            lengths=prompt,
         )
         for method in (CakeAt(window=window), CakeAt(window=window, plan=plan), Cake(window=window))
     )
@@ -141,6 +141,65 @@ def test_cascade_equals_one_shot_for_cake_in_pages(logs, pages, block, window, e
     assert staged.sum() == pages * len(layers)
     assert (staged >= reserved).all()
     assert (staged * block <= prompt).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    logs=st.lists(st.tuples(log_p, log_p), min_size=1, max_size=8),
+    data=st.data(),
+    pages=st.integers(1, 20),
+    block=st.sampled_from([1, 4, 16]),
+    window=st.integers(2, 32),
+    rest=st.integers(0, 60),
+    plan=schedules,
+)
+def test_layers_of_unequal_lengths_are_cut_within_what_they_hold(
+    logs, data, pages, block, window, rest, plan
+):
+    """As an earlier cut left them: whole pages, and as many tokens more in each."""
+    reserved = -(-window // block)
+    count = len(logs)
+    held = data.draw(st.lists(st.integers(reserved, 60), min_size=count, max_size=count))
+    pages = min(max(pages, reserved), sum(held) // count)
+    rest += sum(held) == pages * count  # there must be something to evict
+    lengths = [h * block + rest for h in held]
+    layers = [
+        LayerScores(torch.zeros(1, length - window), {"log_entropy": h, "log_shift": v})
+        for (h, v), length in zip(logs, lengths, strict=True)
+    ]
+    at_end, staged = (
+        page_budgets(method, layers, pages_per_layer=pages, block_size=block, lengths=lengths)
+        for method in (Cake(window=window), CakeAt(window=window, plan=plan))
+    )
+    assert staged.tolist() == at_end.tolist()
+    assert staged.sum() == pages * count
+    assert (staged >= reserved).all()
+    assert (staged * block <= np.array(lengths)).all()
+
+
+def test_one_length_for_all_is_that_length_for_each():
+    layers = cake_layers([(0.0, 1.0), (2.0, 0.5), (-1.0, 0.0)], 92)
+    found = [
+        page_budgets(
+            Given(told=[1.0, 5.0, 2.0], window=8, most=40),
+            layers,
+            pages_per_layer=3,
+            block_size=16,
+            lengths=lengths,
+        ).tolist()
+        for lengths in (100, [100] * 3)
+    ]
+    assert found[0] == found[1]
+    assert sum(found[0]) == 9
+
+
+def test_a_layer_that_holds_little_leaves_its_share_to_the_others():
+    method = Given(told=[1.0, 1.0, 1.0], window=8)
+    layers = [LayerScores(torch.zeros(1, tokens - 8)) for tokens in (34, 200, 200)]
+    found = page_budgets(method, layers, pages_per_layer=5, block_size=16, lengths=[34, 200, 200])
+    assert found.tolist() == [2, 7, 6]
+    with pytest.raises(ValueError, match=r"200 tokens fits the budget of 160: nothing to evict"):
+        page_budgets(method, layers, pages_per_layer=10, block_size=16, lengths=[34, 200, 200])
 
 
 @settings(max_examples=100, deadline=None)
@@ -188,7 +247,7 @@ def test_dynamickv_spends_pool_exactly(every, history):
     found = token_budgets(method, layers, base=base, num_layers=10)
     assert found.sum() == base * 10
     assert found.max() <= min(history, int(2.5 * base))
-    pages = page_budgets(method, layers, pages_per_layer=5, block_size=16, prompt_len=history + 8)
+    pages = page_budgets(method, layers, pages_per_layer=5, block_size=16, lengths=history + 8)
     assert pages.sum() == 50
     assert (pages * 16 <= history + 8).all()
 
@@ -204,7 +263,7 @@ def test_minimum_tokens_are_honoured():
         layers,
         pages_per_layer=4,
         block_size=16,
-        prompt_len=508,
+        lengths=508,
     )
     assert pages.tolist() == [2, 2, 2, 10]
 
@@ -213,7 +272,7 @@ def test_minimum_tokens_are_honoured():
 def test_equal_budgets(method):
     layers = blank(5, 392)
     assert token_budgets(method, layers, base=56, num_layers=5).tolist() == [56] * 5
-    found = page_budgets(method, layers, pages_per_layer=4, block_size=16, prompt_len=400)
+    found = page_budgets(method, layers, pages_per_layer=4, block_size=16, lengths=400)
     assert found.tolist() == [4] * 5
 
 
@@ -221,7 +280,7 @@ def test_a_cap_too_small_for_the_pool_is_raised_just_enough():
     method = Given(told=[1.0, 2.0, 3.0], most=10, window=8)
     layers = blank(3, 192)
     assert token_budgets(method, layers, base=40, num_layers=3).tolist() == [40, 40, 40]
-    found = page_budgets(method, layers, pages_per_layer=3, block_size=16, prompt_len=200)
+    found = page_budgets(method, layers, pages_per_layer=3, block_size=16, lengths=200)
     assert found.tolist() == [3, 3, 3]
 
 
@@ -259,7 +318,7 @@ def test_wrong_number_of_weights_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt_len": 64}, "nothing to evict"),
+        ({"lengths": 64}, "nothing to evict"),
         ({"pages_per_layer": 1, "method": Given(told=[1.0] * 2, window=17)}, "needs 2 pages"),
         ({"layers": []}, "at least one layer"),
     ],
@@ -270,7 +329,7 @@ def test_page_budgets_refuses(change, message):
         "layers": blank(2, 92),
         "pages_per_layer": 4,
         "block_size": 16,
-        "prompt_len": 100,
+        "lengths": 100,
     }
     with pytest.raises(ValueError, match=message):
         page_budgets(**(arguments | change))

@@ -41,6 +41,8 @@ def name(case: Case) -> str:
 
 
 every_case = pytest.mark.parametrize("case", cases(), ids=name)
+# One per instruction set and dtype, where the order within a page does not matter any more.
+few_cases = pytest.mark.parametrize("case", {c[:2]: c for c in cases()}.values(), ids=name)
 
 
 def poisoned(case: Case) -> Tensor:
@@ -137,6 +139,45 @@ def test_moved_survivors_read_like_the_originals() -> None:
     for head in range(HEADS):
         assert torch.equal(codec.read_keys(target.numpy(), 64)[head], keys[head, kept[head]])
         assert torch.equal(values_of(codec, target, 64)[head], values[head, kept[head]])
+
+
+@few_cases
+@pytest.mark.parametrize(
+    "target",
+    [[5, 0], [0, 5], [3, 5, 0], [4, 5], [6, 1]],
+    ids=["in place", "swapped", "turned", "one of its own", "elsewhere"],
+)
+def test_a_layer_is_rewritten_over_its_own_pages(case: Case, target: list[int]) -> None:
+    cache = poisoned(case)
+    codec = make(case, cache)
+    source, size = torch.tensor([5, 0, 3]), case[2]
+    keys, values = tokens(case, 3 * size, 2), tokens(case, 3 * size, 3)
+    store(case, cache, source, keys, values)
+    before = cache.clone()
+    # In whatever order: a cascade's survivors lie by worth before and by position afterwards.
+    count = len(target) * size
+    kept = torch.stack([torch.randperm(3 * size)[:count] for _ in range(HEADS)])
+    codec.rewrite(source.numpy(), kept, np.array(target))
+    has = values_of(codec, torch.tensor(target), count)
+    for head in range(HEADS):
+        found = codec.read_keys(np.array(target), count)[head]
+        assert torch.equal(found, keys[head, kept[head]])
+        assert torch.equal(has[head], values[head, kept[head]])
+    others = [page for page in range(PAGES) if page not in target]
+    assert torch.equal(cache[others], before[others])
+
+
+def test_a_last_page_that_is_not_full_is_rewritten_too() -> None:
+    case: Case = (_get_attn_isa(torch.bfloat16, 32, 64), torch.bfloat16, 32, 64)
+    cache = poisoned(case)
+    codec = make(case, cache)
+    source = torch.tensor([2, 4])
+    keys, values = tokens(case, 50, 2), tokens(case, 50, 3)
+    store(case, cache, source, keys, values)
+    kept = torch.arange(9, 50).expand(HEADS, -1)
+    codec.rewrite(source.numpy(), kept, source.numpy())
+    assert torch.equal(codec.read_keys(source.numpy(), 41), keys[:, 9:])
+    assert torch.equal(values_of(codec, source, 41), values[:, 9:])
 
 
 def test_a_view_of_a_block_outermost_pool_serves_too() -> None:

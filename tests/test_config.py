@@ -1,4 +1,4 @@
-"""Settings as users write them, and the planner's promises about what a request holds."""
+"""Settings as users write them: what is accepted, and the sentence for what is not."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from vllm_kvcompress.arena import ArenaPlan
-from vllm_kvcompress.config import KVCompressionConfig, Planner, parse_budget
+from vllm_kvcompress.config import KVCompressionConfig, parse_budget
 from vllm_kvcompress.methods import Cake, available
 
 
@@ -23,6 +20,8 @@ def is_one_sentence(text: str) -> bool:
     return "\n" not in text and "Traceback" not in text and 20 < len(text) < 300
 
 
+STREAMING = {"method": "cake", "budget": 100, "prefill": "streaming"}
+
 # --- parse and as_dict ---------------------------------------------------------------------------
 
 
@@ -34,6 +33,10 @@ def is_one_sentence(text: str) -> bool:
         {"method": "dynamickv", "budget": 512, "pooling": "max", "faithful": True},
         {"method": "random", "budget": 99, "seed": 7, "check_integrity": True},
         {"method": "scatter", "budget": 1, "log_requests": True, "check_integrity": True},
+        {"method": "cake", "budget": 64, "prefill": "cascade", "window": 16},
+        {"method": "cake", "budget": 64, "prefill": "streaming", "stream_chunk": 96},
+        {"method": "cake", "budget": 64, "prefill": "streaming", "stream_budget": 64},
+        {"method": "uniform", "budget": 0.5, "decode_budget": 80, "decode_buffer": 33},
     ],
 )
 def test_settings_survive_the_way_through_json(given: dict[str, Any]) -> None:
@@ -50,6 +53,17 @@ def test_defaults_of_every_method_are_accepted(method: str) -> None:
     assert parsed.as_dict() == {"method": method, "budget": 1024}
     assert not parsed.check_integrity
     assert not parsed.log_requests
+
+
+def test_options_have_defaults_that_change_nothing_about_a_plain_prefill() -> None:
+    parsed = KVCompressionConfig.parse({"method": "cake"})
+    assert parsed.prefill == "auto"
+    assert parsed.stream_chunk is parsed.stream_budget is parsed.decode_budget is None
+    assert parsed.decode_buffer == 128
+    # A buffer below the window is no matter while nothing is cut during generation.
+    assert config("cake", decode_buffer=1).decode_buffer == 1
+    # Written out, a default is one all the same.
+    assert KVCompressionConfig.parse({"method": "cake", "prefill": "auto"}) == parsed
 
 
 def test_parameters_reach_the_method() -> None:
@@ -106,6 +120,30 @@ def test_parsing_leaves_the_given_mapping_alone_and_is_immutable() -> None:
         ({"method": "random", "seed": -1}, ["seed", "-1"]),
         ({"method": "cake", "check_integrity": "yes"}, ["check_integrity", "'yes'"]),
         ({"method": "cake", "log_requests": 1}, ["log_requests", "1", "true or false"]),
+        ({"method": "cake", "prefill": "fast"}, ["prefill", "'fast'", "auto", "full", "cascade"]),
+        ({"method": "cake", "prefill": None}, ["prefill", "None", "streaming"]),
+        ({"method": "cake", "prefill": ["full"]}, ["prefill", "['full']"]),
+        ({**STREAMING, "stream_chunk": 0}, ["stream_chunk", "0", "at least 1"]),
+        ({**STREAMING, "stream_chunk": 64.0}, ["stream_chunk", "64.0", "whole number"]),
+        ({**STREAMING, "stream_chunk": True}, ["stream_chunk", "True", "whole number"]),
+        ({**STREAMING, "stream_budget": "64"}, ["stream_budget", "'64'", "whole number"]),
+        ({**STREAMING, "stream_budget": 99}, ["stream_budget", "99", "budget of 100"]),
+        ({"method": "cake", "stream_chunk": 64}, ["stream_chunk", "prefill", "streaming"]),
+        (
+            {"method": "cake", "prefill": "full", "stream_budget": 2048},
+            ["stream_budget", "prefill", "streaming"],
+        ),
+        ({**STREAMING, "budget": 0.5}, ["prefill streaming", "0.5", "tokens"]),
+        ({**STREAMING, "method": "scatter"}, ["prefill streaming", "scatter", "evicts"]),
+        ({"method": "cake", "decode_budget": 0}, ["decode_budget", "0", "at least 1"]),
+        ({"method": "cake", "decode_budget": 0.5}, ["decode_budget", "0.5", "whole number"]),
+        ({"method": "scatter", "decode_budget": 64}, ["decode_budget", "scatter", "evicts"]),
+        ({"method": "cake", "decode_buffer": None}, ["decode_buffer", "None", "whole number"]),
+        ({"method": "cake", "decode_buffer": -1}, ["decode_buffer", "-1", "at least 1"]),
+        (
+            {"method": "cake", "decode_budget": 64, "decode_buffer": 31},
+            ["decode_buffer", "31", "window of 32"],
+        ),
     ],
 )
 def test_wrong_values_get_one_sentence(given: Any, names: list[str]) -> None:
@@ -137,123 +175,28 @@ def test_wrong_budgets_of_the_command_line_get_one_sentence(text: str) -> None:
     assert is_one_sentence(str(caught.value))
 
 
-# --- Planner -------------------------------------------------------------------------------------
+# --- check_block_size ----------------------------------------------------------------------------
 
 
 def test_a_budget_needs_room_beside_the_window() -> None:
     # cake's window is 32 by default, so 64 is the least with blocks of 32.
-    Planner(config("cake", 64), 32)
+    config("cake", 64).check_block_size(32)
     with pytest.raises(ValueError, match="kv-compression-budget 63 is too small") as caught:
-        Planner(config("cake", 63), 32)
+        config("cake", 63).check_block_size(32)
     text = str(caught.value)
     assert is_one_sentence(text)
     assert "at least 64 tokens" in text
     assert "--block-size" in text
-    # A smaller window makes room; a method that keeps everything has no use for a budget.
-    Planner(config("cake", 63, window=16), 32)
-    Planner(config("scatter", 1), 32)
+    # A smaller window or block makes room; a share is raised as far as it must be, and a method
+    # that keeps everything has no use for a budget.
+    config("cake", 63, window=16).check_block_size(32)
+    config("cake", 63).check_block_size(16)
+    config("cake", 0.01).check_block_size(32)
+    config("scatter", 1).check_block_size(32)
 
 
-def test_prompts_within_the_kept_blocks_stay_as_they_are() -> None:
-    planner = Planner(config("uniform", 100), 32)
-    assert planner.budget_blocks(5000) == 4
-    assert [planner.plan(n) for n in (1, 100, 128)] == [None, None, None]
-    assert planner.plan(129) == ArenaPlan(129, 32, prompt_blocks=5, arena_blocks=4, slack=0)
-
-
-def test_a_share_of_the_prompt_is_rounded_up_and_never_below_what_a_method_needs() -> None:
-    planner = Planner(config("uniform", 0.25), 32)
-    assert planner.budget_blocks(4096) == 32
-    assert planner.budget_blocks(4097) == 33
-    assert planner.budget_blocks(10) == 2  # window 32 + one block
-    assert planner.plan(64) is None
-    assert planner.plan(65) == ArenaPlan(65, 32, prompt_blocks=3, arena_blocks=2, slack=0)
-
-
-@given(st.integers(1, 300), st.sampled_from([1, 16, 32]))
-def test_keeping_everything_takes_as_many_blocks_and_fills_the_last_page(
-    prompt: int, size: int
-) -> None:
-    plan = Planner(config("scatter"), size).plan(prompt)
-    assert plan is not None
-    assert plan.arena_blocks == plan.prompt_blocks == -(-prompt // size)
-    assert plan.arena_blocks * size - plan.slack == prompt
-    assert plan.growth_blocks(prompt + plan.slack) == 0
-    assert plan.growth_blocks(prompt + plan.slack + 1) == 1
-
-
-budgets = st.integers(40, 400) | st.floats(0.01, 0.99)
-
-
-@given(budgets, st.integers(1, 2000))
-def test_evicting_plans_keep_less_than_the_prompt_and_leave_no_slack(
-    budget: float, prompt: int
-) -> None:
-    planner = Planner(config("uniform", budget, window=24), 16)
-    plan = planner.plan(prompt)
-    kept = planner.budget_blocks(prompt) * 16
-    if plan is None:
-        assert prompt <= kept
-        return
-    assert plan.slack == 0
-    assert planner.window + 1 <= plan.arena_blocks * 16 == kept < prompt
-    assert plan.arena_blocks < plan.prompt_blocks
-
-
-# Bounds for start-up: what vLLM reserves for one request of max_model_len tokens, and how many
-# entries a row of the runner's block table has.
-
-
-def check_bounds(budget: float, prompt: int, generated: int, extra: int, size: int) -> None:
-    planner = Planner(config("uniform", budget, window=8), size)
-    tokens = prompt + generated
-    bound = planner.peak_blocks(tokens + extra)
-    plan = planner.plan(prompt)
-    if plan is None:
-        assert bound >= -(-tokens // size)
-        return
-    assert bound >= plan.peak_blocks(tokens)
-    row = plan.prompt_blocks + plan.arena_blocks + plan.growth_blocks(tokens)
-    assert bound >= row
-
-
-@settings(max_examples=300)
-@given(st.integers(12, 120), st.integers(1, 300), st.integers(0, 60), st.integers(0, 60))
-def test_start_up_bounds_every_request_with_a_token_budget(
-    budget: int, prompt: int, generated: int, extra: int
-) -> None:
-    check_bounds(budget, prompt, generated, extra, 4)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 0.9])
-def test_start_up_bounds_every_request_with_a_share(share: float) -> None:
-    # All of them: the lengths at which rounding makes a difference are rare.
-    for limit in range(8, 120):
-        for prompt in range(1, limit + 1):
-            check_bounds(share, prompt, limit - prompt, 0, 4)
-
-
-def test_start_up_bounds_a_share_whose_longest_prompt_stays_whole() -> None:
-    # 0.9 of 256 rounds up to all 8 blocks of 32, but 225 tokens are cut from 8 to 7.
-    planner = Planner(config("uniform", 0.9), 32)
-    assert planner.plan(256) is None
-    plan = planner.plan(225)
-    assert plan is not None
-    assert planner.peak_blocks(256) >= plan.prompt_blocks + plan.arena_blocks
-
-
-@given(st.integers(40, 400), st.integers(1, 1000), st.integers(0, 200))
-def test_a_longer_context_never_needs_less(budget: int, length: int, more: int) -> None:
-    planner = Planner(config("uniform", budget, window=24), 16)
-    assert planner.peak_blocks(length) <= planner.peak_blocks(length + more)
-
-
-def test_start_up_bounds_scatter() -> None:
-    planner = Planner(config("scatter"), 8)
-    for prompt in range(1, 60):
-        for tokens in range(prompt, 70):
-            plan = planner.plan(prompt)
-            assert plan is not None
-            assert planner.peak_blocks(70) >= plan.peak_blocks(tokens)
-            row = plan.prompt_blocks + plan.arena_blocks + plan.growth_blocks(tokens)
-            assert planner.peak_blocks(70) >= row
+def test_a_budget_of_the_generation_needs_the_same_room() -> None:
+    config("cake", 0.5, decode_budget=64).check_block_size(32)
+    with pytest.raises(ValueError, match=r"^decode_budget 63 is too small: cake needs") as caught:
+        config("cake", 0.5, decode_budget=63).check_block_size(32)
+    assert is_one_sentence(str(caught.value))

@@ -39,8 +39,13 @@ def make_worker(folder: Path, **options: Any) -> ArenaGPUWorker:
         model=str(folder),
         skip_tokenizer_init=True,
         load_format="dummy",
-        additional_config={"kv_compression": {"method": "cake", "budget": 1024}},
-        **{"block_size": 32, "max_model_len": 4096, "max_num_seqs": 64, **options},
+        **{
+            "block_size": 32,
+            "max_model_len": 4096,
+            "max_num_seqs": 64,
+            "additional_config": {"kv_compression": {"method": "cake", "budget": 1024}},
+            **options,
+        },
     ).create_engine_config()
     worker = ArenaGPUWorker.__new__(ArenaGPUWorker)
     worker.vllm_config = config
@@ -56,13 +61,29 @@ def test_the_pool_leaves_room_for_tables_and_scoring(
     worker.cache_config.kv_cache_memory_bytes = None  # the CPU platform fills it in
     tables, transient = worker._workspace()
     assert worker.determine_available_memory() == 40 * GIB - tables - transient
-    # Prompt, arena, growth and one more entry a row, in every layer; then lengths and slots.
+    # Entries of text and arena and two for rounding a row, in every layer; then lengths and slots.
     layers = LLAMA["num_hidden_layers"]
-    width = 4096 // 32 + 1024 // 32
+    width = 4096 // 32 + 2 + 1024 // 32
     tokens = worker.vllm_config.scheduler_config.max_num_batched_tokens
     least = layers * (4 * 64 * width + 8 * tokens)
     assert least <= tables <= 1.2 * least
     assert transient > 2 * 4 * layers * LLAMA["num_key_value_heads"] * 4096
+
+
+def test_rows_are_wide_enough_for_all_that_is_ever_appended(tmp_path: Path) -> None:
+    plain, _ = make_worker(tmp_path)._workspace()
+    given = {
+        "method": "cake",
+        "budget": 1024,
+        "prefill": "streaming",
+        "stream_chunk": 1024,
+        "decode_budget": 1024,
+    }
+    worker = make_worker(tmp_path, additional_config={"kv_compression": given})
+    wider, _ = worker._workspace()
+    # Each of up to 5 cuts between chunks takes 2 * 1024 tokens, the first of the generation 1024.
+    entries = 5 * 64 + 33
+    assert wider - plain == 4 * LLAMA["num_hidden_layers"] * 64 * entries
 
 
 def test_a_pool_sized_by_hand_stays_as_it_is(

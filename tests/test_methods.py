@@ -344,7 +344,7 @@ def test_protected_tokens_are_kept_exactly_once(name, seed, window, pages, block
     tokens = pages * block + extra
     method = get_method(name, {"window": window})
     scores = score_all(method, seed, tokens=tokens, window=window)
-    found = page_budgets(method, scores, pages_per_layer=pages, block_size=block, prompt_len=tokens)
+    found = page_budgets(method, scores, pages_per_layer=pages, block_size=block, lengths=tokens)
     assert found.sum() == pages * 6
     own_window = torch.arange(tokens - window, tokens).expand(2, -1)
     for layer, held in zip(scores, found.tolist(), strict=True):
@@ -360,7 +360,7 @@ def test_protected_tokens_are_kept_exactly_once(name, seed, window, pages, block
 def test_faithful_mode_works_in_pages(name, dtype):
     method = get_method(name, {"window": 8, "faithful": True})
     scores = score_all(method, tokens=400, dtype=dtype)
-    found = page_budgets(method, scores, pages_per_layer=4, block_size=16, prompt_len=400)
+    found = page_budgets(method, scores, pages_per_layer=4, block_size=16, lengths=400)
     assert found.sum() == 24
     assert (found >= 1).all()
     assert scores[0].tokens.dtype == torch.float32

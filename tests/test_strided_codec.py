@@ -32,6 +32,11 @@ def tokens_of(cache: Tensor, pages: list[int]) -> Tensor:
     return cache[pages].transpose(0, 1).reshape(HEADS, -1, 2 * DIM)
 
 
+def bytes_of(cache: Tensor, pages: list[int]) -> Tensor:
+    """The same of a pool viewed as bytes."""
+    return cache[pages].transpose(0, 1).reshape(HEADS, len(pages) * SIZE, -1)
+
+
 @pytest.mark.parametrize("order", ["HND", "NHD"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_survivors_of_all_layers_are_moved_and_nothing_else(order: str, dtype: torch.dtype) -> None:
@@ -58,6 +63,41 @@ def test_survivors_of_all_layers_are_moved_and_nothing_else(order: str, dtype: t
 
 
 @pytest.mark.parametrize("order", ["HND", "NHD"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "target",
+    [[4, 0], [0, 4], [7, 4, 0], [11, 4], [3, 10]],
+    ids=["in place", "swapped", "turned", "one of its own", "elsewhere"],
+)
+def test_a_layer_is_rewritten_over_its_own_pages(
+    order: str, dtype: torch.dtype, target: list[int]
+) -> None:
+    # Compared as bytes: not every number of an FP8 cache equals itself.
+    cache = pool(order, dtype)
+    before = cache.view(torch.uint8).clone()
+    fp8 = dtype == torch.float8_e4m3fn
+    codec = StridedPageCodec(
+        cache.view(torch.uint8) if fp8 else cache,
+        "fp8" if fp8 else "auto",
+        torch.bfloat16 if fp8 else dtype,
+        implementation="torch",
+    )
+    source = [4, 0, 7]
+    # The last page is not filled, and tokens come in whatever order.
+    count = len(target) * SIZE - 3
+    kept = torch.stack([torch.randperm(3 * SIZE)[:count] for _ in range(HEADS)])
+    codec.rewrite(np.array(source), kept, np.array(target))
+
+    now = cache.view(torch.uint8)
+    had, has = bytes_of(before, source), bytes_of(now, target)
+    for head in range(HEADS):
+        assert torch.equal(has[head, :count], had[head, kept[head]])
+    others = [page for page in range(PAGES) if page not in target]
+    assert torch.equal(now[others], before[others])
+    assert torch.equal(now[target[-1]][:, -3:], before[target[-1]][:, -3:])
+
+
+@pytest.mark.parametrize("order", ["HND", "NHD"])
 def test_keys_are_read_and_whole_pages_copied(order: str) -> None:
     cache = pool(order)
     codec = StridedPageCodec(cache, "auto", torch.float32, implementation="torch")
@@ -74,15 +114,18 @@ def test_statistics_of_several_layers_are_those_of_each() -> None:
     windows = torch.randn(2, WINDOW, 2 * HEADS, DIM)
     sources = [np.array([4, 0, 7]), np.array([1, 9, 2])]
     facts = [FACTS, LayerFacts(scale=0.5, soft_cap=0.0, sinks=None)]
-    found = codec.observe(windows, sources, 41, facts)
+    # After cuts that left them different numbers of pages, layers differ in length.
+    lengths = [41, 29]
+    found = codec.observe(windows, sources, lengths, facts)
     assert found is not None
     for layer, (source, fact) in enumerate(zip(sources, facts, strict=True)):
         expected = window_statistics(
             windows[layer].transpose(0, 1),
-            tokens_of(cache, source.tolist())[:, :41, :DIM],
+            tokens_of(cache, source.tolist())[:, : lengths[layer], :DIM],
             window=WINDOW,
             scale=fact.scale,
         )
+        assert found[layer].mean.shape[-1] == lengths[layer] - WINDOW
         torch.testing.assert_close(found[layer].mean, expected.mean)
         torch.testing.assert_close(found[layer].var, expected.var)
         assert float(found[layer].entropy) == pytest.approx(float(expected.entropy), rel=1e-6)

@@ -6,148 +6,14 @@ the torch twin of its kernel; the kernel is compared with its twin in tests/kern
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.arena import ArenaPlan, PageArena, PageGeometry, deal_pages
-from vllm_kvcompress.device_tables import DeviceTableBuilder
-from vllm_kvcompress.tables import (
-    BatchRows,
-    LayerTables,
-    StepTableBuilder,
-    TableBuilder,
-    TableLimits,
-)
-
-NUM_BLOCKS = 200
-WIDTH = 64
-LIMITS = TableLimits(rows=8, width=WIDTH, tokens=80)
-
-Make = Callable[[PageArena], StepTableBuilder]
-
-
-def on_device(arena: PageArena) -> DeviceTableBuilder:
-    return DeviceTableBuilder(arena, LIMITS, torch.device("cpu"), implementation="torch")
-
-
-both_builders = pytest.mark.parametrize("make", [TableBuilder, on_device], ids=["cpu", "device"])
-
-
-@dataclass
-class Row:
-    """One request as the reference sees it: pages per layer where it is compressed.
-
-    ``length`` is logical and includes the step's ``tokens``; ``blocks`` is what the runner's
-    block table holds, meaningless for compressed rows.
-    """
-
-    length: int
-    tokens: int
-    blocks: list[int]
-    name: str | None = None
-    prompt: int = 0
-    kept: tuple[int, ...] = ()
-    pages: tuple[list[int], ...] = ()
-
-
-class World:
-    """An arena, and beside it everything as plain lists."""
-
-    def __init__(self, layers: int, size: int, outermost: str) -> None:
-        origin = np.arange(layers) * (NUM_BLOCKS if outermost == "layer" else 1)
-        step = 1 if outermost == "layer" else layers
-        self.geometry = PageGeometry(origin, step, NUM_BLOCKS, size)
-        self.arena = PageArena(self.geometry)
-        self.free = list(range(1, NUM_BLOCKS))
-        self.size, self.layers = size, layers
-
-    def take(self, count: int) -> list[int]:
-        return [self.free.pop() for _ in range(count)]
-
-    def page(self, layer: int, block: int) -> int:
-        """Where plain vLLM's slice of a block lies in the flat view."""
-        return int(self.geometry.origin[layer]) + block * self.geometry.step
-
-    def admit(self, name: str, prompt: int, counts: list[int], slack: int = 0) -> Row:
-        blocks = self.take(sum(counts) // self.layers)
-        dealt = deal_pages(self.geometry, blocks, np.asarray(counts))
-        plan = ArenaPlan(prompt, self.size, -(-prompt // self.size), len(blocks), slack)
-        self.arena.admit(name, plan, blocks, dealt)
-        kept = tuple(c * self.size - slack for c in counts)
-        pages = tuple([int(p) for p in part] for part in dealt)
-        return Row(prompt, 0, blocks, name, prompt, kept, pages)
-
-    def feed(self, row: Row, tokens: int) -> None:
-        """Append tokens to a compressed row, with growth blocks where they are due."""
-        row.length += tokens
-        row.tokens = tokens
-        while (row.kept[0] + row.length - row.prompt) > len(row.pages[0]) * self.size:
-            assert row.name is not None
-            (block,) = self.take(1)
-            row.blocks.append(block)
-            self.arena.grow(row.name, row.blocks)
-            for layer, pages in enumerate(row.pages):
-                pages.append(self.page(layer, block))
-
-    def plain(self, length: int, tokens: int) -> Row:
-        return Row(length, tokens, self.take(-(-length // self.size)))
-
-    def batch(self, rows: list[Row], padding: int = 0) -> BatchRows:
-        """What the model runner hands over: logical lengths, block ids, logical slots."""
-        table = np.full((len(rows), WIDTH), 7, dtype=np.int32)
-        slots: list[int] = []
-        for index, row in enumerate(rows):
-            # A compressed row still begins with its prompt's blocks, which are others' by now.
-            first = 0 if row.name is None else -(-row.prompt // self.size)
-            table[index, first : first + len(row.blocks)] = row.blocks
-            for position in range(row.length - row.tokens, row.length):
-                # The runner knows nothing of the arena: for a compressed row this is nonsense.
-                block = int(table[index, min(position // self.size, WIDTH - 1)])
-                slots.append(block * self.size + position % self.size)
-        compressed = [i for i, row in enumerate(rows) if row.name is not None]
-        names = [row.name for row in rows if row.name is not None]
-        return BatchRows(
-            block_table=torch.from_numpy(table),
-            seq_lens=torch.tensor([r.length for r in rows], dtype=torch.int32),
-            query_start=torch.tensor(
-                [0, *np.cumsum([r.tokens for r in rows]).tolist()], dtype=torch.int32
-            ),
-            slot_mapping=torch.tensor(slots + [-1] * padding, dtype=torch.int64),
-            rows=np.asarray(compressed, dtype=np.int64),
-            slots=self.arena.slots(names),
-            seq_lens_bound=np.asarray([r.length + 1 for r in rows]),
-        )
-
-    def check(self, rows: list[Row], padding: int, built: LayerTables) -> None:
-        """Compare with what every layer, row and token should have."""
-        for layer in range(self.layers):
-            slots: list[int] = []
-            for index, row in enumerate(rows):
-                if row.name is None:
-                    pages = [self.page(layer, b) for b in row.blocks]
-                    held = row.length
-                else:
-                    pages = row.pages[layer]
-                    held = row.kept[layer] + row.length - row.prompt
-                assert built.seq_lens[layer, index] == held
-                needed = -(-held // self.size)
-                assert built.block_tables[layer, index, :needed].tolist() == pages[:needed]
-                for position in range(held - row.tokens, held):
-                    page = pages[position // self.size]
-                    slots.append(page * self.size + position % self.size)
-            assert built.slot_mapping[layer].tolist() == slots + [-1] * padding
-        assert built.block_tables.dtype == torch.int32
-        assert built.seq_lens.dtype == torch.int32
-        assert built.slot_mapping.dtype == torch.int64
-        assert built.slot_mapping[0].is_contiguous()
-        if built.max_lens is not None:
-            assert built.max_lens == [int(n) + 1 for n in built.seq_lens.max(dim=1).values]
+from tests.table_world import LIMITS, NUM_BLOCKS, Make, Row, World, both_builders, on_device
+from vllm_kvcompress.tables import TableBuilder
 
 
 @st.composite
@@ -290,6 +156,47 @@ def test_a_chunk_of_another_prompt_growing_beside_a_compressed_row(make: Make) -
         world.feed(row, 1)
         batch = [row, world.plain(length, 4)]
         world.check(batch, 0, builder.build(world.batch(batch)))
+
+
+@both_builders
+@pytest.mark.parametrize("outermost", ["layer", "block"])
+def test_a_request_that_is_cut_again_and_again(make: Make, outermost: str) -> None:
+    """Growth goes on behind all blocks that the request was ever given."""
+    world = World(3, 4, outermost)
+    row, other = world.admit("a", 30, [1, 3, 2]), world.admit("b", 40, [2, 2, 2])
+    builder = make(world.arena)
+    # Within their own pages, to other blocks, and within those.
+    for counts in (None, [4, 1, 4], None, None):
+        for _ in range(6):
+            world.feed(row, 1)
+            world.feed(other, 1)
+            world.check([row, other], 0, builder.build(world.batch([row, other])))
+        world.cut_again(row, counts)
+        assert world.arena.growth_column[world.arena.slot("a")] == row.first + len(row.blocks)
+        world.arena.check_integrity({"a": row.blocks, "b": other.blocks})
+    assert row.first > 8
+
+
+@both_builders
+@pytest.mark.parametrize(("cached", "at_once"), [(0, 1), (2, 2)])
+def test_a_prompt_whose_layers_share_pages_for_a_step(
+    make: Make, cached: int, at_once: int
+) -> None:
+    world = World(4, 4, "block")
+    old = world.admit("a", 30, [1, 2, 1, 4])
+    builder = make(world.arena)
+    world.feed(old, 1)
+    staged = world.stage("b", 22, cached, at_once)
+    assert staged.tokens == 22 - 4 * cached
+    batch = [staged, old, world.plain(6, 1)]
+    world.check(batch, 1, builder.build(world.batch(batch, padding=1)))
+    # After the step it is admitted as any other, perhaps to the same slot.
+    world.arena.drop("b")
+    new = world.admit("b", 22, [3, 2, 1, 2])
+    for _ in range(3):
+        world.feed(old, 1)
+        world.feed(new, 1)
+        world.check([new, old], 0, builder.build(world.batch([new, old])))
 
 
 def test_a_devices_buffers_never_move() -> None:

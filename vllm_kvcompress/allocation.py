@@ -144,16 +144,23 @@ class Cascade:
     ``cap * num_layers`` can be reached without a layer growing, which is so whenever
     cap * num_layers >= pool.
 
-    ``pool``, ``cap`` (most units of one layer) and ``floor`` are in the unit that is divided,
-    tokens or pages; ``base`` is passed on to the method, in tokens.
+    ``pool``, ``cap`` (most units of one layer, or of each) and ``floor`` are in the unit that is
+    divided, tokens or pages; ``base`` is passed on to the method, in tokens.
     """
 
     def __init__(
-        self, method: Method, *, pool: int, cap: int, floor: int, base: int, num_layers: int
+        self,
+        method: Method,
+        *,
+        pool: int,
+        cap: int | Sequence[int],
+        floor: int,
+        base: int,
+        num_layers: int,
     ) -> None:
         self._method = method
         self._pool = pool
-        self._cap = cap
+        self._caps: Ints = np.broadcast_to(np.asarray(cap, dtype=np.int64), (num_layers,))
         self._floor = floor
         self._base = base
         self._num_layers = num_layers
@@ -172,8 +179,9 @@ class Cascade:
 
     def see(self, layers: Sequence[LayerScores]) -> None:
         """Take several layers' scores without a cut. Mutates the cascade."""
+        first = len(self._seen)
         self._seen.extend(layers)
-        self._held = np.append(self._held, np.full(len(layers), self._cap))
+        self._held = np.append(self._held, self._caps[first : len(self._seen)])
 
     def add(self, scores: LayerScores) -> Ints | None:
         """Take the next layer's scores; the new budgets of all layers seen if there is a cut.
@@ -183,8 +191,7 @@ class Cascade:
         count = len(self._seen) + 1
         if count > self._num_layers:
             raise ValueError(f"all {self._num_layers} layers have been seen already")
-        self._seen.append(scores)
-        self._held = np.append(self._held, self._cap)
+        self.see([scores])
         if not self._method.schedule.cuts_after(count, self._num_layers):
             return None
         self.cut()
@@ -231,31 +238,31 @@ def token_budgets(
     return _run(cascade, layers)
 
 
-def page_budgets(
+def page_cascade(
     method: Method,
-    layers: Sequence[LayerScores],
     *,
+    num_layers: int,
     pages_per_layer: int,
     block_size: int,
-    prompt_len: int,
-) -> Ints:
-    """Whole pages every layer keeps, the protected window included.
+    lengths: int | Sequence[int],
+) -> tuple[Cascade, int]:
+    """The division of an arena's whole pages, window pages apart.
 
-    ``layers``: scores of all L layers. ``pages_per_layer``: R, so the arena has R * L pages and a
-    layer's average capacity is C = R * block_size tokens. ``prompt_len``: S in tokens, above C.
-    Returns int64 [L] that sums to R * L exactly; every layer gets at least the pages its window
-    fills and at most prompt_len // block_size (only full pages of survivors). A method whose own
-    cap cannot hold the pool has it raised just enough.
+    ``num_layers``: L. ``pages_per_layer``: R, so the arena has R * L pages and a layer's average
+    capacity is C = R * block_size tokens. ``lengths``: tokens that each layer holds now; one
+    number if all hold as many. Returns a cascade over the pages beyond those that the protected
+    window fills, and how many pages of every layer those are. A layer gets at most its length //
+    block_size (only full pages of survivors). A method whose own cap cannot hold the pool has it
+    raised just enough.
 
-    Raises ValueError if prompt_len <= C (nothing to evict), the window does not fit R pages, or no
-    layer is given.
+    Raises ValueError if the lengths leave nothing to evict, or the window does not fit R pages.
     """
-    if not layers:
-        raise ValueError("expected at least one layer")
+    held = np.broadcast_to(np.asarray(lengths, dtype=np.int64), (num_layers,))
     capacity = pages_per_layer * block_size
-    if prompt_len <= capacity:
+    if held.sum() <= capacity * num_layers:
+        tokens = int(held.max())
         raise ValueError(
-            f"a prompt of {prompt_len} tokens fits the budget of {capacity}: nothing to evict"
+            f"a prompt of {tokens} tokens fits the budget of {capacity}: nothing to evict"
         )
     reserved = -(-method.window // block_size)
     if reserved > pages_per_layer:
@@ -263,17 +270,47 @@ def page_budgets(
             f"{method.name}: a window of {method.window} tokens needs {reserved} pages of "
             f"{block_size} tokens, the budget is {pages_per_layer} per layer"
         )
-    history = prompt_len - method.window
     base = capacity - method.window
-    own = max(-(-method.cap(history, base) // block_size), pages_per_layer - reserved)
-    wanted = -(-(method.window + method.floor(history, base)) // block_size)
+    history = (held - method.window).tolist()
+    own = [
+        max(-(-method.cap(tokens, base) // block_size), pages_per_layer - reserved)
+        for tokens in history
+    ]
+    wanted = -(-(method.window + method.floor(min(history), base)) // block_size)
     cascade = Cascade(
         method,
-        pool=(pages_per_layer - reserved) * len(layers),
-        cap=min(prompt_len // block_size - reserved, own),
+        pool=(pages_per_layer - reserved) * num_layers,
+        cap=np.minimum(held // block_size - reserved, own).tolist(),
         floor=wanted - reserved,
         base=base,
+        num_layers=num_layers,
+    )
+    return cascade, reserved
+
+
+def page_budgets(
+    method: Method,
+    layers: Sequence[LayerScores],
+    *,
+    pages_per_layer: int,
+    block_size: int,
+    lengths: int | Sequence[int],
+) -> Ints:
+    """Whole pages every layer keeps, the protected window included.
+
+    ``layers``: scores of all L layers; the rest as for :func:`page_cascade`. Returns int64 [L]
+    that sums to R * L exactly; every layer gets at least the pages its window fills.
+
+    Raises ValueError as :func:`page_cascade` does, or if no layer is given.
+    """
+    if not layers:
+        raise ValueError("expected at least one layer")
+    cascade, reserved = page_cascade(
+        method,
         num_layers=len(layers),
+        pages_per_layer=pages_per_layer,
+        block_size=block_size,
+        lengths=lengths,
     )
     return _run(cascade, layers) + reserved
 

@@ -20,14 +20,15 @@ class IntegrityError(AssertionError):
 
 @dataclass(frozen=True)
 class ArenaPlan:
-    """What a compressed request holds; a function of its prompt's length alone.
+    """What a request holds right after it was compressed.
 
     Attributes:
-        prompt_len: Prompt tokens.
+        prompt_len: Tokens of the text that were compressed: the prompt, or what there was of the
+            text at a later cut.
         block_size: Tokens per block.
-        prompt_blocks: Blocks of the uncompressed prompt, returned once it is compressed.
-        arena_blocks: Private blocks whose pages the layers share after the prefill.
-        slack: Free slots in every layer's last page right after compression.
+        prompt_blocks: Blocks that so many tokens fill uncompressed.
+        arena_blocks: Private blocks whose pages the layers share.
+        slack: Free slots in every layer's last page.
 
     """
 
@@ -36,29 +37,6 @@ class ArenaPlan:
     prompt_blocks: int
     arena_blocks: int
     slack: int
-
-    def growth_blocks(self, num_tokens: int) -> int:
-        """Blocks for generated tokens, when the request has num_tokens in all."""
-        return -(-max(num_tokens - self.prompt_len - self.slack, 0) // self.block_size)
-
-    def blocks_for(self, num_tokens: int, released: bool) -> int:
-        """Blocks the request must hold to have slots for its first num_tokens tokens.
-
-        Args:
-            num_tokens: Prompt and generated tokens.
-            released: Whether the prompt's blocks were already given back.
-
-        """
-        if num_tokens < self.prompt_len:
-            return -(-num_tokens // self.block_size)
-        prompt = 0 if released else self.prompt_blocks
-        return prompt + self.arena_blocks + self.growth_blocks(num_tokens)
-
-    def peak_blocks(self, num_tokens: int) -> int:
-        """Most blocks the request holds at any time on its way to num_tokens tokens."""
-        # A resumed request replays its generated tokens in the step after the compressing one,
-        # which under async scheduling is planned while the prompt's blocks are still held.
-        return self.prompt_blocks + self.arena_blocks + self.growth_blocks(num_tokens)
 
 
 @dataclass(frozen=True)
@@ -155,6 +133,7 @@ class PageArena:
         layers = geometry.num_layers
         self._slot: dict[str, int] = {}
         self._free: list[int] = []
+        self._staged: set[str] = set()
         self._blocks: dict[str, list[int]] = {}
         self._plan: dict[str, ArenaPlan] = {}
         self.tables: NDArray[np.int32] = np.zeros((layers, 0, 0), dtype=np.int32)
@@ -188,8 +167,33 @@ class PageArena:
         """Pages each layer's table holds, growth included, int64 [L]."""
         return self.used[:, self._slot[request_id]].copy()
 
+    def stage(self, request_id: str, pages: Sequence[IntArray]) -> int:
+        """Give a request tables for one step, in which layers reuse pages. Mutates the arena.
+
+        Args:
+            request_id: A request that is not here yet; :meth:`drop` it after the step.
+            pages: Per layer the flat page ids in token order, as many for each.
+
+        Returns:
+            Its slot.
+
+        Raises:
+            ValueError: The request is here already.
+
+        """
+        slot = self._fill(request_id, pages)
+        self.shift[:, slot] = 0
+        self.growth_column[slot] = 0
+        self._staged.add(request_id)
+        return slot
+
     def admit(
-        self, request_id: str, plan: ArenaPlan, blocks: Sequence[int], pages: Sequence[IntArray]
+        self,
+        request_id: str,
+        plan: ArenaPlan,
+        blocks: Sequence[int],
+        pages: Sequence[IntArray],
+        growth_column: int | None = None,
     ) -> int:
         """Take in a request whose survivors were just placed. Mutates the arena.
 
@@ -198,6 +202,8 @@ class PageArena:
             plan: What it holds.
             blocks: Its arena blocks.
             pages: Per layer the flat page ids in token order.
+            growth_column: Where growth blocks begin among all blocks the request was ever given;
+                by default after the prompt's and the arena's.
 
         Returns:
             Its slot.
@@ -206,14 +212,42 @@ class PageArena:
             ValueError: The request is here already, or pages and blocks do not agree.
 
         """
-        if request_id in self._slot:
-            raise ValueError(f"request {request_id} is in the arena already")
         held = sum(len(p) for p in pages)
         layers = self.geometry.num_layers
         if len(blocks) != plan.arena_blocks or len(pages) != layers or held != len(blocks) * layers:
             raise ValueError(
                 f"request {request_id}: {held} pages of {len(pages)} layers in {len(blocks)} blocks"
             )
+        slot = self._fill(request_id, pages)
+        kept = self.used[:, slot] * plan.block_size - plan.slack
+        self.shift[:, slot] = kept - plan.prompt_len
+        if growth_column is None:
+            growth_column = plan.prompt_blocks + plan.arena_blocks
+        self.growth_column[slot] = growth_column
+        self._blocks[request_id] = list(blocks)
+        self._plan[request_id] = plan
+        return slot
+
+    def layer_pages(self, request_id: str) -> list[IntArray]:
+        """Per layer the flat page ids in use, in token order, growth included."""
+        slot = self._slot[request_id]
+        return [
+            table[slot, : used[slot]].astype(np.int64)
+            for table, used in zip(self.tables, self.used, strict=True)
+        ]
+
+    def dealt_pages(self, request_id: str) -> IntArray:
+        """Pages of each layer at admission, growth apart, int64 [L]."""
+        return self.dealt[:, self._slot[request_id]].copy()
+
+    def lengths(self, request_id: str, num_tokens: int) -> IntArray:
+        """Tokens that each layer holds when the text has num_tokens, int64 [L]."""
+        return self.shift[:, self._slot[request_id]] + num_tokens
+
+    def _fill(self, request_id: str, pages: Sequence[IntArray]) -> int:
+        """Take a slot for a request and put its tables there."""
+        if request_id in self._slot:
+            raise ValueError(f"request {request_id} is in the arena already")
         if not self._free:
             self._reserve(slots=max(4, 2 * self.tables.shape[1]))
         slot = self._free.pop()
@@ -222,14 +256,9 @@ class PageArena:
             self.tables[layer, slot, : len(ids)] = ids
             self.used[layer, slot] = len(ids)
         self.dealt[:, slot] = self.used[:, slot]
-        kept = self.used[:, slot] * plan.block_size - plan.slack
-        self.shift[:, slot] = kept - plan.prompt_len
-        self.growth_column[slot] = plan.prompt_blocks + plan.arena_blocks
         self._admitted += 1
         self.serial[slot] = self._admitted
         self._slot[request_id] = slot
-        self._blocks[request_id] = list(blocks)
-        self._plan[request_id] = plan
         self.version += 1
         return slot
 
@@ -267,7 +296,10 @@ class PageArena:
         if slot is None:
             return
         self._free.append(slot)
-        del self._blocks[request_id], self._plan[request_id]
+        if request_id in self._staged:
+            self._staged.remove(request_id)
+        else:
+            del self._blocks[request_id], self._plan[request_id]
         self.used[:, slot] = 0
         self.version += 1
 
@@ -284,6 +316,8 @@ class PageArena:
         """
         seen: dict[int, str] = {}
         for request_id, slot in self._slot.items():
+            if request_id in self._staged:
+                continue  # its layers share pages on purpose, for this step
             plan, blocks = self._plan[request_id], self._blocks[request_id]
             owned = set(self.geometry.all_pages(blocks).reshape(-1).tolist())
             held = [

@@ -1,19 +1,18 @@
 """What the user asked for: method, budget, parameters. Parsed once, checked, immutable."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
-from vllm_kvcompress.arena import ArenaPlan
 from vllm_kvcompress.methods import Method, get_method
 
 CONFIG_KEY = "kv_compression"
 """Name of the entry in vLLM's ``additional_config``."""
 
 DEFAULT_BUDGET = 1024
+
+PREFILLS = ("auto", "full", "cascade", "streaming")
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,18 @@ class KVCompressionConfig:
         budget: Tokens each layer keeps on average, window included (int), or that number as a
             share of the prompt, in (0, 1) (float).
         params: The method's own parameters, by name.
+        prefill: Where a prompt's keys and values lie while it is computed. ``full``: in blocks of
+            its own, which stay in the prefix cache. ``cascade``: a prompt that runs in one step
+            gets a workspace that all layers reuse in turn, and leaves nothing in the prefix cache.
+            ``auto``: full while the pool has room for it, else cascade. ``streaming``: as auto,
+            but prompts longer than one step are compressed between their chunks too, which is an
+            approximation.
+        stream_chunk: Tokens between two such compressions, in whole blocks; None: as many as fit
+            one step.
+        stream_budget: Tokens each layer keeps on average between chunks; None: twice the budget.
+        decode_budget: Tokens each layer is cut back to whenever a request's kept and generated
+            tokens exceed it by ``decode_buffer``; None: generated tokens are never evicted.
+        decode_buffer: As said; rounded up to whole blocks, at least the method's window.
         check_integrity: Verify arena and block pool after every step (slow; for tests).
         log_requests: Log one JSON line per compressed request.
 
@@ -33,6 +44,11 @@ class KVCompressionConfig:
     method: str
     budget: int | float = DEFAULT_BUDGET
     params: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    prefill: str = "auto"
+    stream_chunk: int | None = None
+    stream_budget: int | None = None
+    decode_budget: int | None = None
+    decode_buffer: int = 128
     check_integrity: bool = False
     log_requests: bool = False
 
@@ -43,7 +59,21 @@ class KVCompressionConfig:
                 raise ValueError(
                     f"{CONFIG_KEY}: {name} must be true or false, got {getattr(self, name)!r}"
                 )
-        self.build_method()
+        if self.prefill not in PREFILLS:
+            raise ValueError(
+                f"{CONFIG_KEY}: prefill must be one of {', '.join(PREFILLS)}, got {self.prefill!r}"
+            )
+        for name in ("stream_chunk", "stream_budget", "decode_budget", "decode_buffer"):
+            value = getattr(self, name)
+            optional = name != "decode_buffer"
+            if not (_is_count(value) or (optional and value is None)):
+                raise ValueError(
+                    f"{CONFIG_KEY}: {name} must be a whole number of tokens of at least 1, "
+                    f"got {value!r}"
+                )
+        method = self.build_method()
+        self._check_streaming(method)
+        self._check_decode(method)
 
     @classmethod
     def parse(cls, value: object) -> "KVCompressionConfig":
@@ -72,7 +102,10 @@ class KVCompressionConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return the flat JSON form that :meth:`parse` reads."""
         flat: dict[str, Any] = {"method": self.method, "budget": self.budget, **self.params}
-        flat.update({k: True for k in ("check_integrity", "log_requests") if getattr(self, k)})
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name in _OPTIONS and value != option.default:
+                flat[option.name] = value
         return flat
 
     def build_method(self) -> Method:
@@ -96,77 +129,61 @@ class KVCompressionConfig:
         """
         method = self.build_method()
         least = method.window + block_size
-        if method.keeps_all or isinstance(self.budget, float) or self.budget >= least:
+        budgets = {"kv-compression-budget": self.budget, "decode_budget": self.decode_budget}
+        for name, budget in budgets.items():
+            if method.keeps_all or budget is None or isinstance(budget, float) or budget >= least:
+                continue
+            raise ValueError(
+                f"{name} {budget} is too small: {self.method} needs at least "
+                f"{least} tokens per layer (window {method.window} + one block of {block_size}); "
+                "raise the budget or lower --block-size"
+            )
+
+    def _check_streaming(self, method: Method) -> None:
+        for name in ("stream_chunk", "stream_budget"):
+            if getattr(self, name) is not None and self.prefill != "streaming":
+                raise ValueError(f"{CONFIG_KEY}: {name} needs prefill to be streaming")
+        if self.prefill != "streaming":
             return
-        raise ValueError(
-            f"kv-compression-budget {self.budget} is too small: {self.method} needs at least "
-            f"{least} tokens per layer (window {method.window} + one block of {block_size}); "
-            "raise the budget or lower --block-size"
-        )
+        if method.keeps_all:
+            raise ValueError(
+                f"{CONFIG_KEY}: prefill streaming needs a method that evicts, not {self.method}"
+            )
+        if isinstance(self.budget, float):
+            raise ValueError(
+                f"{CONFIG_KEY}: prefill streaming needs a budget in tokens, got {self.budget}"
+            )
+        if self.stream_budget is not None and self.stream_budget < self.budget:
+            raise ValueError(
+                f"{CONFIG_KEY}: stream_budget must be at least the budget of {self.budget}, "
+                f"got {self.stream_budget}"
+            )
+
+    def _check_decode(self, method: Method) -> None:
+        if self.decode_budget is None:
+            return
+        if method.keeps_all:
+            raise ValueError(
+                f"{CONFIG_KEY}: decode_budget needs a method that evicts, not {self.method}"
+            )
+        if self.decode_buffer < method.window:
+            raise ValueError(
+                f"{CONFIG_KEY}: decode_buffer must be at least the window of {method.window}, "
+                f"got {self.decode_buffer}"
+            )
 
 
-class Planner:
-    """Decides, from the prompt's length alone, what a request will hold after its prefill.
-
-    Scheduler and worker run the same code on the same numbers, so neither has to tell the other.
-
-    Args:
-        config: The engine's settings.
-        block_size: Tokens per block.
-
-    """
-
-    def __init__(self, config: KVCompressionConfig, block_size: int) -> None:
-        config.check_block_size(block_size)
-        self.config = config
-        self.block_size = block_size
-        method = config.build_method()
-        self.window = method.window
-        self.keeps_all = method.keeps_all
-        # The scheduler asks several times per request and step.
-        self.plan = lru_cache(maxsize=4096)(self._plan)
-
-    def budget_blocks(self, prompt_len: int) -> int:
-        """Blocks per layer that the budget allows a prompt of this length."""
-        budget = self.config.budget
-        if isinstance(budget, float):
-            # A share of a short prompt may be less than a method can work with.
-            budget = max(math.ceil(budget * prompt_len), self.window + self.block_size)
-        return -(-budget // self.block_size)
-
-    def _plan(self, prompt_len: int) -> ArenaPlan | None:
-        """Return what a request with this prompt holds, or None if it stays as it is.
-
-        Args:
-            prompt_len: Prompt tokens.
-
-        """
-        bs = self.block_size
-        prompt_blocks = -(-prompt_len // bs)
-        if self.keeps_all:
-            slack = prompt_blocks * bs - prompt_len
-            return ArenaPlan(prompt_len, bs, prompt_blocks, prompt_blocks, slack)
-        blocks = self.budget_blocks(prompt_len)
-        if prompt_len <= blocks * bs:
-            return None
-        return ArenaPlan(prompt_len, bs, prompt_blocks, blocks, 0)
-
-    def peak_blocks(self, max_model_len: int) -> int:
-        """Most blocks any one request of up to max_model_len tokens holds at one time."""
-        whole = -(-max_model_len // self.block_size)
-        arena = self.budget_blocks(max_model_len)
-        if self.keeps_all:
-            arena = whole
-        elif isinstance(self.config.budget, float):
-            # A share may leave the longest prompt whole and still cut a shorter one.
-            arena = min(arena, (max_model_len - 1) // self.block_size)
-        elif self.plan(max_model_len) is None:
-            arena = 0
-        # Prompt and generated tokens each end in a block of their own.
-        return whole + 1 + arena
-
-
-_OPTIONS = ("method", "budget", "check_integrity", "log_requests")
+_OPTIONS = (
+    "method",
+    "budget",
+    "prefill",
+    "stream_chunk",
+    "stream_budget",
+    "decode_budget",
+    "decode_buffer",
+    "check_integrity",
+    "log_requests",
+)
 
 
 def parse_budget(text: str) -> int | float:
@@ -185,6 +202,10 @@ def parse_budget(text: str) -> int | float:
             raise ValueError(_budget_error(text)) from None
     _check_budget(value)
     return value
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_budget(budget: object) -> None:

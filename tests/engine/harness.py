@@ -107,15 +107,35 @@ class Engine:
         Requests whose method keeps everything are not noted.
         """
         kept: list[list[list[list[int]]]] = []
-        codec = self.session._codec
-        move = codec.move
+        compressor = self.session._compressor
+        choose, finish = compressor._choose, compressor.finish_cascade
 
-        def recording(sources: Any, tokens: Sequence[Tensor], targets: Any) -> None:
+        def choosing(*args: Any, **kwargs: Any) -> Any:
+            counts, tokens = choose(*args, **kwargs)
             kept.append([layer.tolist() for layer in tokens])
-            move(sources, tokens, targets)
+            return counts, tokens
 
-        codec.move = recording
+        def finishing(request_id: str, entry: Any, run: Any) -> None:
+            kept.append([layer.sort(dim=1).values.tolist() for layer in run.layers.kept])
+            finish(request_id, entry, run)
+
+        compressor._choose, compressor.finish_cascade = choosing, finishing
         return kept
+
+    def run_counting(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, **params: Any
+    ) -> tuple[list[list[int]], list[int]]:
+        """Outputs of prompts that run together, and the blocks out of the pool after each step."""
+        names = [self.caller_id[self.add(p, max_tokens, **params)] for p in prompts]
+        done: dict[str, list[int]] = {}
+        held = []
+        for outputs in self.steps(5000):
+            # Blocks go back when the next step is planned, so these are those of the step itself.
+            held.append(self.total_blocks() - self.free_blocks())
+            for output in outputs:
+                if output.finished:
+                    done[output.request_id] = list(output.outputs[0].token_ids)
+        return [done[name] for name in names], held
 
     def add(self, prompt: Sequence[int], max_tokens: int = 32, **params: Any) -> str:
         """Queue a request; returns its id in the scheduler (outputs carry the caller's)."""

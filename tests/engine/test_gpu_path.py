@@ -92,7 +92,7 @@ def test_scatter_equals_plain_in_full_graphs(
     assert scatter["attention"] == implementation
     assert scatter["replayed"] >= tokens - 2
     # The first prompts are compressed while the last ones still prefill: eager steps of both kinds.
-    assert scatter["stats"]["compressed"] == len(prompts)
+    assert scatter["stats"]["prompt_cuts"] == len(prompts)
     assert scatter["stats"]["compressed_steps"] > scatter["replayed"]
     assert scatter["outputs"] == plain["outputs"]
     assert scatter["logprobs"] == plain["logprobs"]
@@ -105,7 +105,7 @@ def test_fp8_scatter_equals_fp8_plain(run: Run, prompts: list[list[int]]) -> Non
     plain = run("TRITON_ATTN", **job, settings=settings)
     scatter = run("TRITON_ATTN", **job, settings=settings, method="scatter", graphs=GRAPHS)
     assert plain["logprobs"] != run("TRITON_ATTN", **job)["logprobs"]
-    assert scatter["stats"]["compressed"] == len(prompts)
+    assert scatter["stats"]["prompt_cuts"] == len(prompts)
     assert scatter["outputs"] == plain["outputs"]
     assert scatter["logprobs"] == plain["logprobs"]
 
@@ -147,7 +147,7 @@ def test_a_method_keeps_what_it_keeps_on_the_cpu_backend(
     job = {"prompts": prompts, "max_tokens": tokens, "method": method, "budget": 96}
     settings["kv_cache_dtype"] = dtype
     result = run(backend, **job, settings=settings, graphs=GRAPHS, warm_up=True)
-    assert result["stats"]["compressed"] == len(result["kept"]) == 2
+    assert result["stats"]["prompt_cuts"] == len(result["kept"]) == 2
     assert result["replayed"] > 0
     # No request waits for a compiler.
     assert {variant.split()[0] for variant in result["warm"]} == KERNELS[method]

@@ -81,7 +81,7 @@ def test_needle(
         outputs = llm.generate([n.prompt for n in needles], sampling, use_tqdm=False)
         if blocks is not None:  # it is the compressed cache that answers, of the promised size
             (stats,) = llm.collective_rpc("kv_compression_stats")
-            assert stats["compressed"] == COUNT
+            assert stats["prompt_cuts"] == COUNT
             core = llm.llm_engine.engine_core.engine_core
             plan = core.scheduler._planner.plan(LENGTH)
             assert plan.arena_blocks == blocks

@@ -26,7 +26,7 @@ def test_equals_plain(engines: Engines, prose: list[int], chunk: int, caching: b
     prompts = _prompts(prose)
     expected = plain.generate(prompts, 200)
     assert scatter.generate(prompts, 200) == expected
-    assert scatter.stats["compressed"] == len(prompts)
+    assert scatter.stats["prompt_cuts"] == len(prompts)
 
 
 def test_equals_plain_when_the_prefix_is_cached(engines: Engines, prose: list[int]) -> None:

@@ -79,7 +79,7 @@ def test_sixty_four_mixed_requests(engines: Engines, prose: list[int]) -> None:
     after = engine.stats
     compressed = sum(len(prompt) > BUDGET for prompt, _ in requests)
     assert 0 < compressed < 64
-    assert after["compressed"] - before["compressed"] == compressed
+    assert after["prompt_cuts"] - before["prompt_cuts"] == compressed
 
 
 def _count_preemptions(engine: Engine) -> Callable[[], int]:

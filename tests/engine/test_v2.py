@@ -35,7 +35,7 @@ def _check_scatter(job: dict[str, Any], limit: int) -> None:
     plain = run_v2(limit, **job)
     scatter = run_v2(limit, method="scatter", **job)
     assert scatter["outputs"] == plain["outputs"]
-    assert scatter["stats"]["compressed"] == len(job["prompts"]) * job["rounds"]
+    assert scatter["stats"]["prompt_cuts"] == len(job["prompts"]) * job["rounds"]
 
 
 def test_scatter_equals_plain(prose: list[int]) -> None:
@@ -65,4 +65,4 @@ def test_cake_equals_model_runner_v1(engines: Any, prose: list[int]) -> None:
     result = run_v2(400, method="cake", budget=128, prompts=prompts, max_tokens=8)
     assert sorted(result["kept"]) == sorted(kept)
     assert result["outputs"] == [expected]
-    assert result["stats"]["compressed"] == len(kept) == 2
+    assert result["stats"]["prompt_cuts"] == len(kept) == 2

@@ -217,7 +217,7 @@ def test_equals_the_workers_own_table_builder(implementation, outermost, device)
         plan = ArenaPlan(prompt, 16, -(-prompt // 16), len(blocks), slack)
         pages = deal_pages(geometry, blocks, np.asarray(counts))
         slot = theirs.admit(name, plan, blocks, pages)
-        grown = world.take(plan.growth_blocks(prompt + generated))
+        grown = world.take(-(-max(generated - slack, 0) // 16))
         theirs.grow(name, [*blocks, *grown])
         row = Row(prompt + generated, tokens, [*blocks, *grown], slot, growth=len(blocks))
         row.prompt_pages = [ids.tolist() for ids in pages]

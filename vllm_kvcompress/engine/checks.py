@@ -21,6 +21,8 @@ HOOKS = (
     ("vllm.v1.attention.backends.registry", "register_backend"),
     ("vllm.v1.attention.selector", "_cached_get_attn_backend"),
     ("vllm.v1.kv_cache_interface", "replace_as"),
+    ("vllm.v1.metrics.loggers", "PrometheusStatLogger.record"),
+    ("vllm.v1.metrics.stats", "SchedulerStats"),
     ("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry._ensure_registered"),
     ("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry.register"),
     ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.remove_skipped_blocks"),
@@ -31,7 +33,9 @@ HOOKS = (
     ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.allocate_new_blocks"),
     ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.pop_blocks_for_free"),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.truncate_computed_blocks"),
+    ("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config"),
     ("vllm.v1.core.sched.scheduler", "Scheduler._get_local_prefix_cache_hit"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler.make_stats"),
     ("vllm.v1.core.sched.scheduler", "Scheduler._reserve_prefill_lookahead"),
 )
 """Everything of vLLM that engine/ overrides or calls and that is not a documented interface."""

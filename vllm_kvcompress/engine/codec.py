@@ -63,6 +63,17 @@ class PageCodec(ABC):
         """
 
     @abstractmethod
+    def rewrite(self, source: IntArray, kept: Tensor, target: IntArray) -> None:
+        """Copy survivors of one layer to pages that may be among its own. Mutates the targets.
+
+        Args:
+            source: Flat page ids in token order.
+            kept: int [N, T], token numbers, each head its own; what is not kept may be lost.
+            target: Flat page ids that take them, from slot 0 on.
+
+        """
+
+    @abstractmethod
     def copy(self, source: IntArray, target: IntArray) -> None:
         """Copy whole pages. Mutates the target pages, none of which is a source."""
 
@@ -70,15 +81,15 @@ class PageCodec(ABC):
         self,
         windows: Tensor,
         sources: Sequence[IntArray],
-        num_tokens: int,
+        num_tokens: Sequence[int],
         facts: Sequence[LayerFacts],
     ) -> list[WindowStatistics] | None:
         """Statistics of the window's attention of several layers, straight from the pages.
 
         Args:
             windows: Queries [layers, w, H, D].
-            sources: Per layer the flat page ids of the prompt in token order.
-            num_tokens: Length of the prompt.
+            sources: Per layer the flat page ids in token order.
+            num_tokens: Per layer the tokens in them.
             facts: Per layer how products become logits.
 
         Returns:
@@ -139,8 +150,12 @@ class CpuPageCodec(PageCodec):
     ) -> None:
         """See the base class."""
         for source, tokens, target in zip(sources, kept, targets, strict=True):
-            keys, values = self.gather(torch.as_tensor(source), tokens)
-            self.write(torch.as_tensor(target), keys, values)
+            self.rewrite(source, tokens, target)
+
+    def rewrite(self, source: IntArray, kept: Tensor, target: IntArray) -> None:
+        """See the base class."""
+        keys, values = self.gather(torch.as_tensor(source), kept)
+        self.write(torch.as_tensor(target), keys, values)
 
     def gather(self, pages: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of some tokens, each head its own, both [N, T, D].

@@ -1,26 +1,42 @@
-"""The prefill hook: score a finished prompt, divide its arena, move the survivors."""
+"""Makes the cuts: score what a request holds, divide its arena, move the survivors."""
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from kvcompress_kernels.scoring import WindowStatistics
 from vllm_kvcompress.allocation import page_budgets
 from vllm_kvcompress.arena import ArenaPlan, IntArray, PageArena, deal_pages
-from vllm_kvcompress.config import Planner
+from vllm_kvcompress.cascade import LayerCascade
+from vllm_kvcompress.course import Cut
 from vllm_kvcompress.engine.codec import PageCodec
 from vllm_kvcompress.engine.facts import LayerFacts
 from vllm_kvcompress.engine.ledger import Entry
-from vllm_kvcompress.methods import LayerInput, LayerScores, Need, settled
+from vllm_kvcompress.engine.scorer import Held, Scorer
+from vllm_kvcompress.methods import LayerScores, settled
+from vllm_kvcompress.planner import Planner
 from vllm_kvcompress.survivors import with_window
 
 logger = init_logger("vllm.kvcompress.compressor")
+
+
+@dataclass
+class CascadeRun:
+    """One prompt that is compressed while it runs.
+
+    Attributes:
+        layers: Its division so far.
+        seconds: Time spent so far, by phase.
+
+    """
+
+    layers: LayerCascade
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Compressor:
@@ -50,41 +66,195 @@ class Compressor:
         self._method = planner.config.build_method()
         self._arena = arena
         self._codec = codec
-        self._layers = layers
-        self.needs_queries = Need.WINDOW_QUERIES in self._method.needs
+        self._num_layers = len(layers)
+        self._scorer = Scorer(self._method, codec, layers)
+        self.needs_queries = self._scorer.needs_queries
         self.seconds: dict[str, float] = {}
 
-    def compress(self, request_id: str, entry: Entry) -> None:
-        """Fill the request's arena from its prompt's blocks. Writes its arena's pages only.
+    # --- after a step ----------------------------------------------------------------------------
+
+    def cut(self, request_id: str, entry: Entry, windows: Tensor | None) -> None:
+        """Make a request's next cut. Mutates its entry, the arena, and pages of its own blocks.
 
         Args:
             request_id: The request.
-            entry: Its prompt is complete in its prompt blocks, its window is collected.
+            entry: Its tokens up to the cut are computed.
+            windows: Queries of the last tokens, [L, w, H, D]; None if the method looks at none.
 
         """
-        plan = entry.plan
-        if plan is None:
-            raise ValueError(f"request {request_id} has no plan")
-        blocks = entry.private_blocks()[: plan.arena_blocks]
-        sources = self._sources(plan, entry)
-        clock = _Clock({"score": entry.score_seconds} if entry.scores else {})
+        cut, plan, held = self._next_cut(request_id, entry, windows)
+        scores = entry.scores
+        clock = _Clock({"score": entry.score_seconds} if scores else {})
+        ready = len(scores) == self._num_layers
+        given = [scores[layer] for layer in range(self._num_layers)] if ready else None
+        dealt = self._arena.dealt_pages(request_id) if request_id in self._arena else None
         if self._method.keeps_all:
-            counts: IntArray = np.full(len(self._layers), plan.prompt_blocks, dtype=np.int64)
-            pages = deal_pages(self._arena.geometry, blocks, counts, shuffle=True)
-            self._codec.copy(np.concatenate(sources), np.concatenate(pages))
-            clock.lap("move")
+            counts: IntArray = np.full(self._num_layers, cut.blocks, dtype=np.int64)
+            kept: list[Tensor] = []
         else:
-            counts, kept = self._choose(plan, entry, sources, clock)
+            counts, kept = self._choose(held, None if cut.moves else dealt, clock, given)
+        entry.advance()
+        blocks = entry.home_blocks()
+        if self._method.keeps_all:
+            pages = deal_pages(self._arena.geometry, blocks, counts, shuffle=True)
+            self._codec.copy(np.concatenate(held.pages), np.concatenate(pages))
+        elif cut.moves:
             pages = deal_pages(self._arena.geometry, blocks, counts)
-            clock.lap("allocate")
-            self._codec.move(sources, kept, pages)
-            clock.lap("move")
-        self._arena.admit(request_id, plan, blocks, pages)
+            self._codec.move(held.pages, kept, pages)
+        else:
+            pages = [own[:count] for own, count in zip(held.pages, counts, strict=True)]
+            for own, tokens, target in zip(held.pages, kept, pages, strict=True):
+                self._codec.rewrite(own, tokens, target)
+        clock.lap("move")
+        self._admit(request_id, entry, plan, pages)
+        self._note(request_id, entry, plan, counts, clock)
+
+    def _next_cut(
+        self, request_id: str, entry: Entry, windows: Tensor | None
+    ) -> tuple[Cut, ArenaPlan, Held]:
+        if entry.course is None:
+            raise ValueError(f"request {request_id} is never cut")
+        cut = entry.course.cut(entry.cuts + 1)
+        size = entry.course.block_size
+        plan = ArenaPlan(cut.position, size, -(-cut.position // size), cut.blocks, cut.slack)
+        pages: list[IntArray]
+        if entry.cuts:
+            pages = self._arena.layer_pages(request_id)
+            lengths = self._arena.lengths(request_id, cut.position).tolist()
+        else:
+            pages = list(self._arena.geometry.all_pages(entry.blocks[: plan.prompt_blocks]))
+            lengths = [cut.position] * self._num_layers
+        return cut, plan, Held(pages, lengths, cut.blocks * size, windows)
+
+    def _choose(
+        self,
+        held: Held,
+        dealt: IntArray | None,
+        clock: "_Clock",
+        scores: Sequence[LayerScores] | None = None,
+    ) -> tuple[IntArray, list[Tensor]]:
+        """Return pages per layer, int64 [L], and the tokens that each layer keeps, int [N, T_l].
+
+        ``dealt``: pages per layer if they shall stay as they are.
+        """
+        found = settled(self._scorer.score_all(held) if scores is None else scores)
+        clock.lap("score")
+        counts, size = dealt, self._planner.block_size
+        if counts is None:
+            counts = page_budgets(
+                self._method,
+                found,
+                pages_per_layer=held.capacity // size,
+                block_size=size,
+                lengths=held.lengths,
+            )
         clock.lap("allocate")
-        for phase, seconds in clock.laps.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        if self._config.log_requests:
-            self._log(request_id, plan, counts, clock)
+        window = self._method.window
+        history = (counts * size - window).tolist()
+        chosen = self._method.select_layers(found, history)
+        kept = [
+            with_window(ids, length, window)
+            for ids, length in zip(chosen, held.lengths, strict=True)
+        ]
+        clock.lap("select")
+        return counts, kept
+
+    def _admit(
+        self, request_id: str, entry: Entry, plan: ArenaPlan, pages: Sequence[IntArray]
+    ) -> None:
+        self._arena.drop(request_id)
+        self._arena.admit(request_id, plan, entry.home_blocks(), pages, entry.growth)
+
+    # --- within a step ---------------------------------------------------------------------------
+
+    def score_in_step(self, layer: int, entry: Entry, keys: Tensor) -> None:
+        """Score a layer of a prompt that runs in one step, while its keys are at hand.
+
+        Args:
+            layer: Index in the arena.
+            entry: The request; mutated: its window is read, its scores are kept in it.
+            keys: All the prompt's keys after RoPE, [N, S, D].
+
+        """
+        plan = self._planner.plan(entry.prompt_len)
+        if plan is None:
+            raise ValueError("only requests with a plan are scored")
+        start = time.perf_counter()
+        held = self._held_in_step(plan, entry, [])
+        entry.scores[layer] = self._scorer.score_keys(held, layer, keys)
+        entry.score_seconds += time.perf_counter() - start
+
+    def begin_cascade(self, entry: Entry) -> CascadeRun:
+        """Lay out a prompt that is compressed while it runs. No page is touched.
+
+        Args:
+            entry: The request; its blocks are cached ones, workspace and arena.
+
+        """
+        plan = self._planner.plan(entry.prompt_len)
+        if plan is None or entry.front is None:
+            raise ValueError("only requests with a plan and a workspace run as a cascade")
+        layers = LayerCascade(
+            self._method,
+            self._arena.geometry,
+            plan,
+            cached=entry.blocks[: entry.cached],
+            workspace=entry.blocks[entry.cached : entry.front],
+            arena=entry.blocks[entry.front : entry.front + plan.arena_blocks],
+            layers_at_once=self._planner.layers_at_once,
+        )
+        return CascadeRun(layers)
+
+    def cascade(self, run: CascadeRun, layer: int, entry: Entry, keys: Tensor | None) -> None:
+        """Cut a layer whose attention has just run. Mutates the run and the arena's pages.
+
+        Args:
+            run: The request's.
+            layer: Index in the arena; layers come in order.
+            entry: The request, its window's queries of this layer taken.
+            keys: All the prompt's keys after RoPE, [N, S, D]; None: read them from the pages.
+
+        """
+        clock = _Clock(run.seconds)
+        held = self._held_in_step(run.layers.plan, entry, run.layers.sources)
+        if keys is not None:
+            scores = self._scorer.score_keys(held, layer, keys)
+        else:
+            (scores,) = self._scorer.score_some(held, range(layer, layer + 1))
+        clock.lap("score")
+        placements = run.layers.take(scores)
+        clock.lap("select")
+        if placements:
+            self._codec.move(
+                [run.layers.sources[p.layer] for p in placements],
+                [p.tokens for p in placements],
+                [p.pages for p in placements],
+            )
+        clock.lap("move")
+
+    def finish_cascade(self, request_id: str, entry: Entry, run: CascadeRun) -> None:
+        """Put survivors in the order of the text. Mutates entry, arena and the arena's pages."""
+        if not run.layers.done:
+            raise RuntimeError(f"request {request_id}: not all layers of its cascade were cut")
+        clock = _Clock(run.seconds)
+        for layer, pages in enumerate(run.layers.tables):
+            # As if compressed after the step: the same numbers are added in the same order.
+            self._codec.rewrite(pages, run.layers.in_order(layer), pages)
+        clock.lap("move")
+        entry.advance()
+        self._admit(request_id, entry, run.layers.plan, run.layers.tables)
+        counts = np.asarray([len(pages) for pages in run.layers.tables], dtype=np.int64)
+        self._note(request_id, entry, run.layers.plan, counts, clock)
+
+    def _held_in_step(self, plan: ArenaPlan, entry: Entry, pages: Sequence[IntArray]) -> Held:
+        return Held(
+            pages,
+            [plan.prompt_len] * self._num_layers,
+            plan.arena_blocks * plan.block_size,
+            entry.window if self.needs_queries else None,
+        )
+
+    # --- before any request ----------------------------------------------------------------------
 
     def warm_up(self, window_shape: Sequence[int], dtype: torch.dtype, max_model_len: int) -> None:
         """Choose tokens of the shortest and the longest prompt there can be, and keep none.
@@ -105,112 +275,27 @@ class Compressor:
         window = torch.zeros(*window_shape, dtype=dtype, device=self._codec.device)
         for plan in (shortest, self._planner.plan(max_model_len)):
             if plan is not None:
-                entry = Entry(plan.prompt_len, plan, [0] * plan.prompt_blocks, 0, window=window)
-                self._choose(plan, entry, self._sources(plan, entry), _Clock({}))
+                entry = Entry(plan.prompt_len, None, [], 0, window=window)
+                pages = self._arena.geometry.all_pages([0] * plan.prompt_blocks)
+                self._choose(self._held_in_step(plan, entry, list(pages)), None, _Clock({}))
         self._codec.warm_up()
 
-    def score_in_step(self, layer: int, entry: Entry, keys: Tensor) -> None:
-        """Score a layer of a prompt that runs in one step, while its keys are at hand.
+    # --- records ---------------------------------------------------------------------------------
 
-        Args:
-            layer: Index in the arena.
-            entry: The request; mutated: its window is read, its scores are kept in it.
-            keys: All the prompt's keys after RoPE, [N, S, D].
-
-        """
-        if entry.plan is None:
-            raise ValueError("only requests with a plan are scored")
-        start = time.perf_counter()
-        entry.scores[layer] = self._method.score(self._input(layer, entry.plan, entry, keys=keys))
-        entry.score_seconds += time.perf_counter() - start
-
-    def _sources(self, plan: ArenaPlan, entry: Entry) -> list[IntArray]:
-        blocks = entry.blocks[: plan.prompt_blocks]
-        return list(self._arena.geometry.all_pages(blocks))
-
-    def _choose(
-        self, plan: ArenaPlan, entry: Entry, sources: Sequence[IntArray], clock: "_Clock"
-    ) -> tuple[IntArray, list[Tensor]]:
-        """Return pages per layer, int64 [L], and the tokens that each layer keeps, int [N, T_l]."""
-        scores = settled(self._score_layers(plan, entry, sources))
-        clock.lap("score")
-        counts = page_budgets(
-            self._method,
-            scores,
-            pages_per_layer=plan.arena_blocks,
-            block_size=plan.block_size,
-            prompt_len=plan.prompt_len,
-        )
-        clock.lap("allocate")
-        window = self._method.window
-        history = (counts * plan.block_size - window).tolist()
-        chosen = self._method.select_layers(scores, history)
-        kept = [with_window(ids, plan.prompt_len, window) for ids in chosen]
-        clock.lap("select")
-        return counts, kept
-
-    def _score_layers(
-        self, plan: ArenaPlan, entry: Entry, sources: Sequence[IntArray]
-    ) -> list[LayerScores]:
-        num_layers = len(self._layers)
-        if len(entry.scores) == num_layers:
-            return [entry.scores[layer] for layer in range(num_layers)]
-        windows = entry.window if self.needs_queries else None
-        scores: list[LayerScores] = []
-        step = 1
-        if windows is not None:
-            step = self._codec.layers_at_once(plan.prompt_len, windows.shape[2])
-        for first in range(0, num_layers, step):
-            group = range(first, min(first + step, num_layers))
-            found = None
-            if windows is not None and self._method.observes:
-                found = self._codec.observe(
-                    windows[first : group.stop],
-                    sources[first : group.stop],
-                    plan.prompt_len,
-                    self._layers[first : group.stop],
-                )
-            for layer in group:
-                read_keys = partial(self._codec.read_keys, sources[layer], plan.prompt_len)
-                statistics = found[layer - first] if found is not None else None
-                given = self._input(layer, plan, entry, read_keys=read_keys, statistics=statistics)
-                scores.append(self._method.score(given))
-        return scores
-
-    def _input(
-        self,
-        layer: int,
-        plan: ArenaPlan,
-        entry: Entry,
-        *,
-        keys: Tensor | None = None,
-        read_keys: Callable[[], Tensor] | None = None,
-        statistics: WindowStatistics | None = None,
-    ) -> LayerInput:
-        facts = self._layers[layer]
-        queries = None
-        if self.needs_queries and entry.window is not None:
-            queries = entry.window[layer].transpose(0, 1)
-        return LayerInput(
-            layer=layer,
-            num_layers=len(self._layers),
-            num_tokens=plan.prompt_len,
-            num_kv_heads=self._codec.num_kv_heads,
-            base=plan.arena_blocks * plan.block_size - self._method.window,
-            queries=queries,
-            keys=keys,
-            scale=facts.scale,
-            soft_cap=facts.soft_cap,
-            sinks=facts.sinks,
-            read_keys=read_keys if Need.KEYS in self._method.needs else None,
-            observe=None if statistics is None else lambda: statistics,
-        )
-
-    def _log(self, request_id: str, plan: ArenaPlan, counts: IntArray, clock: "_Clock") -> None:
+    def _note(
+        self, request_id: str, entry: Entry, plan: ArenaPlan, counts: IntArray, clock: "_Clock"
+    ) -> None:
+        for phase, seconds in clock.laps.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        if not self._config.log_requests:
+            return
         facts = {
             "request": request_id,
             "method": self._config.method,
-            "prompt_tokens": plan.prompt_len,
+            "cut": entry.cuts,
+            "cascade": entry.front is not None and entry.cuts == 1,
+            "prompt_tokens": entry.prompt_len,
+            "text_tokens": plan.prompt_len,
             "block_size": plan.block_size,
             "blocks_before": plan.prompt_blocks,
             "blocks_after": plan.arena_blocks,

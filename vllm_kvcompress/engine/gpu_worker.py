@@ -52,7 +52,7 @@ class ArenaGPUWorker(ArenaWorker, Worker):
         )
         limits = TableLimits(
             rows=config.scheduler_config.max_num_seqs,
-            width=planner.peak_blocks(model.max_model_len) + 1,
+            width=planner.row_blocks(model.max_model_len),
             tokens=config.scheduler_config.max_num_batched_tokens,
         )
         plan = planner.plan(model.max_model_len)

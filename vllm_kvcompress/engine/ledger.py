@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_kvcompress.arena import ArenaPlan
-from vllm_kvcompress.config import Planner
+from vllm_kvcompress.course import Course
+from vllm_kvcompress.engine.orders import orders_of
+from vllm_kvcompress.engine.settings import cuts_while_decoding
 from vllm_kvcompress.methods import LayerScores
+from vllm_kvcompress.planner import Planner
 
 
 @dataclass
@@ -21,28 +23,69 @@ class Entry:
 
     Attributes:
         prompt_len: Prompt tokens.
-        plan: What it will hold, None if it is never compressed.
+        course: When it is cut, None if it never is.
         blocks: All block ids it was ever sent since its prefill began.
         computed: Tokens computed before this step.
         scheduled: Tokens of this step.
-        window: Queries of the prompt's last tokens, [L, w, H, D], while they are collected.
+        front: In a cascade, blocks in place of the prompt's own; None otherwise.
+        cached: In a cascade, how many of them come from the prefix cache.
+        cuts: Cuts behind it.
+        home: Where in ``blocks`` the survivors' blocks begin.
+        growth: Where those of the tokens after the last cut begin.
+        window: Queries of the last tokens before a cut of the prompt, [L, w, H, D], while they
+            are collected.
         scores: Layers already scored, in a prompt that runs in one step.
         score_seconds: Time that took.
 
     """
 
     prompt_len: int
-    plan: ArenaPlan | None
+    course: Course | None
     blocks: list[int]
     computed: int
     scheduled: int = 0
+    front: int | None = None
+    cached: int = 0
+    cuts: int = 0
+    home: int = 0
+    growth: int = 0
     window: Tensor | None = field(default=None, repr=False)
     scores: dict[int, LayerScores] = field(default_factory=dict, repr=False)
     score_seconds: float = 0.0
 
+    @property
+    def next_cut(self) -> int | None:
+        """Position of the next cut; None if there is none."""
+        if self.course is None or not self.course.has_cut(self.cuts + 1):
+            return None
+        return self.course.cut(self.cuts + 1).position
+
+    def home_blocks(self) -> list[int]:
+        """Blocks that hold the survivors of the last cut."""
+        assert self.course is not None
+        return self.blocks[self.home : self.home + self.course.home(self.cuts)]
+
     def private_blocks(self) -> list[int]:
-        """Arena and growth blocks."""
-        return self.blocks[self.plan.prompt_blocks :] if self.plan else []
+        """Blocks of survivors and of the tokens after the last cut; none before the first."""
+        return [*self.home_blocks(), *self.blocks[self.growth :]] if self.cuts else []
+
+    def advance(self) -> None:
+        """Note that the next cut is behind the request. Mutates the entry."""
+        assert self.course is not None
+        start = self.growth + self.course.segment(self.cuts, None, self.front)
+        self.cuts += 1
+        if self.course.cut(self.cuts).moves:
+            self.home = start
+            start += self.course.home(self.cuts)
+        self.growth = start
+        self.forget_window()
+
+    def restart(self, blocks: list[int], front: int | None) -> None:
+        """Begin the prefill anew. Mutates the entry."""
+        self.blocks = blocks
+        self.front = front
+        self.cuts = self.home = self.growth = 0
+        self.forget_window()
 
     def forget_window(self) -> None:
         """Let go of what was collected for scoring. Mutates the entry."""
@@ -83,14 +126,18 @@ class Ledger:
         void: list[str] = [*output.finished_req_ids, *(output.preempted_req_ids or ())]
         grown: list[str] = []
         self._forget(output.finished_req_ids)
+        fronts = orders_of(output).fronts
         for new in output.scheduled_new_reqs:
             void.append(new.req_id)
-            self._entries[new.req_id] = Entry(
+            decode = cuts_while_decoding(new.sampling_params)
+            entry = self._entries[new.req_id] = Entry(
                 prompt_len=new.prompt_len,
-                plan=self._planner.plan(new.prompt_len),
+                course=self._planner.course(new.prompt_len, decode),
                 blocks=list(new.block_ids[0]),
                 computed=new.num_computed_tokens,
+                front=fronts.get(new.req_id),
             )
+            entry.cached = self._cached(entry)
         cached = output.scheduled_cached_reqs
         for request_id, blocks, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
@@ -99,14 +146,17 @@ class Ledger:
             entry.computed = computed
             if request_id in cached.resumed_req_ids:
                 void.append(request_id)
-                entry.blocks = list(blocks[0]) if blocks else []
-                entry.forget_window()
+                entry.restart(list(blocks[0]) if blocks else [], fronts.get(request_id))
+                entry.cached = self._cached(entry)
             elif blocks and blocks[0]:
                 entry.blocks.extend(blocks[0])
                 grown.append(request_id)
         for request_id, count in output.num_scheduled_tokens.items():
             self._entries[request_id].scheduled = count
         return void, grown
+
+    def _cached(self, entry: Entry) -> int:
+        return 0 if entry.front is None else entry.computed // self._planner.block_size
 
     def _forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

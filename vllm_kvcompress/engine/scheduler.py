@@ -1,21 +1,27 @@
-"""vLLM's schedulers with three small changes, each at a method they offer for the purpose.
+"""vLLM's schedulers with a few small changes, each at a method they offer for the purpose.
 
-* the manager sees the requests;
-* a prefill step ends at the prompt's end, so that tokens generated before a preemption are
-  replayed on the compressed cache, as they were computed the first time;
-* a prefix-cache hit leaves the observation window to be computed, so that what is kept does not
-  depend on what happened to be cached.
+* the manager sees the requests, and decides where a prompt lies while it is computed;
+* a step ends where a cut is due, so that a request that is preempted and replayed is cut where it
+  was the first time, and tokens after a cut see what they saw then;
+* a prefix-cache hit leaves the observation window of the first cut to be computed, so that what is
+  kept does not depend on what happened to be cached;
+* the step's message tells the worker which prompts run as a cascade.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request
 
 from vllm_kvcompress.engine.manager import ArenaManager
+from vllm_kvcompress.engine.metrics import put_books
+from vllm_kvcompress.engine.orders import Orders, attach
 from vllm_kvcompress.engine.settings import planner_of
 
 
@@ -30,23 +36,49 @@ class _ArenaScheduling(Scheduler):
             if isinstance(m, ArenaManager)
         )
         self._planner = planner_of(self.vllm_config, self._arena.block_size)
-        self._arena.bind(self.requests, self._planner)
+        self._arena.bind(
+            self.requests,
+            self._planner,
+            self.max_model_len,
+            self.kv_cache_manager.watermark_blocks,
+        )
+        self._hits: tuple[str, Sequence[KVCacheBlock]] = ("", ())
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """See the base class; verifies the books first when asked to."""
         if self._planner.config.check_integrity:
             self._arena.check_integrity()
-        return super().schedule(throttle_prefills)
+        output = super().schedule(throttle_prefills)
+        begun = [r.req_id for r in output.scheduled_new_reqs]
+        begun += output.scheduled_cached_reqs.resumed_req_ids
+        fronts = {name: self._arena.front_of(name) for name in begun}
+        attach(
+            output,
+            Orders(
+                fronts={name: front for name, front in fronts.items() if front is not None},
+                books=self._arena.books(),
+            ),
+        )
+        return output
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """See the base class; the books travel along."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            put_books(stats, self._arena.books())
+        return stats
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        plan = self._planner.plan(request.num_prompt_tokens)
-        if plan is not None:
-            most = max(plan.prompt_len - self._planner.window, 0)
-            most -= most % plan.block_size
+        course = self._arena.course_of(request.request_id)
+        if course is not None:
+            most = max(course.first - self._planner.window, 0)
+            most = self._arena.usable_hits(request, min(hit, most) // course.block_size)
+            most *= course.block_size
             if hit > most:
                 blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
                 hit = most
+        self._hits = (request.request_id, blocks.blocks[0])
         return blocks, hit, boundary, diverged
 
     def _reserve_prefill_lookahead(
@@ -55,9 +87,19 @@ class _ArenaScheduling(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        plan = self._planner.plan(request.num_prompt_tokens)
-        if plan is not None and num_computed_tokens < plan.prompt_len:
-            num_new_tokens = min(num_new_tokens, plan.prompt_len - num_computed_tokens)
+        course = self._arena.course_of(request.request_id)
+        if course is None:
+            return int(num_new_tokens)
+        if (cut := course.next_position(num_computed_tokens)) is not None:
+            num_new_tokens = min(num_new_tokens, cut - num_computed_tokens)
+        if not self._arena.is_admitted(request.request_id):
+            name, hits = self._hits
+            num_new_tokens = self._arena.choose_prefill(
+                request,
+                hits if name == request.request_id else (),
+                num_computed_tokens,
+                num_new_tokens,
+            )
         return int(num_new_tokens)
 
 

@@ -10,19 +10,21 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvcompress.arena import IntArray, PageArena, PageGeometry
-from vllm_kvcompress.config import Planner
 from vllm_kvcompress.engine.codec import PageCodec
-from vllm_kvcompress.engine.compressor import Compressor
+from vllm_kvcompress.engine.compressor import CascadeRun, Compressor
 from vllm_kvcompress.engine.facts import LayerFacts
 from vllm_kvcompress.engine.ledger import Entry, Ledger
-from vllm_kvcompress.tables import BatchRows, LayerTables, StepTableBuilder
+from vllm_kvcompress.engine.orders import orders_of
+from vllm_kvcompress.planner import Planner
+from vllm_kvcompress.ring import QueryRing
+from vllm_kvcompress.tables import BatchRows, LayerTables, StepTableBuilder, TableLimits
 
 logger = init_logger("vllm.kvcompress.session")
 
 
 @dataclass(frozen=True)
 class Capture:
-    """Queries of one row that belong to its prompt's observation window.
+    """Queries of one row that belong to the observation window of its prompt's next cut.
 
     Attributes:
         window: Where they go, [L, w, H, D].
@@ -30,7 +32,8 @@ class Capture:
         start: First of the batch's tokens.
         count: How many.
         entry: The request.
-        whole: Whether this step holds the whole prompt, so that its keys can be scored at once.
+        whole: Whether this step holds all tokens up to the prompt's end, none of them computed
+            before, so that its keys can be scored at once.
 
     """
 
@@ -49,17 +52,37 @@ class Capture:
 
 
 @dataclass(frozen=True)
+class Cascading:
+    """One row whose layers are cut as soon as they have run.
+
+    Attributes:
+        run: Its division so far.
+        entry: The request.
+        start: First of its tokens in the batch.
+
+    """
+
+    run: CascadeRun
+    entry: Entry
+    start: int
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """What a step has to do beyond plain vLLM.
 
     Attributes:
-        captures: Queries to keep for scoring.
+        captures: Queries of prompts to keep for scoring.
         tables: Per-layer tables; None when no row is compressed and the runner's own serve.
+        cascades: Rows to be cut layer by layer.
+        ring: Whether queries of generated tokens are to be kept.
 
     """
 
     captures: tuple[Capture, ...]
     tables: LayerTables | None
+    cascades: tuple[Cascading, ...] = ()
+    ring: QueryRing | None = None
 
 
 class Session:
@@ -74,6 +97,7 @@ class Session:
         num_heads: Query heads.
         dtype: The model's dtype.
         make_tables: Returns the backend's builder of per-layer tables for an arena.
+        limits: The largest batch there can be.
 
     Attributes:
         replays: Whether the coming step runs as a FULL CUDA graph, which reads the per-layer
@@ -91,12 +115,16 @@ class Session:
         num_heads: int,
         dtype: torch.dtype,
         make_tables: Callable[[PageArena], StepTableBuilder],
+        limits: TableLimits,
     ) -> None:
         self.flat_cache = flat_cache
         self.arena = PageArena(geometry)
         self.step: StepPlan | None = None
         self.replays = False
-        self.stats = {"compressed": 0, "compressed_steps": 0, "plain_steps": 0}
+        self.stats = dict.fromkeys(
+            ("prompt_cuts", "chunk_cuts", "decode_cuts", "compressed_steps", "plain_steps"), 0
+        )
+        self.books: dict[str, int] = {}
         self._planner = planner
         self._ledger = Ledger(planner)
         self._tables = make_tables(self.arena)
@@ -104,26 +132,51 @@ class Session:
         self._compressor = Compressor(planner, self.arena, codec, layers)
         self._window_shape = (geometry.num_layers, planner.window, num_heads, codec.head_size)
         self._dtype = dtype
+        self._ring: QueryRing | None = None
+        if planner.config.decode_budget is not None and self._compressor.needs_queries:
+            self._ring = QueryRing(
+                geometry.num_layers,
+                planner.window,
+                num_heads,
+                codec.head_size,
+                rows=limits.rows,
+                tokens=limits.tokens,
+                dtype=dtype,
+                device=codec.device,
+            )
         self._scheduled: frozenset[str] = frozenset()
         self._ending: list[str] = []
+        self._cascades: dict[str, CascadeRun] = {}
 
     def begin_step(self, output: SchedulerOutput) -> None:
         """Take in the scheduler's message before the model runs. Mutates ledger and arena."""
+        orders = orders_of(output)
         void, grown = self._ledger.update(output)
         for request_id in void:
             self.arena.drop(request_id)
+            if self._ring is not None:
+                self._ring.drop(request_id)
         for request_id in grown:
             blocks = self._ledger[request_id].private_blocks()
             if request_id in self.arena and self.arena.can_grow(request_id, blocks):
                 self.arena.grow(request_id, blocks)
+        self._cascades = {}
+        for request_id in orders.fronts:
+            run = self._compressor.begin_cascade(self._ledger[request_id])
+            self.arena.stage(request_id, run.layers.sources)
+            self._cascades[request_id] = run
+        if orders.books:
+            self.books = dict(orders.books)
         self._scheduled = frozenset(output.num_scheduled_tokens)
         self._ending = []
         self.step = None
 
     def collects(self) -> bool:
-        """Whether the step just begun takes queries, for which attention must run in Python."""
+        """Whether the step just begun looks into a prompt's attention, which must run in Python."""
+        if self._cascades:
+            return True
         return self._compressor.needs_queries and any(
-            self._window_part(self._ledger[request_id]) for request_id in self._scheduled
+            self._prompt_part(self._ledger[request_id]) for request_id in self._scheduled
         )
 
     def plan_step(
@@ -155,20 +208,25 @@ class Session:
         if not self._scheduled or not self._scheduled.issuperset(request_ids):
             return None  # a dummy run
         captures: list[Capture] = []
+        cascades: list[Cascading] = []
+        generated: list[tuple[str, int, range]] = []
         rows: list[int] = []
         starts = query_start_cpu.tolist()
         for row, request_id in enumerate(request_ids):
             entry = self._ledger[request_id]
-            if entry.plan is None:
+            if entry.course is None:
                 continue
-            if entry.computed >= entry.prompt_len:
+            if request_id in self.arena:
                 rows.append(row)
-                continue
-            end = entry.computed + entry.scheduled
-            if end == entry.prompt_len:
+            if request_id in self._cascades:
+                cascades.append(Cascading(self._cascades[request_id], entry, starts[row]))
+            if entry.next_cut == entry.computed + entry.scheduled:
                 self._ending.append(request_id)
-            if capture := self._capture(request_id, starts[row]):
+            if capture := self._capture(entry, starts[row]):
                 captures.append(capture)
+            elif part := self._generated_part(entry):
+                first = starts[row] + part.start - entry.computed
+                generated.append((request_id, first, self._places(entry, part)))
         self.stats["compressed_steps" if rows else "plain_steps"] += 1
         tables = None
         if rows or self.replays:
@@ -183,7 +241,9 @@ class Session:
                 seq_lens_bound=None if seq_lens_bound is None else seq_lens_bound.numpy(),
             )
             tables = self._tables.build(batch)
-        self.step = StepPlan(tuple(captures), tables) if captures or tables else None
+        ring = self._ring if self._ring is not None and self._ring.plan(generated) else None
+        if captures or tables or ring:
+            self.step = StepPlan(tuple(captures), tables, tuple(cascades), ring)
         return self.step
 
     def plan_capture(self, seq_lens: Tensor, num_tokens: int) -> StepPlan:
@@ -194,7 +254,7 @@ class Session:
             num_tokens: Tokens of the batch.
 
         """
-        return StepPlan((), self._tables.capture(seq_lens, num_tokens))
+        return StepPlan((), self._tables.capture(seq_lens, num_tokens), ring=self._ring)
 
     def warm_up(self, max_model_len: int) -> None:
         """Run every kernel once, so that no request waits for a compiler. Mutates table buffers.
@@ -217,22 +277,50 @@ class Session:
         """
         entry = capture.entry
         first = capture.start + capture.count - entry.prompt_len
+        self._compressor.score_in_step(layer, entry, self._own_keys(keys, first, entry))
+
+    def cascade(self, layer: int, row: Cascading, keys: Tensor | None) -> None:
+        """Cut a layer of a row whose attention has just run. Mutates its run and arena pages.
+
+        Args:
+            layer: Index in the arena.
+            row: The request's; its queries of this layer are taken.
+            keys: As for :meth:`score`; None where reading the pages is as good.
+
+        """
+        own = None
+        if keys is not None and row.entry.computed == 0:
+            own = self._own_keys(keys, row.start, row.entry)
+        self._compressor.cascade(row.run, layer, row.entry, own)
+
+    def _own_keys(self, keys: Tensor, first: int, entry: Entry) -> Tensor:
+        """Keys of one row that holds a whole prompt, [N, S, D]."""
         own = keys[first : first + entry.prompt_len]
-        own = own.view(entry.prompt_len, self._codec.num_kv_heads, self._codec.head_size)
-        self._compressor.score_in_step(layer, entry, own.transpose(0, 1))
+        shape = (entry.prompt_len, self._codec.num_kv_heads, self._codec.head_size)
+        return own.view(shape).transpose(0, 1)
 
     def end_step(self) -> None:
-        """Compress the requests whose prefill ended in this step. Mutates arena and pages."""
+        """Make the cuts that are due after this step. Mutates arena, ledger and pages."""
         for request_id in self._ending:
             entry = self._ledger[request_id]
-            self._compressor.compress(request_id, entry)
-            entry.forget_window()
-            self.stats["compressed"] += 1
+            if run := self._cascades.get(request_id):
+                self._compressor.finish_cascade(request_id, entry, run)
+            else:
+                windows = entry.window
+                if windows is None and self._ring is not None:
+                    windows = self._ring.windows(request_id)
+                self._compressor.cut(request_id, entry, windows)
+            self._count(entry)
         self._ending = []
+        self._cascades = {}
         self._scheduled = frozenset()
         self.step = None
         if self._planner.config.check_integrity:
             self.check_integrity()
+
+    def _count(self, entry: Entry) -> None:
+        assert entry.course is not None
+        self.stats[f"{entry.course.kind(entry.cuts)}_cuts"] += 1
 
     def check_integrity(self) -> None:
         """Verify the arena against the scheduler's blocks; IntegrityError if they disagree."""
@@ -240,15 +328,31 @@ class Session:
         self.arena.check_integrity(held)
 
     def _window_part(self, entry: Entry) -> range:
-        """Positions of this step's tokens that lie in the prompt's window."""
-        if entry.plan is None:
+        """Positions of this step's tokens that lie in the window of the next cut."""
+        cut = entry.next_cut
+        if cut is None:
             return range(0)
-        first = max(entry.prompt_len - self._planner.window, entry.computed)
-        return range(first, min(entry.computed + entry.scheduled, entry.prompt_len))
+        first = max(cut - self._planner.window, entry.computed)
+        return range(first, min(entry.computed + entry.scheduled, cut))
 
-    def _capture(self, request_id: str, start: int) -> Capture | None:
-        entry = self._ledger[request_id]
-        part = self._window_part(entry)
+    def _prompt_part(self, entry: Entry) -> range:
+        """The same, if that cut is one of the prompt's."""
+        inside = entry.course is not None and entry.cuts < len(entry.course.cuts)
+        return self._window_part(entry) if inside else range(0)
+
+    def _generated_part(self, entry: Entry) -> range:
+        """The same, if that cut is one of the generation's."""
+        inside = entry.course is not None and entry.cuts < len(entry.course.cuts)
+        return range(0) if inside or self._ring is None else self._window_part(entry)
+
+    def _places(self, entry: Entry, part: range) -> range:
+        """Places of such positions in the window."""
+        assert entry.next_cut is not None
+        first = entry.next_cut - self._planner.window
+        return range(part.start - first, part.stop - first)
+
+    def _capture(self, entry: Entry, start: int) -> Capture | None:
+        part = self._prompt_part(entry)
         if not self._compressor.needs_queries or not part:
             return None
         if entry.window is None:
@@ -257,9 +361,9 @@ class Session:
             )
         return Capture(
             window=entry.window,
-            offset=part.start - (entry.prompt_len - self._planner.window),
+            offset=self._places(entry, part).start,
             start=start + part.start - entry.computed,
             count=len(part),
             entry=entry,
-            whole=entry.computed == 0 and part.stop == entry.prompt_len,
+            whole=entry.computed == 0 and part.stop == entry.prompt_len and entry.front is None,
         )

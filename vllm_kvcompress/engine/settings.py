@@ -1,8 +1,14 @@
 """Find this engine's settings in a vLLM config."""
 
+from typing import Any
+
 from vllm.config import VllmConfig
 
-from vllm_kvcompress.config import CONFIG_KEY, KVCompressionConfig, Planner
+from vllm_kvcompress.config import CONFIG_KEY, KVCompressionConfig
+from vllm_kvcompress.planner import Limits, Planner
+
+DECODE_KEY = "kv_compression_decode"
+"""In a request's ``extra_args``: false leaves its generated tokens alone."""
 
 
 def compression_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None:
@@ -32,4 +38,29 @@ def planner_of(vllm_config: VllmConfig, block_size: int) -> Planner:
     config = compression_of(vllm_config)
     if config is None:
         raise ValueError("planner_of needs a configuration with compression on")
-    return Planner(config, block_size)
+    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    one_step = int(scheduler.max_num_batched_tokens)
+    if scheduler.long_prefill_token_threshold:
+        one_step = min(one_step, int(scheduler.long_prefill_token_threshold))
+    limits = Limits(
+        num_layers=model.get_num_layers(vllm_config.parallel_config),
+        one_step_tokens=one_step,
+        lag=int(bool(scheduler.async_scheduling)),
+    )
+    return Planner(config, block_size, limits)
+
+
+def cuts_while_decoding(sampling_params: Any) -> bool:
+    """Whether a request wants its generated tokens cut back where the engine does that.
+
+    Args:
+        sampling_params: vLLM's, or None.
+
+    Raises:
+        ValueError: The setting is not true or false.
+
+    """
+    wanted = (getattr(sampling_params, "extra_args", None) or {}).get(DECODE_KEY, True)
+    if not isinstance(wanted, bool):
+        raise ValueError(f"{DECODE_KEY} must be true or false, got {wanted!r}")
+    return wanted

@@ -79,6 +79,15 @@ class StridedPageCodec(PageCodec):
             implementation=self._implementation,
         )
 
+    def rewrite(self, source: IntArray, kept: Tensor, target: IntArray) -> None:
+        """See the base class; survivors of the one layer lie in memory of their own meanwhile."""
+        cache, size = self._bytes(self._cache), self.block_size
+        tokens = kept.to(self.device, torch.int64)
+        heads = torch.arange(len(tokens), device=self.device).unsqueeze(1)
+        picked = cache[self._send([source])[0][tokens // size], heads, tokens % size]
+        slots = torch.arange(tokens.shape[1], device=self.device)
+        cache[self._send([target])[0][slots // size], heads, slots % size] = picked
+
     def copy(self, source: IntArray, target: IntArray) -> None:
         """See the base class."""
         pages = self._send([source, target])
@@ -88,7 +97,7 @@ class StridedPageCodec(PageCodec):
         self,
         windows: Tensor,
         sources: Sequence[IntArray],
-        num_tokens: int,
+        num_tokens: Sequence[int],
         facts: Sequence[LayerFacts],
     ) -> list[WindowStatistics] | None:
         """See the base class."""
@@ -97,7 +106,7 @@ class StridedPageCodec(PageCodec):
             windows.transpose(1, 2),
             self._keys,
             self._send(sources),
-            num_tokens=[num_tokens] * len(sources),
+            num_tokens=list(num_tokens),
             window=windows.shape[1],
             scale=[f.scale for f in facts],
             soft_cap=facts[0].soft_cap,

@@ -13,13 +13,13 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from vllm_kvcompress.arena import PageGeometry
-from vllm_kvcompress.config import Planner
 from vllm_kvcompress.engine.backends import register_backends
 from vllm_kvcompress.engine.backends.common import ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.checks import check_specs
 from vllm_kvcompress.engine.facts import layer_facts
 from vllm_kvcompress.engine.session import Session
 from vllm_kvcompress.engine.settings import planner_of
+from vllm_kvcompress.planner import Planner
 from vllm_kvcompress.tables import TableLimits
 
 logger = init_logger("vllm.kvcompress.worker")
@@ -62,6 +62,12 @@ class ArenaWorker:
                 f"the attention kernel splits blocks of {planner.block_size} into "
                 f"{geometry.block_size}; start with --block-size {geometry.block_size}"
             )
+        if geometry.num_layers != planner.limits.num_layers:
+            raise ValueError(
+                f"{geometry.num_layers} layers share the pool but the model has "
+                f"{planner.limits.num_layers}, which is not supported with --kv-compression; "
+                "drop the flag for this model"
+            )
         first, dtype = layers[0], config.model_config.dtype
         cache_dtype = first.impl.kv_cache_dtype
         limits = TableLimits(
@@ -80,6 +86,7 @@ class ArenaWorker:
             first.impl.num_heads,
             dtype,
             partial(first.impl.make_tables, limits=limits, device=flat.device),
+            limits,
         )
         for index, layer in enumerate(layers):
             layer.impl.session = self._session
@@ -104,8 +111,9 @@ class ArenaWorker:
         self._session.check_integrity()
 
     def kv_compression_stats(self) -> dict[str, int]:
-        """For collective_rpc: requests compressed and in the arena, steps of either kind."""
-        return {**self._session.stats, "in_arena": len(self._session.arena)}
+        """For collective_rpc: cuts and steps of each kind so far, and the scheduler's books."""
+        session = self._session
+        return {**session.stats, **session.books, "in_arena": len(session.arena)}
 
     def kv_compression_pages(self) -> dict[str, list[int]]:
         """For collective_rpc: pages per layer of every request in the arena."""
@@ -202,20 +210,20 @@ def _announce(planner: Planner, max_model_len: int, num_blocks: int) -> None:
     config, size = planner.config, planner.block_size
     plan = planner.plan(max_model_len)
     plain = -(-max_model_len // size)
-    held = plan.arena_blocks if plan else plain
     logger.info(
-        "KV-cache compression is on: %s, budget %s%s; a prompt of max_model_len %d tokens holds "
-        "%d blocks of %d after its prefill instead of %d (%d while its prefill runs), "
-        "of %d in the pool",
+        "KV-cache compression is on: %s, budget %s%s, prefill %s; a prompt of max_model_len %d "
+        "tokens holds %d blocks of %d after its prefill instead of %d (at least %d while its "
+        "prefill runs), of %d in the pool",
         config.method,
         config.budget,
         f" of the prompt (at least {planner.window + size} tokens per layer)"
         if isinstance(config.budget, float)
         else " tokens per layer",
+        config.prefill,
         max_model_len,
-        held,
+        plan.arena_blocks if plan else plain,
         size,
         plain,
-        plain + (held if plan else 0),
+        planner.peak_blocks(max_model_len, max_model_len),
         num_blocks - 1,
     )

@@ -138,6 +138,8 @@ class Method(ABC):
     needs: ClassVar[frozenset[Need]]
     keeps_all: ClassVar[bool] = False
     """Nothing is ever evicted: the engine only moves tokens about and never calls ``score``."""
+    local: ClassVar[bool] = False
+    """``weights`` does not look at scores: a layer's budget is known before any layer has run."""
 
     window: int = 32
 
@@ -148,6 +150,14 @@ class Method(ABC):
         A cascade of cuts then ends exactly where a single one does, which is cheaper to make.
         """
         return False
+
+    @property
+    def nested(self) -> bool:
+        """Whether a layer keeps among its tokens, with a smaller budget, the best of those.
+
+        A cascade cuts a layer again and again and needs it to be so, as :meth:`select` has it.
+        """
+        return type(self).select is Method.select
 
     @property
     def observes(self) -> bool:
@@ -189,8 +199,8 @@ class Method(ABC):
 
     def select_layers(self, scores: Sequence[LayerScores], counts: Sequence[int]) -> list[Tensor]:
         """``select`` for several layers of one prompt, on an accelerator in one launch."""
-        own = type(self).select is not Method.select
-        if own or not use_triton(scores[0].tokens, "auto"):
+        alike = len({s.tokens.shape for s in scores}) == 1
+        if not (self.nested and alike and use_triton(scores[0].tokens, "auto")):
             return [self.select(s, count) for s, count in zip(scores, counts, strict=True)]
         ids = select_tokens(torch.stack([s.tokens for s in scores]), counts)
         return [ids[layer, :, :count] for layer, count in enumerate(counts)]

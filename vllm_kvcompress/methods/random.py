@@ -22,6 +22,7 @@ class Random(Method):
 
     name: ClassVar[str] = "random"
     needs: ClassVar[frozenset[Need]] = frozenset()
+    local: ClassVar[bool] = True
 
     seed: int = 0
 

@@ -26,6 +26,7 @@ class Uniform(Method):
 
     name: ClassVar[str] = "uniform"
     needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
+    local: ClassVar[bool] = True
 
     kernel: int = 5
 

@@ -156,16 +156,18 @@ class DeviceImpl(ArenaImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """See vLLM's AttentionImpl."""
+        step: StepPlan | None = getattr(attn_metadata, "arena_step", None)
         if attn_metadata is not None:
-            step: StepPlan | None = getattr(attn_metadata, "arena_step", None)
             if step is not None and self.session is not None:
                 for capture in step.captures:
                     capture.take(self.arena_layer, query)
+                if step.ring is not None:
+                    step.ring.take(self.arena_layer, query)
                 if step.tables is not None:
                     kv_cache = self.session.flat_cache
                     attn_metadata = self.layer_metadata(attn_metadata, step)
             self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)  # type: ignore[attr-defined]
-        return super().forward(  # type: ignore[misc]
+        result: Tensor = super().forward(  # type: ignore[misc]
             layer,
             query,
             key,
@@ -176,6 +178,10 @@ class DeviceImpl(ArenaImpl):
             output_scale,
             output_block_scale,
         )
+        if step is not None and self.session is not None:
+            for row in step.cascades:
+                self.session.cascade(self.arena_layer, row, None)
+        return result
 
     def layer_metadata(self, base: Any, step: StepPlan) -> Any:
         """Return the batch's metadata with this layer's tables."""

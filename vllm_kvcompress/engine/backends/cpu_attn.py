@@ -101,10 +101,12 @@ class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
                 if capture.whole:
                     # The prompt's keys are at hand; reading them back out of the pages costs more.
                     self.session.score(self.arena_layer, capture, key)
+            if step.ring is not None:
+                step.ring.take(self.arena_layer, query)
             if step.tables is not None:
                 kv_cache = self.session.flat_cache
                 attn_metadata = attn_metadata.arena_layers[self.arena_layer]
-        return super().forward(
+        result = super().forward(
             layer,
             query,
             key,
@@ -115,6 +117,10 @@ class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
             output_scale,
             output_block_scale,
         )
+        if step is not None and self.session is not None:
+            for row in step.cascades:
+                self.session.cascade(self.arena_layer, row, key)
+        return result
 
     def do_kv_cache_update(
         self,

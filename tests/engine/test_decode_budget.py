@@ -1,0 +1,116 @@
+"""Generated tokens cut back: bounded blocks, the kept tokens intact, off for who does not want."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.harness import Engine, Engines
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+BUDGET = 128
+BUFFER = 64
+R = BUDGET // BLOCK
+PAGE_BYTES = 30 * 3 * BLOCK * 128 * 4
+
+
+def limited(engines: Engines, method: str = "cake", **settings: Any) -> Engine:
+    config = {"decode_budget": BUDGET, "decode_buffer": BUFFER}
+    return engines.get(method, BUDGET, config=config, **settings)
+
+
+@pytest.mark.parametrize("method", ["cake", "dynamickv", "random"])
+@pytest.mark.parametrize("length", [40, 700])
+def test_a_long_generation_holds_bounded_blocks(
+    engines: Engines, prose: list[int], method: str, length: int
+) -> None:
+    engine, unlimited = limited(engines, method), engines.get(method, BUDGET)
+    before = engine.stats["decode_cuts"]
+    (answer,), held = engine.run_counting([prose[:length]], 300)
+    text = length + 300 - 1  # the last token is never computed
+    first = max(length, BUDGET) + BUFFER
+    cuts = (text - first) // BUFFER + 1
+    assert engine.stats["decode_cuts"] - before == cuts
+    # After the first cut: the arena, a buffer of growth, and nothing else.
+    assert max(held[-(text - first) :]) <= R + BUFFER // BLOCK + 1
+    assert held[-1] <= R + BUFFER // BLOCK
+    # Up to the first cut nothing is different.
+    same = first - length
+    assert answer[:same] == unlimited.generate([prose[:length]], 300)[0][:same]
+    engine.check()
+
+
+def test_a_cut_keeps_tokens_as_they_were_and_the_window_last(
+    engines: Engines, prose: list[int]
+) -> None:
+    """Packed within the request's own pages, byte for byte what the kept tokens' slots held."""
+    engine = limited(engines)
+    session = engine.session
+    codec, window = session._codec, session._planner.window
+    rewrite, seen = codec.rewrite, []
+
+    def spy(source: Any, kept: Any, target: Any) -> None:
+        before = codec.gather(torch.as_tensor(source), kept)
+        rewrite(source, kept, target)
+        every = torch.arange(kept.shape[1]).expand(len(kept), -1)
+        after = codec.gather(torch.as_tensor(target), every)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        held = len(target) * BLOCK + BUFFER
+        assert torch.equal(kept[0, -window:], torch.arange(held)[-window:])
+        assert set(target.tolist()) < set(source.tolist())
+        seen.append(len(target))
+
+    codec.rewrite = spy
+    try:
+        # CPU's move is a rewrite, too: only those of the decode cut are looked at.
+        request_id = engine.add(prose[:700], BUFFER + 8)
+        codec.rewrite = rewrite
+        for _ in engine.steps():
+            if request_id in session.arena:
+                codec.rewrite = spy
+    finally:
+        codec.rewrite = rewrite
+    assert len(seen) == 30
+    assert sum(seen) == 30 * R
+
+
+def test_requests_say_whether_they_want_it(engines: Engines, prose: list[int]) -> None:
+    engine, unlimited = limited(engines), engines.get("cake", BUDGET)
+    prompt = prose[:500]
+    before = engine.stats["decode_cuts"]
+    off = {"extra_args": {"kv_compression_decode": False}}
+    assert engine.generate([prompt], 150, **off) == unlimited.generate([prompt], 150)
+    assert engine.stats["decode_cuts"] == before
+    on = engine.generate([prompt], 150)
+    # One of each kind in a batch.
+    names = [engine.add(prompt, 150, **off), engine.add(prompt, 150)]
+    done = engine.drain()
+    assert [done[engine.caller_id[n]] for n in names] == [*unlimited.generate([prompt], 150), *on]
+
+
+def test_preempted_requests_are_cut_where_they_were_the_first_time(
+    engines: Engines, prose: list[int]
+) -> None:
+    small = limited(engines, max_model_len=1024, kv_cache_memory_bytes=36 * PAGE_BYTES)
+    large = limited(engines, max_model_len=1024)
+    prompts = [prose[31 * i : 31 * i + 20 + 60 * i] for i in range(6)]
+    expected = large.generate(prompts, 330)
+    assert small.generate(prompts, 330) == expected
+    preemptions = sum(record.num_preemptions for record in small.scheduler.requests.values())
+    assert preemptions == 0  # none is left
+    assert small.manager.counts["prefills_full"] > 0
+    small.check()
+
+
+@pytest.mark.parametrize("wrong", ["no", 0, [False]])
+def test_a_wrong_setting_is_the_requests_own_error(
+    engines: Engines, prose: list[int], wrong: Any
+) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    engine = limited(engines)
+    with pytest.raises(VLLMValidationError, match="kv_compression_decode must be true or false"):
+        engine.generate([prose[:50]], 4, extra_args={"kv_compression_decode": wrong})
+    engine.check()

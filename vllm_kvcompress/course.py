@@ -1,0 +1,179 @@
+"""When a request's cache is cut, and how many blocks it holds in between.
+
+A *cut* compresses what the layers hold at that moment. Between cuts a request grows as in plain
+vLLM. Blocks are only ever appended to a request's list, in this order: the blocks of its first
+tokens; for each cut that moves its survivors, the blocks that take them; after each cut the blocks
+of the tokens that follow. Once a cut has been processed, what it made superfluous leaves the list.
+
+Everything follows from the prompt's length and the settings, so scheduler and worker agree without
+a word. All positions are in tokens of the text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One compression of one request.
+
+    Attributes:
+        position: The cut happens in the step that computes the token before this one.
+        blocks: R; the layers share R * L pages afterwards.
+        moves: Whether survivors go to new blocks; if not, they are packed within their own.
+        slack: Free slots in every layer's last page right after it.
+
+    """
+
+    position: int
+    blocks: int
+    moves: bool = True
+    slack: int = 0
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Cuts while a request generates: the first one, and one every ``every`` tokens after it."""
+
+    first: Cut
+    every: int
+
+
+class Course:
+    """All cuts of one request.
+
+    Args:
+        prompt_len: Prompt tokens.
+        block_size: Tokens per block.
+        cuts: Those of the prefill, ascending; the last one, if any, at the prompt's end.
+        repeat: Those of the generation, if any.
+
+    """
+
+    def __init__(
+        self,
+        prompt_len: int,
+        block_size: int,
+        cuts: Sequence[Cut],
+        repeat: Repeat | None = None,
+    ) -> None:
+        self.prompt_len = prompt_len
+        self.block_size = block_size
+        self.cuts = tuple(cuts)
+        self.repeat = repeat
+
+    @property
+    def first(self) -> int:
+        """Position of the first cut: tokens before it are plain vLLM's."""
+        return self.cut(1).position
+
+    def has_cut(self, number: int) -> bool:
+        """Whether there is a cut of that number, counted from 1."""
+        return number >= 1 and (self.repeat is not None or number <= len(self.cuts))
+
+    def cut(self, number: int) -> Cut:
+        """Return a cut by its number, counted from 1; LookupError if there is none."""
+        if not self.has_cut(number):
+            raise LookupError(f"the request is cut {len(self.cuts)} times, not {number}")
+        if number <= len(self.cuts):
+            return self.cuts[number - 1]
+        assert self.repeat is not None
+        later = number - len(self.cuts) - 1
+        if later == 0:
+            return self.repeat.first
+        first, every = self.repeat.first, self.repeat.every
+        return Cut(first.position + later * every, first.blocks, moves=False)
+
+    def kind(self, number: int) -> str:
+        """When a cut is made: ``chunk`` (between two), ``prompt`` (at its end) or ``decode``."""
+        if number < len(self.cuts):
+            return "chunk"
+        return "prompt" if number == len(self.cuts) else "decode"
+
+    def count(self, num_tokens: int) -> int:
+        """How many cuts lie at or before a position."""
+        done = sum(cut.position <= num_tokens for cut in self.cuts)
+        if self.repeat and num_tokens >= self.repeat.first.position:
+            done += 1 + (num_tokens - self.repeat.first.position) // self.repeat.every
+        return done
+
+    def next_position(self, num_tokens: int) -> int | None:
+        """Position of the first cut beyond num_tokens; None if there is none."""
+        number = self.count(num_tokens) + 1
+        return self.cut(number).position if self.has_cut(number) else None
+
+    def home(self, number: int) -> int:
+        """Blocks that hold the survivors after that many cuts."""
+        return self.cut(number).blocks if number else 0
+
+    def segment(self, number: int, num_tokens: int | None = None, front: int | None = None) -> int:
+        """Blocks of the tokens that follow a cut, up to the next one.
+
+        Args:
+            number: Of the cut; 0 for the request's first tokens.
+            num_tokens: How far the request has come; None: as far as the next cut.
+            front: Blocks that stand in for those of the first tokens, in a cascade.
+
+        """
+        if number == 0 and front is not None:
+            return front
+        start = self.cut(number) if number else Cut(0, 0)
+        end = num_tokens
+        if self.has_cut(number + 1):
+            limit = self.cut(number + 1).position
+            end = limit if end is None else min(end, limit)
+        if end is None:
+            raise ValueError("the tokens after the last cut have no end")
+        return -(-max(end - start.position - start.slack, 0) // self.block_size)
+
+    def blocks_for(self, num_tokens: int, released: int = 0, front: int | None = None) -> int:
+        """Blocks the request must hold to have slots for its first num_tokens tokens.
+
+        Args:
+            num_tokens: Prompt and generated tokens.
+            released: Cuts whose superfluous blocks were already given back.
+            front: As for :meth:`segment`.
+
+        """
+        count = self.count(num_tokens)
+        held = self.home(released)
+        for number in range(released, count + 1):
+            held += self.segment(number, num_tokens, front)
+            if number < count and self.cut(number + 1).moves:
+                held += self.home(number + 1)
+        return held
+
+    def superfluous(self, released: int, front: int | None = None) -> range:
+        """Places in the request's list that the next cut makes superfluous once processed.
+
+        Args:
+            released: Cuts whose superfluous blocks were already given back.
+            front: As for :meth:`segment`.
+
+        """
+        home = self.home(released)
+        end = home + self.segment(released, None, front)
+        return range(0 if self.cut(released + 1).moves else home, end)
+
+    def peak_blocks(
+        self, num_tokens: int, lag: int, front: int | None = None, released: int = 0
+    ) -> int:
+        """Most blocks the request holds at any time from now on until it has num_tokens tokens.
+
+        Args:
+            num_tokens: Prompt and generated tokens.
+            lag: Steps that are planned before a cut's step has been processed.
+            front: As for :meth:`segment`.
+            released: Cuts whose superfluous blocks were already given back.
+
+        """
+        count = self.count(num_tokens)
+        peak = 0
+        # After the first cuts all look alike.
+        last = min(count, max(released, len(self.cuts)) + 1 + lag)
+        for number in range(released, last + 1):
+            end = num_tokens
+            if number < count:
+                end = self.cut(number + 1).position
+            peak = max(peak, self.blocks_for(end, max(number - lag, released), front))
+        return peak

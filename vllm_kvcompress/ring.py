@@ -1,0 +1,112 @@
+"""Queries of generated tokens, kept until the cut that they are to judge.
+
+One indexed copy a layer and step takes the queries of all rows that need it, however many. On a
+device the index lies in a buffer that never moves, so that the copy can be part of a CUDA graph.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcompress_kernels.transfer import upload
+
+
+class QueryRing:
+    """The last ``window`` queries before the next cut, of every request that has one coming.
+
+    Args:
+        num_layers: L.
+        window: w, queries of one cut.
+        heads: Query heads H.
+        head_size: D.
+        rows: Most requests at one time.
+        tokens: Most tokens of a step, padding included.
+        dtype: Of the queries.
+        device: Where they are; elsewhere than on the CPU every step takes all its tokens, those
+            that nobody needs into a row that nobody reads.
+
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        window: int,
+        heads: int,
+        head_size: int,
+        *,
+        rows: int,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.window = window
+        self._trash = rows * window
+        shape = (num_layers, self._trash + 1, heads, head_size)
+        self._queries = torch.zeros(shape, dtype=dtype, device=device)
+        self._fixed = device.type != "cpu"
+        self._places = torch.full((tokens,), self._trash, dtype=torch.int64, device=device)
+        self._tokens = torch.zeros(0, dtype=torch.int64)
+        self._filled = 0
+        self._slot: dict[str, int] = {}
+        self._free = list(range(rows - 1, -1, -1))
+
+    def plan(self, parts: Iterable[tuple[str, int, range]]) -> bool:
+        """Say which of a step's tokens are needed. Mutates the index, not the queries.
+
+        Args:
+            parts: Per request its id, the batch's token that its first needed one is, and the
+                needed ones' places in its window.
+
+        Returns:
+            Whether :meth:`take` is to be called in this step.
+
+        Raises:
+            IndexError: More requests than rows.
+
+        """
+        tokens: list[int] = []
+        places: list[int] = []
+        for request_id, first, window_part in parts:
+            if request_id not in self._slot:
+                self._slot[request_id] = self._free.pop()
+            start = self._slot[request_id] * self.window
+            tokens += range(first, first + len(window_part))
+            places += range(start + window_part.start, start + window_part.stop)
+        if self._fixed:
+            self._fill(tokens, places)
+            return True
+        self._tokens = torch.tensor(tokens, dtype=torch.int64)
+        self._places[: len(places)] = torch.tensor(places, dtype=torch.int64)
+        return bool(tokens)
+
+    def take(self, layer: int, query: Tensor) -> None:
+        """Copy one layer's needed queries out of a step's, [T, H, D]. Mutates the ring."""
+        rows = self._queries[layer]
+        query = query.view(len(query), *rows.shape[1:])
+        if self._fixed:
+            rows.index_copy_(0, self._places[: len(query)], query)
+        else:
+            rows.index_copy_(0, self._places[: len(self._tokens)], query[self._tokens])
+
+    def windows(self, request_id: str) -> Tensor:
+        """Return a request's queries, [L, w, H, D], a view."""
+        start = self._slot[request_id] * self.window
+        return self._queries[:, start : start + self.window]
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request, if it is here. Mutates the ring."""
+        slot = self._slot.pop(request_id, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def _fill(self, tokens: list[int], places: list[int]) -> None:
+        end = max(tokens) + 1 if tokens else 0
+        if not end and not self._filled:
+            return
+        length = max(end, self._filled)
+        index = np.full(length, self._trash, dtype=np.int64)
+        index[tokens] = places
+        self._places[:length] = upload(torch.from_numpy(index), self._places.device)
+        self._filled = end
