@@ -294,6 +294,29 @@ def test_blocks_that_others_keep_are_not_counted_on(deep: Path, cls: AnySchedule
     assert engine.preemptions == 0
 
 
+def test_a_newcomer_pays_for_what_a_running_prompt_will_not_get_back(deep: Path) -> None:
+    for spare, admitted in ((7, False), (8, True)):
+        engine = Engine(ArenaScheduler, configure(deep, max_len=300), 60)
+        engine.leave_free(15 + spare)
+        document = list(range(100))
+        resumed = engine.add("resumed", document, max_tokens=150)
+        while resumed.num_output_tokens < 127:
+            engine.step()
+        engine.preempt("resumed")
+        # It will hold 13 blocks of prompt and 2 for survivors, then these and 16 for its answer.
+        engine.add("shares", document[:16], max_tokens=1)
+        engine.add("next", 8, max_tokens=1)
+        scheduled = engine.schedule().num_scheduled_tokens
+        assert engine.held("resumed") == 15
+        # One of its 13 is shared now and does not come back: 4 are missing instead of 3.
+        assert engine.arena._admitted["resumed"].promised == 4
+        assert engine.held("shares") == 2
+        assert ("next" in scheduled) is admitted
+        engine.process()
+        engine.run()
+        assert engine.preemptions == 1, "the test's own"
+
+
 # --- random traffic ------------------------------------------------------------------------------
 
 EVENTS = (

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from vllm.config import VllmConfig
 
 from tests.scheduling import AnyScheduler, Engine, configure, smallest_pool
 from vllm_kvcompress.config import PREFILLS
@@ -127,7 +129,7 @@ class Traffic:
 
     def __init__(self, folder: Path, setup: Setup) -> None:
         options = dict(setup.options)
-        config, blocks = _smallest(folder, setup.cls, setup.options)
+        config, blocks = _smallest(folder, replace(setup, spare=0))
         self.engine = Engine(setup.cls, config, blocks + setup.spare)
         self.most = options["max_len"]
         self.asked: dict[str, int] = {}
@@ -174,16 +176,18 @@ class Traffic:
         assert engine.free == engine.total, "blocks were lost"
         assert not engine.arena.private_blocks()
         assert engine.arena.books()["blocks_reserved"] == 0
-        return Counter(
-            engine.arena.counts,
+        seen = Counter[str](engine.arena.counts)
+        seen.update(
             preemptions=engine.preemptions,
             hits=engine.hits,
             aborts=self.aborted,
             finished=len(self.asked),
         )
+        return seen
 
 
-@lru_cache(maxsize=64)
-def _smallest(folder: Path, cls: AnyScheduler, options: tuple[tuple[str, Any], ...]) -> Any:
-    config = configure(folder, **dict(options))
-    return config, smallest_pool(config, cls)
+@cache
+def _smallest(folder: Path, setup: Setup) -> tuple[VllmConfig, int]:
+    """A configuration and its smallest pool, both of which take their time to find."""
+    config = configure(folder, **dict(setup.options))
+    return config, smallest_pool(config, setup.cls)

@@ -259,12 +259,14 @@ def page_cascade(
     """
     held = np.broadcast_to(np.asarray(lengths, dtype=np.int64), (num_layers,))
     capacity = pages_per_layer * block_size
-    if held.sum() <= capacity * num_layers:
+    reserved = -(-method.window // block_size)
+    full = held // block_size - reserved
+    pool = (pages_per_layer - reserved) * num_layers
+    if held.sum() <= capacity * num_layers or full.sum() < pool:
         tokens = int(held.max())
         raise ValueError(
             f"a prompt of {tokens} tokens fits the budget of {capacity}: nothing to evict"
         )
-    reserved = -(-method.window // block_size)
     if reserved > pages_per_layer:
         raise ValueError(
             f"{method.name}: a window of {method.window} tokens needs {reserved} pages of "
@@ -276,11 +278,14 @@ def page_cascade(
         max(-(-method.cap(tokens, base) // block_size), pages_per_layer - reserved)
         for tokens in history
     ]
+    caps = np.minimum(full, own)
+    if caps.sum() < pool:  # layers that hold little cannot make up for those that may not
+        caps = full
     wanted = -(-(method.window + method.floor(min(history), base)) // block_size)
     cascade = Cascade(
         method,
-        pool=(pages_per_layer - reserved) * num_layers,
-        cap=np.minimum(held // block_size - reserved, own).tolist(),
+        pool=pool,
+        cap=caps.tolist(),
         floor=wanted - reserved,
         base=base,
         num_layers=num_layers,

@@ -62,6 +62,7 @@ class Planner:
         # The scheduler asks several times per request and step.
         self.plan = lru_cache(maxsize=4096)(self._plan)
         self.course = lru_cache(maxsize=8192)(self._course)
+        self.least_pool = lru_cache(maxsize=8)(self._least_pool)
 
     @property
     def can_cascade(self) -> bool:
@@ -115,20 +116,23 @@ class Planner:
             front = self.front_blocks(prompt_len)
         return course.peak_blocks(num_tokens, self.limits.lag, front)
 
-    def least_pool(self, max_model_len: int) -> int:
+    def _least_pool(self, max_model_len: int) -> int:
         """Blocks in which any one prompt of up to max_model_len tokens can be served.
 
         That is, its prefill and one generated token; how many more fit is a matter of
         :meth:`most_tokens`.
         """
-        size = self.block_size
-        most = 0
-        for blocks in range(1, -(-max_model_len // size) + 1):
-            prompt = min(blocks * size, max_model_len)
-            most = max(most, self.peak_blocks(prompt, prompt + 1))
-            # Some shares leave a prompt whole that fills its last block, and cut a shorter one.
-            most = max(most, self.peak_blocks((blocks - 1) * size + 1, prompt + 1))
-        return most
+        size, longest = self.block_size, max_model_len
+        one_step = self.limits.one_step_tokens
+        if self.config.prefill == "streaming":
+            # After a few cuts, a longer prompt only repeats what a shorter one holds.
+            first = self._working_blocks() * size + self._stream_chunk
+            longest = min(longest, max(first, one_step) + 5 * self._stream_chunk)
+        # Where a share of the prompt, or the length of a step, makes a difference.
+        prompts = {min(one_step + 1, longest)}
+        for start in range(0, longest, size):
+            prompts |= {start + 1, min(start + size, longest)}
+        return max(self.peak_blocks(prompt, prompt + 1) for prompt in prompts)
 
     def most_tokens(
         self, prompt_len: int, max_model_len: int, pool_blocks: int, decode: bool = True

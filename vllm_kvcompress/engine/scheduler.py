@@ -48,6 +48,10 @@ class _ArenaScheduling(Scheduler):
         """See the base class; verifies the books first when asked to."""
         if self._planner.config.check_integrity:
             self._arena.check_integrity()
+        for request in self.running:
+            # Else a request could be preempted for want of blocks that another is about to return.
+            done = max(request.num_computed_tokens - request.num_in_flight_tokens, 0)
+            self._arena.remove_skipped_blocks(request.request_id, done)
         output = super().schedule(throttle_prefills)
         begun = [r.req_id for r in output.scheduled_new_reqs]
         begun += output.scheduled_cached_reqs.resumed_req_ids

@@ -1,5 +1,7 @@
 """Find this engine's settings in a vLLM config."""
 
+import json
+from functools import lru_cache
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -39,15 +41,23 @@ def planner_of(vllm_config: VllmConfig, block_size: int) -> Planner:
     if config is None:
         raise ValueError("planner_of needs a configuration with compression on")
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
-    one_step = int(scheduler.max_num_batched_tokens)
-    if scheduler.long_prefill_token_threshold:
-        one_step = min(one_step, int(scheduler.long_prefill_token_threshold))
+    one_step = [
+        scheduler.max_num_batched_tokens,
+        scheduler.max_num_scheduled_tokens,
+        scheduler.long_prefill_token_threshold,
+    ]
     limits = Limits(
         num_layers=model.get_num_layers(vllm_config.parallel_config),
-        one_step_tokens=one_step,
+        one_step_tokens=min(int(tokens) for tokens in one_step if tokens),
         lag=int(bool(scheduler.async_scheduling)),
     )
-    return Planner(config, block_size, limits)
+    return _planner(json.dumps(config.as_dict(), sort_keys=True), block_size, limits)
+
+
+@lru_cache(maxsize=16)
+def _planner(settings: str, block_size: int, limits: Limits) -> Planner:
+    # vLLM asks for sizes many times, and what a planner has worked out it remembers.
+    return Planner(KVCompressionConfig.parse(json.loads(settings)), block_size, limits)
 
 
 def cuts_while_decoding(sampling_params: Any) -> bool:
