@@ -137,13 +137,18 @@ class Engine:
                     done[output.request_id] = list(output.outputs[0].token_ids)
         return [done[name] for name in names], held
 
-    def add(self, prompt: Sequence[int], max_tokens: int = 32, **params: Any) -> str:
+    def add(
+        self, prompt: Sequence[int], max_tokens: int = 32, priority: int = 0, **params: Any
+    ) -> str:
         """Queue a request; returns its id in the scheduler (outputs carry the caller's)."""
         self._count += 1
         before = set(self.scheduler.requests)
         name = f"test-{self._count}"
         self.llm.llm_engine.add_request(
-            name, {"prompt_token_ids": list(prompt)}, greedy(max_tokens, **params)
+            name,
+            {"prompt_token_ids": list(prompt)},
+            greedy(max_tokens, **params),
+            priority=priority,
         )
         (request_id,) = set(self.scheduler.requests) - before
         self.caller_id[request_id] = name
