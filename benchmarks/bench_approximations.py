@@ -34,7 +34,8 @@ REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results" / "approximations.csv"
 FIELDS = [
     *("date", "model", "case", "prefill", "method", "budget", "prompt", "generated", "settings"),
-    *("needles", "nll", "nll_change", "prompts", "peak_blocks", "blocks_uncompressed"),
+    *("needles", "nll", "nll_change", "prompts", "peak_blocks", "late_blocks"),
+    *("blocks_uncompressed",),
     *("block_size", "vllm", "torch"),
 ]
 
@@ -53,8 +54,7 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=2000)
     parser.add_argument("--block-size", type=int, default=32)
     args = parser.parse_args()
-    rows = {"streaming": _streaming, "decode": _decode}[args.case](args)
-    _save(args, rows)
+    {"streaming": _streaming, "decode": _decode}[args.case](args)
 
 
 class _Runner:
@@ -76,6 +76,7 @@ class _Runner:
         core = self.llm.llm_engine.engine_core.engine_core
         self._pool = core.scheduler.kv_cache_manager.block_pool
         self.peak = 0
+        self.late = 0
 
     def run(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[Any]:
         """Completions of prompts that run one at a time, so that the peak is that of one."""
@@ -91,16 +92,22 @@ class _Runner:
         return [done[str(index)] for index in range(len(prompts))]
 
     def together(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[Any]:
-        """Completions of prompts that run at one time; the peak is that of all."""
+        """Completions of prompts that run at one time; the peak is that of all.
+
+        ``late`` is the peak once each has generated half of its tokens.
+        """
         engine, done = self.llm.llm_engine, {}
+        steps, half = 0, params[0].max_tokens // 2 + len(prompts)
         for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
             engine.add_request(str(index), prompt, sampling)
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
                     done[output.request_id] = output.outputs[0]
-            free = self._pool.get_num_free_blocks()
-            self.peak = max(self.peak, self._pool.num_gpu_blocks - 1 - free)
+            held = self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()
+            self.peak = max(self.peak, held)
+            steps += 1
+            self.late = max(self.late, held) if steps > half else 0
         return [done[str(index)] for index in range(len(prompts))]
 
     def close(self) -> None:
@@ -128,9 +135,8 @@ def _passages(args: argparse.Namespace, tokenizer: Any, length: int, count: int)
     return [text[stride * i : stride * i + length] for i in range(count)]
 
 
-def _streaming(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _streaming(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows = []
     for length in map(int, args.lengths.split(",")):
         needles = niah_single_2(
             args.ruler,
@@ -170,10 +176,8 @@ def _streaming(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "peak_blocks": runner.peak,
                 "blocks_uncompressed": -(-(length + 128) // args.block_size),
             }
-            print(row, flush=True)
-            rows.append(row)
+            _save(args, row)
             runner.close()
-    return rows
 
 
 def _needles_and_nll(
@@ -194,7 +198,7 @@ def _needles_and_nll(
     return int(found), statistics.fmean(losses)
 
 
-def _decode(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _decode(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     length = 1024
     passages = _passages(args, tokenizer, length + args.generate, count=args.passages)
@@ -208,7 +212,7 @@ def _decode(args: argparse.Namespace) -> list[dict[str, Any]]:
             variants.append(
                 (f"{method}, decode budget", budget, {**settings, "kv_compression": method})
             )
-    rows, base = [], None
+    base = None
     for name, budget, settings in variants:
         runner = _Runner(args, length + args.generate + 64, **settings)
         completions = runner.together(prompts, [forcing(end) for end in ends])
@@ -221,12 +225,11 @@ def _decode(args: argparse.Namespace) -> list[dict[str, Any]]:
             "nll_change": f"{loss - base:+.3f}",
             "prompts": len(prompts),
             "peak_blocks": runner.peak,
+            "late_blocks": runner.late,
             "blocks_uncompressed": len(prompts) * -(-(length + args.generate) // args.block_size),
         }
-        print(row, flush=True)
-        rows.append(row)
+        _save(args, row)
         runner.close()
-    return rows
 
 
 def _row(prefill: str, budget: Any, prompt: int, generated: int, settings: Any) -> dict[str, Any]:
@@ -241,7 +244,7 @@ def _row(prefill: str, budget: Any, prompt: int, generated: int, settings: Any) 
     }
 
 
-def _save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def _save(args: argparse.Namespace, row: dict[str, Any]) -> None:
     import torch
     import vllm
 
@@ -258,7 +261,8 @@ def _save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows({**facts, **row} for row in rows)
+        writer.writerow({**facts, **row})
+    print(row, flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from vllm_kvcompress.arena import ArenaPlan, PageGeometry
 from vllm_kvcompress.cascade import LayerCascade
 from vllm_kvcompress.methods import Cake, DynamicKV, LayerScores, Method, Random, Uniform
 from vllm_kvcompress.planner import layers_between_cuts
-from vllm_kvcompress.survivors import with_window
+from vllm_kvcompress.survivors import by_worth, with_window
 
 HEADS, BLOCKS = 2, 400
 METHODS: dict[str, Method] = {
@@ -160,6 +160,8 @@ def check_against_one_cut(method: Method, world: World, layers: list[LayerScores
     assert [len(table) for table in cascade.tables] == counts.tolist()
     chosen = method.select_layers(layers, (counts * world.size - method.window).tolist())
     for layer, history in enumerate(chosen):
+        if method.stores_by_worth:
+            history = by_worth(history, layers[layer].tokens).flip(1)
         expected = with_window(history, world.prompt, method.window)
         kept, order = cascade.kept[layer], cascade.in_order(layer)
         assert torch.equal(kept.gather(1, order), expected)

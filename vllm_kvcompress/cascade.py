@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vllm_kvcompress.allocation import page_budgets, page_cascade
@@ -145,8 +146,13 @@ class LayerCascade:
         return placements
 
     def in_order(self, layer: int) -> Tensor:
-        """Where a layer's tokens lie now, in the order of the text: int64 [N, T]."""
-        return self.kept[layer].argsort(dim=-1)
+        """Where a layer's tokens lie now, in the order they are to have: int64 [N, T]."""
+        kept = self.kept[layer]
+        if not self._method.stores_by_worth:
+            return kept.argsort(dim=-1)
+        places = torch.arange(kept.shape[1], device=kept.device).expand(len(kept), -1)
+        history = kept.shape[1] - self._method.window
+        return torch.cat([places[:, :history].flip(1), places[:, history:]], dim=1)
 
     def _local_counts(self, seen: int) -> IntArray:
         # Shapes are all that weights may look at, and those of later layers are the same.

@@ -35,7 +35,8 @@ class KVCompressionConfig:
         stream_budget: Tokens each layer keeps on average between chunks; None: twice the budget.
         decode_budget: Tokens each layer is cut back to whenever a request's kept and generated
             tokens exceed it by ``decode_buffer``; None: generated tokens are never evicted.
-        decode_buffer: As said; rounded up to whole blocks, at least the method's window.
+        decode_buffer: As said; rounded up to whole blocks, at least the method's window. 1 where
+            the method evicts a token for each that comes.
         check_integrity: Verify arena and block pool after every step (slow; for tests).
         log_requests: Log one JSON line per compressed request.
 
@@ -166,7 +167,13 @@ class KVCompressionConfig:
             raise ValueError(
                 f"{CONFIG_KEY}: decode_budget needs a method that evicts, not {self.method}"
             )
-        if self.decode_buffer < method.window:
+        if method.token_by_token:
+            if self.decode_buffer != 1 or self.decode_budget != self.budget:
+                raise ValueError(
+                    f"{CONFIG_KEY}: {self.method} evicts a token for each that it generates with "
+                    "these parameters; set decode_buffer to 1 and decode_budget to the budget"
+                )
+        elif self.decode_buffer < method.window:
             raise ValueError(
                 f"{CONFIG_KEY}: decode_buffer must be at least the window of {method.window}, "
                 f"got {self.decode_buffer}"

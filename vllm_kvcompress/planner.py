@@ -52,6 +52,8 @@ class Planner:
         method = config.build_method()
         self.window = method.window
         self.keeps_all = method.keeps_all
+        self.token_by_token = method.token_by_token
+        self.decode_queries = 1 if method.token_by_token else method.window
         self.layers_at_once = layers_between_cuts(method, self.limits.num_layers)
         self._stream_chunk = self._checked_chunk()
         if config.prefill == "cascade" and limits is not None and not self.can_cascade:
@@ -191,6 +193,8 @@ class Planner:
             entries += cuts * self._working_blocks()
         if self.config.decode_budget is not None:
             entries += -(-self.config.decode_budget // size) + 1
+            if self.token_by_token:  # a block each time
+                entries += max_model_len
         return entries
 
     def streams(self, prompt_len: int) -> bool:
@@ -248,11 +252,19 @@ class Planner:
             return None
         size = self.block_size
         blocks = -(-self.config.decode_budget // size)
-        buffer = -(-self.config.decode_buffer // size) * size
+        buffer = self._buffer()
+        if self.token_by_token and not cuts:
+            return None  # what is judged by single queries must have been compressed before
         held = cuts[-1].blocks * size if cuts else prompt_len
         position = prompt_len + max(blocks * size + buffer - held, buffer)
         moves = not cuts or cuts[-1].blocks != blocks
         return Repeat(Cut(position, blocks, moves=moves), buffer)
+
+    def _buffer(self) -> int:
+        """Tokens between two cuts of a generation."""
+        if self.token_by_token:
+            return 1
+        return -(-self.config.decode_buffer // self.block_size) * self.block_size
 
     def _working_blocks(self) -> int:
         budget = self.config.stream_budget

@@ -112,7 +112,7 @@ class Engine:
 
         def choosing(*args: Any, **kwargs: Any) -> Any:
             counts, tokens = choose(*args, **kwargs)
-            kept.append([layer.tolist() for layer in tokens])
+            kept.append([layer.sort(dim=1).values.tolist() for layer in tokens])
             return counts, tokens
 
         def finishing(request_id: str, entry: Any, run: Any) -> None:

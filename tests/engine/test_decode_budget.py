@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine, Engines
+from vllm_kvcompress.methods.released_cake import ReleasedCake
 
 pytestmark = pytest.mark.engine
 
@@ -85,7 +86,7 @@ def test_requests_say_whether_they_want_it(engines: Engines, prose: list[int]) -
     assert engine.stats["decode_cuts"] == before
     on = engine.generate([prompt], 90)
     # One of each kind in a batch.
-    names = [engine.add(prompt, 90, **off), engine.add(prompt, 90)]
+    names = [engine.add(prompt, 90, extra_args=off["extra_args"]), engine.add(prompt, 90)]
     done = engine.drain()
     assert [done[engine.caller_id[n]] for n in names] == [*unlimited.generate([prompt], 90), *on]
 
@@ -114,3 +115,39 @@ def test_a_wrong_setting_is_the_requests_own_error(
     with pytest.raises(VLLMValidationError, match="kv_compression_decode must be true or false"):
         engine.generate([prose[:50]], 4, extra_args={"kv_compression_decode": wrong})
     engine.check()
+
+
+def test_faithful_cake_evicts_as_the_release_does(engines: Engines, prose: list[int]) -> None:
+    """One token out for each that comes in, by its query alone, pooled in storage order."""
+    config = {"faithful": True, "decode_budget": BUDGET, "decode_buffer": 1}
+    engine = engines.get("cake", BUDGET, config=config)
+    compressor, method = engine.session._compressor, engine.session._compressor._method
+    choose, checked = compressor._choose, []
+
+    def checking(held: Any, dealt: Any, *args: Any) -> Any:
+        counts, kept = choose(held, dealt, *args)
+        if dealt is not None:
+            for layer in (0, 7, 29):
+                length, query = held.lengths[layer], held.windows[layer]
+                keys = engine.session._codec.read_keys(held.pages[layer], length)
+                assert length == dealt[layer] * BLOCK + 1
+                assert query.shape[0] == 1
+                released = ReleasedCake(window=method.window, capacity=BUDGET)
+                before = torch.arange(length - 1).expand(1, len(keys), -1)
+                budget = length - 1 - method.window
+                after, _ = released.decode(
+                    before, budget, query, keys[None], keys[None], length - 1
+                )
+                assert torch.equal(kept[layer], after[0])
+                checked.append(layer)
+        return counts, kept
+
+    compressor._choose = checking
+    try:
+        (answer,), held = engine.run_counting([prose[:400]], 12)
+    finally:
+        compressor._choose = choose
+    assert len(answer) == 12
+    assert len(checked) == 3 * 11
+    # What each token is written to goes back with it.
+    assert set(held[1:-1]) <= {R + 1, R + 2}

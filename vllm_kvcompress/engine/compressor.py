@@ -20,7 +20,7 @@ from vllm_kvcompress.engine.ledger import Entry
 from vllm_kvcompress.engine.scorer import Held, Scorer
 from vllm_kvcompress.methods import LayerScores, settled
 from vllm_kvcompress.planner import Planner
-from vllm_kvcompress.survivors import with_window
+from vllm_kvcompress.survivors import by_worth, with_window
 
 logger = init_logger("vllm.kvcompress.compressor")
 
@@ -152,6 +152,8 @@ class Compressor:
         window = self._method.window
         history = (counts * size - window).tolist()
         chosen = self._method.select_layers(found, history)
+        if self._method.stores_by_worth:
+            chosen = [by_worth(ids, s.tokens).flip(1) for ids, s in zip(chosen, found, strict=True)]
         kept = [
             with_window(ids, length, window)
             for ids, length in zip(chosen, held.lengths, strict=True)
@@ -233,7 +235,7 @@ class Compressor:
         clock.lap("move")
 
     def finish_cascade(self, request_id: str, entry: Entry, run: CascadeRun) -> None:
-        """Put survivors in the order of the text. Mutates entry, arena and the arena's pages."""
+        """Put survivors in their final order. Mutates entry, arena and the arena's pages."""
         if not run.layers.done:
             raise RuntimeError(f"request {request_id}: not all layers of its cascade were cut")
         clock = _Clock(run.seconds)

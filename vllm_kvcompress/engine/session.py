@@ -136,7 +136,7 @@ class Session:
         if planner.config.decode_budget is not None and self._compressor.needs_queries:
             self._ring = QueryRing(
                 geometry.num_layers,
-                planner.window,
+                planner.decode_queries,
                 num_heads,
                 codec.head_size,
                 rows=limits.rows,
@@ -226,7 +226,9 @@ class Session:
                 captures.append(capture)
             elif part := self._generated_part(entry):
                 first = starts[row] + part.start - entry.computed
-                generated.append((request_id, first, self._places(entry, part)))
+                generated.append(
+                    (request_id, first, _places(entry, part, self._planner.decode_queries))
+                )
         self.stats["compressed_steps" if rows else "plain_steps"] += 1
         tables = None
         if rows or self.replays:
@@ -327,29 +329,25 @@ class Session:
         held = {r: e.private_blocks() for r, e in self._ledger if r in self.arena}
         self.arena.check_integrity(held)
 
-    def _window_part(self, entry: Entry) -> range:
-        """Positions of this step's tokens that lie in the window of the next cut."""
+    def _prompt_part(self, entry: Entry) -> range:
+        """Positions of this step's tokens in the window of the next cut, one of the prompt's."""
+        inside = entry.course is not None and entry.cuts < len(entry.course.cuts)
+        return self._part(entry, self._planner.window) if inside else range(0)
+
+    def _generated_part(self, entry: Entry) -> range:
+        """The same for a cut of the generation, whose queries the ring takes."""
+        inside = entry.course is not None and entry.cuts < len(entry.course.cuts)
+        if inside or self._ring is None:
+            return range(0)
+        return self._part(entry, self._ring.window)
+
+    def _part(self, entry: Entry, window: int) -> range:
+        """Positions of this step's tokens among the last ones before the next cut."""
         cut = entry.next_cut
         if cut is None:
             return range(0)
-        first = max(cut - self._planner.window, entry.computed)
+        first = max(cut - window, entry.computed)
         return range(first, min(entry.computed + entry.scheduled, cut))
-
-    def _prompt_part(self, entry: Entry) -> range:
-        """The same, if that cut is one of the prompt's."""
-        inside = entry.course is not None and entry.cuts < len(entry.course.cuts)
-        return self._window_part(entry) if inside else range(0)
-
-    def _generated_part(self, entry: Entry) -> range:
-        """The same, if that cut is one of the generation's."""
-        inside = entry.course is not None and entry.cuts < len(entry.course.cuts)
-        return range(0) if inside or self._ring is None else self._window_part(entry)
-
-    def _places(self, entry: Entry, part: range) -> range:
-        """Places of such positions in the window."""
-        assert entry.next_cut is not None
-        first = entry.next_cut - self._planner.window
-        return range(part.start - first, part.stop - first)
 
     def _capture(self, entry: Entry, start: int) -> Capture | None:
         part = self._prompt_part(entry)
@@ -361,9 +359,16 @@ class Session:
             )
         return Capture(
             window=entry.window,
-            offset=self._places(entry, part).start,
+            offset=_places(entry, part, self._planner.window).start,
             start=start + part.start - entry.computed,
             count=len(part),
             entry=entry,
             whole=entry.computed == 0 and part.stop == entry.prompt_len and entry.front is None,
         )
+
+
+def _places(entry: Entry, part: range, window: int) -> range:
+    """Places of positions in the window of the next cut."""
+    assert entry.next_cut is not None
+    first = entry.next_cut - window
+    return range(part.start - first, part.stop - first)

@@ -160,6 +160,22 @@ class Method(ABC):
         return type(self).select is Method.select
 
     @property
+    def token_by_token(self) -> bool:
+        """Whether cuts while generating are made after each token, judged by its query alone.
+
+        If not, they are made every so many tokens and judged by the last ``window`` queries.
+        """
+        return False
+
+    @property
+    def stores_by_worth(self) -> bool:
+        """Whether survivors lie in the order of their scores, best first, instead of the text's.
+
+        It decides what are neighbours when scores are pooled at a later cut.
+        """
+        return False
+
+    @property
     def observes(self) -> bool:
         """Whether ``score`` works from ``LayerInput.observe``; else it is given keys to read."""
         return False

@@ -38,7 +38,9 @@ class Cake(Method):
     variance, at least 0. ``kernel``: width of the pooling, odd. ``every``: layers between two cuts;
     0 cuts only after the last layer. The budgets do not depend on it, only when memory is freed.
     ``faithful``: statistics in the model's dtype and the released integer budgets, with their
-    known losses; the allocator then only rounds those to what the arena can hold.
+    known losses; the allocator then only rounds those to what the arena can hold. Tokens lie by
+    score, and cuts while generating are the release's: one token out for each that comes in, by the
+    attention of that one query, pooled in storage order.
 
     Differences from the released code (cakekv) unless ``faithful``: all statistics in fp32, P in
     the log domain (no underflow), budgets that spend the pool exactly and do not depend on the
@@ -71,6 +73,14 @@ class Cake(Method):
     @property
     def observes(self) -> bool:
         return not self.faithful
+
+    @property
+    def token_by_token(self) -> bool:
+        return self.faithful
+
+    @property
+    def stores_by_worth(self) -> bool:
+        return self.faithful
 
     @property
     def schedule(self) -> Schedule:
@@ -112,6 +122,10 @@ class Cake(Method):
             queries[None], keys[None], scale=layer.scale, soft_cap=layer.soft_cap, sinks=layer.sinks
         )
         history = probabilities[..., : layer.num_tokens - self.window]
+        if queries.shape[1] == 1:
+            return LayerScores(
+                released_cake.step_indicator(history, self.kernel, layer.num_kv_heads)[0].float()
+            )
         dispersion, shift, preference = released_cake.preference(history, self.tau1, self.tau2)
         scores = released_cake.indicator(history, self.gamma, self.kernel, layer.num_kv_heads)
         return LayerScores(

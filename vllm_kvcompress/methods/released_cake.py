@@ -56,6 +56,14 @@ def indicator(history: Tensor, gamma: float, kernel: int, num_kv_heads: int) -> 
     return _pooled_group_mean(scores, kernel, num_kv_heads)
 
 
+def step_indicator(history: Tensor, kernel: int, num_kv_heads: int) -> Tensor:
+    """Scores [B, N, S'] of a decode step from the attention of its queries [B, H, m, S'].
+
+    ``S'`` is in storage order, and so is the pooling. Source: cakekv modify_llama.py.
+    """
+    return _pooled_group_mean(history.mean(dim=-2), kernel, num_kv_heads)
+
+
 def _pooled_group_mean(scores: Tensor, kernel: int, num_kv_heads: int) -> Tensor:
     pooled = F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2)
     return pooled.view(len(pooled), num_kv_heads, -1, pooled.shape[-1]).mean(dim=2)
@@ -186,6 +194,6 @@ class ReleasedCake:
             return ids, output
         attention = window_attention(query[:, :, None], k, scale=query.shape[-1] ** -0.5)
         history = attention[..., : ids.shape[-1] - self.window]
-        scores = _pooled_group_mean(history.mean(dim=-2), self.kernel, k.shape[1])
+        scores = step_indicator(history, self.kernel, k.shape[1])
         best = scores.topk(budget, dim=-1).indices
         return torch.cat((ids.gather(-1, best), ids[..., -self.window :]), dim=-1), output
