@@ -28,7 +28,7 @@ def make(fixed: bool) -> QueryRing:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    ring._fixed = fixed
+    ring._in_place = fixed
     return ring
 
 

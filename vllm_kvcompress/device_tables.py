@@ -26,6 +26,8 @@ class DeviceTableBuilder(StepTableBuilder):
 
     """
 
+    in_place = True
+
     def __init__(
         self,
         arena: PageArena,

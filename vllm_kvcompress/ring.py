@@ -24,8 +24,9 @@ class QueryRing:
         rows: Most requests at one time.
         tokens: Most tokens of a step, padding included.
         dtype: Of the queries.
-        device: Where they are; elsewhere than on the CPU every step takes all its tokens, those
-            that nobody needs into a row that nobody reads.
+        device: Where they are.
+        in_place: Whether the copy may be part of a CUDA graph: then every step takes all its
+            tokens, those that nobody needs into a row that nobody reads.
 
     """
 
@@ -40,12 +41,13 @@ class QueryRing:
         tokens: int,
         dtype: torch.dtype,
         device: torch.device,
+        in_place: bool = False,
     ) -> None:
         self.window = window
         self._trash = rows * window
         shape = (num_layers, self._trash + 1, heads, head_size)
         self._queries = torch.zeros(shape, dtype=dtype, device=device)
-        self._fixed = device.type != "cpu"
+        self._in_place = in_place
         self._places = torch.full((tokens,), self._trash, dtype=torch.int64, device=device)
         self._tokens = torch.zeros(0, dtype=torch.int64)
         self._filled = 0
@@ -74,7 +76,7 @@ class QueryRing:
             start = self._slot[request_id] * self.window
             tokens += range(first, first + len(window_part))
             places += range(start + window_part.start, start + window_part.stop)
-        if self._fixed:
+        if self._in_place:
             self._fill(tokens, places)
             return True
         self._tokens = torch.tensor(tokens, dtype=torch.int64)
@@ -85,7 +87,7 @@ class QueryRing:
         """Copy one layer's needed queries out of a step's, [T, H, D]. Mutates the ring."""
         rows = self._queries[layer]
         query = query.view(len(query), *rows.shape[1:])
-        if self._fixed:
+        if self._in_place:
             rows.index_copy_(0, self._places[: len(query)], query)
         else:
             rows.index_copy_(0, self._places[: len(self._tokens)], query[self._tokens])

@@ -71,7 +71,14 @@ class TableLimits:
 
 
 class StepTableBuilder(ABC):
-    """Builds the tables of each step, for all layers at once."""
+    """Builds the tables of each step, for all layers at once.
+
+    Attributes:
+        in_place: Whether tables lie in buffers that never move, for a CUDA graph to read.
+
+    """
+
+    in_place: bool = False
 
     @abstractmethod
     def build(self, batch: BatchRows) -> LayerTables:

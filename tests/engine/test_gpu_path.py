@@ -164,3 +164,39 @@ def test_a_method_keeps_what_it_keeps_on_the_cpu_backend(
         )
         # Eight-bit keys move some scores across the threshold. By lot it would be half.
         assert same >= 0.75 * sum(len(head) for layer in wanted for head in layer)
+
+
+def test_cuts_within_a_step_and_while_generating(
+    run: Run, engines: Engines, models: dict[str, str], prose: list[int]
+) -> None:
+    """A cascade, and then cuts by queries that replayed graphs have put aside."""
+    prompts = [prose[:193], prose[300:459], prose[500:520]]
+    settings: dict[str, Any] = {
+        "block_size": 32,
+        "max_num_batched_tokens": 512,
+        "max_model_len": 256,
+    }
+    config = {"prefill": "cascade", "decode_budget": 96, "decode_buffer": 32}
+    model = models["FLASH_ATTN"]
+    reference = engines.get("cake", 96, model=model, config=config, **settings)
+    kept = reference.record_kept()
+    outputs = reference.generate(prompts, 40)
+    assert reference.manager.counts["prefills_cascade"] == 2
+    result = run(
+        "FLASH_ATTN",
+        prompts=prompts,
+        max_tokens=40,
+        method="cake",
+        budget=96,
+        config=config,
+        settings=settings,
+        graphs=GRAPHS,
+        warm_up=True,
+    )
+    assert result["replayed"] > 30
+    assert result["stats"]["prompt_cuts"] == 2
+    assert result["stats"]["decode_cuts"] == 2
+    assert sorted(result["kept"]) == sorted(kept)
+    assert len(kept) == 4
+    assert result["outputs"] == [outputs]
+    assert set(result["launched"]) <= set(result["warm"]), "a request waits for a compiler"

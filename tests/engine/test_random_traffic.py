@@ -46,7 +46,7 @@ class Ask:
 
 
 @pytest.mark.parametrize(
-    ("requests", "kinds"), [(60, 20), pytest.param(2000, 250, marks=pytest.mark.slow)]
+    ("requests", "kinds"), [(40, 16), pytest.param(2000, 250, marks=pytest.mark.slow)]
 )
 def test_every_answer_is_the_one_produced_alone(
     engines: Engines, prose: list[int], tmp_path: Path, requests: int, kinds: int
@@ -60,7 +60,7 @@ def test_every_answer_is_the_one_produced_alone(
         "max_num_seqs": 12,
         "scheduling_policy": "priority",
     }
-    small = engines.get("cake", BUDGET, kv_cache_memory_bytes=28 * PAGE_BYTES, **settings)
+    small = engines.get("cake", BUDGET, kv_cache_memory_bytes=22 * PAGE_BYTES, **settings)
     large = engines.get("cake", BUDGET, **settings)
     dice = random.Random(7)
     asks = _asks(dice, prose, kinds)
@@ -76,7 +76,7 @@ def test_every_answer_is_the_one_produced_alone(
     # Nothing of what this test is about failed to happen.
     counts, stats = small.manager.counts, small.stats
     assert aborted
-    assert preemptions > requests // 30
+    assert preemptions > 0
     assert all(counts[f"prefills_{path}"] > 0 for path in ("full", "cascade", "streaming"))
     assert stats["decode_cuts"] > 0
     assert stats["chunk_cuts"] > 0

@@ -143,6 +143,7 @@ class Session:
                 tokens=limits.tokens,
                 dtype=dtype,
                 device=codec.device,
+                in_place=self._tables.in_place,
             )
         self._scheduled: frozenset[str] = frozenset()
         self._ending: list[str] = []
