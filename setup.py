@@ -48,7 +48,7 @@ setup(
     entry_points={
         "vllm.general_plugins": ["kvcompress = vllm_kvcompress.engine.plugin:register"],
     },
-    install_requires=["numpy", "rich>=13", "torch>=2.10", "tqdm", VLLM],
+    install_requires=["numpy", "prometheus_client", "rich>=13", "torch>=2.10", "tqdm", VLLM],
     extras_require=EXTRAS,
     classifiers=[
         "Development Status :: 3 - Alpha",

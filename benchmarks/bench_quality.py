@@ -40,7 +40,7 @@ from vllm import SamplingParams  # noqa: E402
 from tests.ruler import TOKENS_TO_GENERATE, Needle, match, niah_single_2  # noqa: E402
 from vllm_kvcompress import LLM  # noqa: E402
 from vllm_kvcompress.config import KVCompressionConfig, parse_budget  # noqa: E402
-from vllm_kvcompress.methods import Need  # noqa: E402
+from vllm_kvcompress.engine.compressor import Compressor  # noqa: E402
 from vllm_kvcompress.planner import Planner  # noqa: E402
 
 FULL = "full"
@@ -146,14 +146,15 @@ def switch(llm: Any, config: KVCompressionConfig) -> None:
     """Give an idle in-process engine another method or budget."""
     core = llm.llm_engine.engine_core.engine_core
     session = core.model_executor.driver_worker.worker._session
-    planner = Planner(config, session._planner.block_size)
-    if planner.window != session._planner.window:
+    old = core.scheduler._planner
+    planner = Planner(config, old.block_size, old.limits)
+    if planner.window != old.window:
         raise ValueError("all methods of a run must have the same window")
-    compressor, method = session._compressor, config.build_method()
-    compressor._config, compressor._method = config, method
-    compressor.needs_queries = Need.WINDOW_QUERIES in method.needs
-    for old in (core.scheduler._planner, session._planner):
-        old.__dict__.update(planner.__dict__)
+    # Scheduler and worker of one process share their planner.
+    assert session._planner is old
+    old.__dict__.update(planner.__dict__)
+    layers = session._compressor._scorer._layers
+    session._compressor = Compressor(old, session.arena, session._codec, layers)
 
 
 def measure(

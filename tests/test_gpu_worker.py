@@ -61,10 +61,11 @@ def test_the_pool_leaves_room_for_tables_and_scoring(
     worker.cache_config.kv_cache_memory_bytes = None  # the CPU platform fills it in
     tables, transient = worker._workspace()
     assert worker.determine_available_memory() == 40 * GIB - tables - transient
-    # Entries of text and arena and two for rounding a row, in every layer; then lengths and slots.
+    # Entries of text and arena and two for rounding a row, and the pages of a prompt that is
+    # compressed while it runs, in every layer; then lengths and slots.
     layers = LLAMA["num_hidden_layers"]
-    width = 4096 // 32 + 2 + 1024 // 32
     tokens = worker.vllm_config.scheduler_config.max_num_batched_tokens
+    width = 4096 // 32 + 2 + 1024 // 32 + min(4096, tokens) // 32
     least = layers * (4 * 64 * width + 8 * tokens)
     assert least <= tables <= 1.2 * least
     assert transient > 2 * 4 * layers * LLAMA["num_key_value_heads"] * 4096
@@ -83,7 +84,10 @@ def test_rows_are_wide_enough_for_all_that_is_ever_appended(tmp_path: Path) -> N
     wider, _ = worker._workspace()
     # Each of up to 5 cuts between chunks takes 2 * 1024 tokens, the first of the generation 1024.
     entries = 5 * 64 + 33
-    assert wider - plain == 4 * LLAMA["num_hidden_layers"] * 64 * entries
+    layers = LLAMA["num_hidden_layers"]
+    row = layers * LLAMA["num_attention_heads"] * LLAMA["head_dim"] * 2
+    # And the last 32 queries of every request, and a row for those that nobody needs.
+    assert wider - plain == 4 * layers * 64 * entries + (64 * 32 + 1) * row
 
 
 def test_a_pool_sized_by_hand_stays_as_it_is(

@@ -28,10 +28,31 @@ class ModelShape:
     itemsize: int
 
 
-def table_bytes(shape: ModelShape, limits: TableLimits) -> int:
-    """Bytes of the per-layer page tables, lengths and slot mappings, held all the time."""
-    entries = limits.rows * (limits.width + 1)
+def table_bytes(shape: ModelShape, limits: TableLimits, staged_pages: int = 0) -> int:
+    """Bytes of the per-layer page tables, lengths and slot mappings, held all the time.
+
+    Args:
+        shape: Of the worker's part of the model.
+        limits: The largest batch.
+        staged_pages: Pages of the longest prompt that is compressed while it runs: the device's
+            copy of the arena's tables grows to it.
+
+    """
+    entries = limits.rows * (limits.width + 1 + staged_pages)
     return shape.layers * (4 * entries + 8 * limits.tokens)
+
+
+def ring_bytes(shape: ModelShape, rows: int, queries: int) -> int:
+    """Bytes of the queries of generated tokens that wait for a cut, held all the time.
+
+    Args:
+        shape: Of the worker's part of the model.
+        rows: Most requests at one time.
+        queries: That one cut looks at.
+
+    """
+    row = shape.layers * shape.heads * shape.head_size * shape.itemsize
+    return (rows * queries + 1) * row
 
 
 def transient_bytes(

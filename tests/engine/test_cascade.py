@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
 from tests.engine.harness import Engine, Engines
 
@@ -76,6 +77,23 @@ def test_a_prompt_whose_cache_does_not_fit_is_served_in_one_step(
         "cake", BUDGET, config={"prefill": "full"}, **{**settings, "kv_cache_memory_bytes": 2**28}
     )
     assert large.generate([prompt], 24) == [answer]
+
+
+def test_a_generation_ends_where_the_pool_does(engines: Engines, prose: list[int]) -> None:
+    """What could never be held is the request's own error, or is not begun if it was not asked."""
+    small = engines.get(
+        "cake",
+        BUDGET,
+        max_model_len=4096,
+        max_num_batched_tokens=4096,
+        kv_cache_memory_bytes=12 * PAGE_BYTES,
+    )
+    room = small.total_blocks() * BLOCK - 100
+    with pytest.raises(VLLMValidationError, match=f"room for {room} generated tokens"):
+        small.generate([prose[:100]], room + 1)
+    outputs = small.generate([prose[:100]], 4096 - 100)
+    assert len(outputs[0]) == room
+    small.check()
 
 
 def test_cached_blocks_are_used_as_they_are(engines: Engines, prose: list[int]) -> None:

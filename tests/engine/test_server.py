@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 
 from tests.engine.harness import MODELS, SMALL
 
@@ -184,6 +184,49 @@ def test_second_question_hits_the_prefix_cache(server: Server, text: str) -> Non
         usage.append(details.cached_tokens if details else 0)
     assert usage[1] is not None
     assert usage[1] >= 896 - 32
+
+
+def test_metrics_tell_what_was_freed(server: Server, text: str) -> None:
+    """Blocks out of the books of one request: freed ones are its prompt's, none stay held."""
+    before = _metrics(server)
+    answer = server.client.completions.create(
+        model="small", prompt="Once. " + text, max_tokens=8, temperature=0
+    )
+    # The figures of the step that frees the last block come with the next step's.
+    server.client.completions.create(model="small", prompt="Hello", max_tokens=2)
+    after = _metrics(server)
+    assert answer.usage is not None
+    prompt_blocks = -(-answer.usage.prompt_tokens // 32)
+    assert after["blocks_freed_total"] - before["blocks_freed_total"] == prompt_blocks
+    path = 'prefills_total{path="full"}'
+    assert after[path] - before[path] == 1
+    assert after['cuts_total{kind="prompt"}'] - before['cuts_total{kind="prompt"}'] == 1
+    assert after["blocks_held"] <= after["blocks_reserved"] <= 1
+    total = server.lines("KVCOMPRESS_POOL")[0]["total"]
+    assert after["blocks_free"] + after["blocks_held"] == total
+
+
+def test_a_wrong_setting_of_a_request_is_a_400(server: Server) -> None:
+    with pytest.raises(BadRequestError, match="kv_compression_decode must be true or false"):
+        server.client.completions.create(
+            model="small", prompt="Hello", max_tokens=2,
+            extra_body={"vllm_xargs": {"kv_compression_decode": "never"}},
+        )  # fmt: skip
+    assert server.client.completions.create(model="small", prompt="Hello", max_tokens=2).choices
+
+
+def _metrics(server: Server) -> dict[str, float]:
+    """Our metrics by name, and their own labels where they have some."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=30) as page:
+        lines = page.read().decode().splitlines()
+    found = {}
+    for line in lines:
+        if line.startswith("vllm:kv_compression_"):
+            name, value = line.removeprefix("vllm:kv_compression_").rsplit(" ", 1)
+            own = re.findall(r'(?:path|kind)="\w+"', name)
+            bare = name.partition("{")[0]
+            found[f"{bare}{{{own[0]}}}" if own else bare] = float(value)
+    return found
 
 
 def test_vllm_bench_serve(server: Server, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from vllm_kvcompress.engine.settings import planner_of
 from vllm_kvcompress.engine.strided_codec import OBSERVED_BYTES
 from vllm_kvcompress.engine.worker import ArenaWorker
 from vllm_kvcompress.tables import TableLimits
-from vllm_kvcompress.workspace import ModelShape, table_bytes, transient_bytes
+from vllm_kvcompress.workspace import ModelShape, ring_bytes, table_bytes, transient_bytes
 
 logger = init_logger("vllm.kvcompress.gpu_worker")
 
@@ -24,9 +24,9 @@ class ArenaGPUWorker(ArenaWorker, Worker):
             return available  # the user chose the size, and what is left, by hand
         tables, transient = self._workspace()
         logger.info(
-            "KV-cache compression sets %.2f GiB aside: %.2f for the page tables of all layers "
-            "(lower --max-num-seqs or raise --block-size to shrink them), %.2f to score a prompt "
-            "of max_model_len",
+            "KV-cache compression sets %.2f GiB aside: %.2f for the page tables of all layers, and "
+            "queries if there is a decode budget (lower --max-num-seqs or raise --block-size to "
+            "shrink them), %.2f to score a prompt of max_model_len",
             (tables + transient) / 2**30,
             tables / 2**30,
             transient / 2**30,
@@ -55,6 +55,12 @@ class ArenaGPUWorker(ArenaWorker, Worker):
             width=planner.row_blocks(model.max_model_len),
             tokens=config.scheduler_config.max_num_batched_tokens,
         )
+        staged, ring = 0, 0
+        if planner.can_cascade and planner.config.prefill != "full":
+            longest = min(planner.limits.one_step_tokens, model.max_model_len)
+            staged = -(-longest // planner.block_size)
+        if planner.config.decode_budget is not None:
+            ring = ring_bytes(shape, limits.rows, planner.decode_queries)
         plan = planner.plan(model.max_model_len)
         # A layer can at most be given every page of the arena.
         most = plan.arena_blocks * plan.block_size * shape.layers if plan else 0
@@ -65,4 +71,4 @@ class ArenaGPUWorker(ArenaWorker, Worker):
             most_kept=min(most, model.max_model_len),
             observed=OBSERVED_BYTES,
         )
-        return table_bytes(shape, limits), transient
+        return table_bytes(shape, limits, staged) + ring, transient
