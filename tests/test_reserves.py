@@ -120,3 +120,17 @@ def test_a_row_of_the_block_table_holds_all_that_is_ever_appended(
                 continue
             for front in (None, planner.front_blocks(prompt)):
                 assert entries >= course.blocks_for(longest, released=0, front=front)
+
+
+@settings(max_examples=200, deadline=None)
+@given(planners(), st.integers(1, 120), st.integers(1, 200))
+def test_maximum_concurrency_is_how_many_prompts_can_be_admitted_one_after_another(
+    planner: Planner, length: int, pool: int
+) -> None:
+    course = planner.course(length, True)
+    peak = planner.peak_blocks(length, length)
+    held = peak if course is None else course.blocks_for(length, course.count(length))
+    admitted, free = 0, pool
+    while free >= peak:
+        admitted, free = admitted + 1, free - held
+    assert int(planner.concurrency(length, pool)) == admitted

@@ -69,6 +69,10 @@ def test_a_prompt_whose_cache_does_not_fit_is_served_in_one_step(
         engines.get(**settings)
     small = engines.get("cake", BUDGET, **settings)
     assert needed > 2 * small.total_blocks()
+    # What vLLM's log says of maximum concurrency: one prompt at its peak, the others at R.
+    peak = R + -(-4096 // (BLOCK * LAYERS))
+    told = small.core.vllm_config.cache_config.kv_cache_max_concurrency
+    assert told == pytest.approx(1 + (small.total_blocks() - peak) / R)
     (answer,), held = small.run_counting([prompt], 24)
     assert held[0] == R + -(-needed // LAYERS)
     assert max(held) <= R + -(-needed // LAYERS) + 2
