@@ -80,16 +80,8 @@ class _Runner:
 
     def run(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[Any]:
         """Completions of prompts that run one at a time, so that the peak is that of one."""
-        engine, done = self.llm.llm_engine, {}
-        for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
-            engine.add_request(str(index), prompt, sampling)
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    if output.finished:
-                        done[output.request_id] = output.outputs[0]
-                free = self._pool.get_num_free_blocks()
-                self.peak = max(self.peak, self._pool.num_gpu_blocks - 1 - free)
-        return [done[str(index)] for index in range(len(prompts))]
+        pairs = zip(prompts, params, strict=True)
+        return [self.together([prompt], [sampling])[0] for prompt, sampling in pairs]
 
     def together(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[Any]:
         """Completions of prompts that run at one time; the peak is that of all.

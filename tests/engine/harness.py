@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,24 @@ class Engine:
                 if output.finished:
                     done[output.request_id] = list(output.outputs[0].token_ids)
         return done
+
+    def count_preemptions(self) -> Callable[[], int]:
+        """Count from now on; the function returned stops that and says how many there were."""
+        scheduler, count = self.scheduler, 0
+        original = scheduler._preempt_request
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            return original(*args, **kwargs)
+
+        scheduler._preempt_request = counted
+
+        def result() -> int:
+            scheduler._preempt_request = original
+            return count
+
+        return result
 
     def check(self) -> None:
         """Books add up on both sides and every block is back."""

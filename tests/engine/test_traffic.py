@@ -1,12 +1,10 @@
 """Preemption, aborts and a crowd: same answers as alone, and every block comes back."""
 
 import random
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 
-from tests.engine.harness import Engine, Engines
+from tests.engine.harness import Engines
 
 pytestmark = pytest.mark.engine
 
@@ -26,7 +24,7 @@ def test_preemption_changes_nothing(engines: Engines, prose: list[int], method: 
     prompts = [prose[31 * i : 31 * i + 150 + 13 * i] for i in range(6)]
     limits = [330, 300, 310, 290, 320, 305]
     expected = large.generate(prompts, limits)
-    preempted = _count_preemptions(small)
+    preempted = small.count_preemptions()
     assert small.generate(prompts, limits) == expected
     assert preempted() > 0, "the pool was not small enough"
 
@@ -80,22 +78,3 @@ def test_sixty_four_mixed_requests(engines: Engines, prose: list[int]) -> None:
     compressed = sum(len(prompt) > BUDGET for prompt, _ in requests)
     assert 0 < compressed < 64
     assert after["prompt_cuts"] - before["prompt_cuts"] == compressed
-
-
-def _count_preemptions(engine: Engine) -> Callable[[], int]:
-    scheduler = engine.scheduler
-    count = 0
-    original = scheduler._preempt_request
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        return original(*args, **kwargs)
-
-    scheduler._preempt_request = counted
-
-    def result() -> int:
-        scheduler._preempt_request = original
-        return count
-
-    return result
