@@ -123,7 +123,8 @@ def _case(args: argparse.Namespace, case: str, blocks: int) -> Row:
         "block_size": args.block_size,
         "max_model_len": args.prompt + args.generate,
         "max_num_seqs": args.requests,
-        "max_num_batched_tokens": args.prompt + args.requests,
+        # The longest prompt in one step, beside a token for each of the others.
+        "max_num_batched_tokens": args.prompt + args.generate + args.requests,
         "kv_cache_memory_bytes": blocks * _block_bytes(args),
         "enable_prefix_caching": False,
     }
