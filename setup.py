@@ -23,6 +23,7 @@ EXTRAS = {
         "openai>=2.25",
         "pre-commit>=4",
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",
         # Triton's interpreter runs the kernels and vLLM's second model runner without a GPU.
         "triton>=3.4; platform_system == 'Linux'",

@@ -181,7 +181,9 @@ def _run(llm: Any, prompts: list[list[int]], generate: int) -> Run:
     begin = time.perf_counter()
     while engine.has_unfinished_requests():
         before = sum(r.num_output_tokens for r in requests)
-        prefilled = sum(r.num_output_tokens == 0 for r in requests)
+        # Those that were thrown out compute their prompts again.
+        waiting = [r for r in requests if r.num_computed_tokens < r.num_prompt_tokens]
+        start_of = [r.num_computed_tokens for r in waiting]
         start = time.perf_counter()
         engine.step()
         seconds = time.perf_counter() - start
@@ -190,7 +192,7 @@ def _run(llm: Any, prompts: list[list[int]], generate: int) -> Run:
         result.most_running = max(result.most_running, len(running))
         free = pool.get_num_free_blocks()
         result.peak_blocks = max(result.peak_blocks, pool.num_gpu_blocks - 1 - free)
-        if prefilled == sum(r.num_output_tokens == 0 for r in requests) and made:
+        if made and start_of == [r.num_computed_tokens for r in waiting]:
             result.decode_seconds += seconds
             result.decode_tokens += made
     result.seconds = time.perf_counter() - begin

@@ -4,6 +4,8 @@
 #   scripts/test.sh                 all tests but the slow ones
 #   scripts/test.sh --all           the slow ones too
 #   scripts/test.sh tests/test_x.py -k name         further arguments go to pytest
+#
+# Files of tests run side by side, KVC_TEST_WORKERS at a time (default: one a core, at most 4).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/setup_env.sh
@@ -29,4 +31,9 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRAC
 export TOKENIZERS_PARALLELISM=false
 # More threads than one spin while they wait for each other and slow small models down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-PATH="$VENV/bin:$PATH" exec "$PYTHON" -m pytest "${selection[@]}" "${arguments[@]}"
+cores="$(nproc)"
+workers="${KVC_TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
+# A file's tests share engines, so it stays in one process. Files with engines come first: they take
+# longest, and the quick ones fill what time is left.
+PATH="$VENV/bin:$PATH" exec "$PYTHON" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder \
+    "${selection[@]}" "${arguments[@]}"

@@ -70,7 +70,7 @@ def configure(folder: Path, *, max_len: int = 200, **options: Any) -> VllmConfig
     """
     options.setdefault("max_num_batched_tokens", 1000)
     compression = {"method": "uniform", "budget": 16, "window": WINDOW, "prefill": "full"}
-    compression["check_integrity"] = True
+    compression |= {"check_integrity": True, "reserve_tokens": 0}
     for option in fields(KVCompressionConfig):
         if option.name in options:
             compression[option.name] = options.pop(option.name)
@@ -167,7 +167,7 @@ class Engine:
         def allocate_slots(request: Request, *args: Any, **kwargs: Any) -> Any:
             blocks = original(request, *args, **kwargs)
             # A request that was admitted must get what it was admitted with.
-            state = self.arena._admitted.get(request.request_id)
+            state = self.arena.promises.get(request.request_id)
             assert blocks is not None or state is None or not state.until, request.request_id
             return blocks
 
@@ -278,7 +278,7 @@ class Engine:
                     assert using <= held, f"{name} lost blocks that a step in flight uses"
 
     def _compare(self, name: str, entry: Entry) -> None:
-        state = self.arena._admitted[name]
+        state = self.arena.promises[name]
         assert (entry.front, entry.cached) == (state.front, state.cached)
         assert len(entry.blocks) <= self._row
         blocks = [block.block_id for block in self.arena.req_to_blocks[name]]

@@ -140,6 +140,8 @@ def test_parsing_leaves_the_given_mapping_alone_and_is_immutable() -> None:
         ({"method": "scatter", "decode_budget": 64}, ["decode_budget", "scatter", "evicts"]),
         ({"method": "cake", "decode_buffer": None}, ["decode_buffer", "None", "whole number"]),
         ({"method": "cake", "decode_buffer": -1}, ["decode_buffer", "-1", "at least 1"]),
+        ({"method": "cake", "reserve_tokens": -1}, ["reserve_tokens", "-1", "at least 0"]),
+        ({"method": "cake", "reserve_tokens": True}, ["reserve_tokens", "True", "at least 0"]),
         (
             {"method": "cake", "decode_budget": 64, "decode_buffer": 31},
             ["decode_buffer", "31", "window of 32"],

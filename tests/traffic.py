@@ -99,6 +99,7 @@ def choose_setup(choose: Choose, number: int | None = None) -> Setup:
         "watermark": choose((0.0, 0.0, 0.1)),
         "long_prefill_token_threshold": choose((0, 0, 0, 40)),
         "scheduler_reserve_full_isl": choose((True, True, False)),
+        "reserve_tokens": choose((0, 0, 16, 256)),
     }
     if mode == "streaming":
         options["stream_chunk"] = choose((None, 16, 40))

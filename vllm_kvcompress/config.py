@@ -37,6 +37,8 @@ class KVCompressionConfig:
             tokens exceed it by ``decode_buffer``; None: generated tokens are never evicted.
         decode_buffer: As said; rounded up to whole blocks, at least the method's window. 1 where
             the method evicts a token for each that comes.
+        reserve_tokens: Generated tokens that a compressed request is promised blocks for when it
+            is admitted, at most its max_tokens; more come as the pool has them.
         check_integrity: Verify arena and block pool after every step (slow; for tests).
         log_requests: Log one JSON line per compressed request.
 
@@ -50,6 +52,7 @@ class KVCompressionConfig:
     stream_budget: int | None = None
     decode_budget: int | None = None
     decode_buffer: int = 128
+    reserve_tokens: int = 256
     check_integrity: bool = False
     log_requests: bool = False
 
@@ -72,6 +75,11 @@ class KVCompressionConfig:
                     f"{CONFIG_KEY}: {name} must be a whole number of tokens of at least 1, "
                     f"got {value!r}"
                 )
+        if not (_is_count(self.reserve_tokens) or self.reserve_tokens == 0):
+            raise ValueError(
+                f"{CONFIG_KEY}: reserve_tokens must be a whole number of tokens of at least 0, "
+                f"got {self.reserve_tokens!r}"
+            )
         method = self.build_method()
         self._check_streaming(method)
         self._check_decode(method)
@@ -188,6 +196,7 @@ _OPTIONS = (
     "stream_budget",
     "decode_budget",
     "decode_buffer",
+    "reserve_tokens",
     "check_integrity",
     "log_requests",
 )

@@ -2,8 +2,7 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -14,31 +13,12 @@ from vllm.v1.request import Request
 from vllm_kvcompress.arena import IntegrityError
 from vllm_kvcompress.course import Course
 from vllm_kvcompress.engine.metrics import COUNTERS
+from vllm_kvcompress.engine.promises import Promises, Share
 from vllm_kvcompress.engine.settings import cuts_while_decoding
 from vllm_kvcompress.planner import Planner
 
 # A child of vLLM's logger, so that its handlers and level apply.
 logger = init_logger("vllm.kvcompress.manager")
-
-
-@dataclass
-class _Admitted:
-    """One request that holds blocks.
-
-    Attributes:
-        until: Tokens it was admitted with; blocks are promised up to one more.
-        front: In a cascade, blocks in place of the prompt's own.
-        cached: In a cascade, how many of those come from the prefix cache.
-        released: Cuts whose superfluous blocks were given back.
-        promised: Blocks it will still be given before ``until`` is processed.
-
-    """
-
-    until: int
-    front: int | None = None
-    cached: int = 0
-    released: int = 0
-    promised: int = 0
 
 
 class ArenaManager(FullAttentionManager):
@@ -49,17 +29,17 @@ class ArenaManager(FullAttentionManager):
     that the prefix cache can go on serving them.
 
     A request is admitted only if the pool has every block that it will need at one time until all
-    of its known tokens are computed, on top of what others were promised in the same way. Growth
-    beyond that is as in plain vLLM: there if there is room, by preemption if not.
+    of its known tokens are computed, and ``reserve_tokens`` generated ones if it is ever cut, on
+    top of what others were promised in the same way. Growth beyond that is as in plain vLLM: there
+    if there is room, by preemption if not.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._requests: Mapping[str, Request] = {}
         self._planner: Planner | None = None
-        self._max_len = 0
         self._watermark = 0
-        self._admitted: dict[str, _Admitted] = {}
+        self._books: Promises | None = None
         self._chosen: dict[str, tuple[int, int]] = {}
         self.counts = dict.fromkeys(COUNTERS, 0)
 
@@ -81,7 +61,7 @@ class ArenaManager(FullAttentionManager):
         """
         self._requests = requests
         self._planner = planner
-        self._max_len = max_model_len
+        self._books = Promises(planner, max_model_len, self.req_to_blocks)
         self._watermark = watermark_blocks
 
     @property
@@ -91,6 +71,13 @@ class ArenaManager(FullAttentionManager):
             raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
         return self._planner
 
+    @property
+    def promises(self) -> Promises:
+        """What every request holds and was promised; RuntimeError as for the planner."""
+        if self._books is None:
+            raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
+        return self._books
+
     def course_of(self, request_id: str) -> Course | None:
         """Return when the request is cut, None if it never is."""
         request = self._requests[request_id]
@@ -99,15 +86,16 @@ class ArenaManager(FullAttentionManager):
 
     def is_admitted(self, request_id: str) -> bool:
         """Whether the request holds blocks."""
-        return request_id in self._admitted
+        return request_id in self.promises
 
     def is_released(self, request_id: str) -> bool:
         """Whether the request's prompt blocks have been given back."""
-        return request_id in self._admitted and self._admitted[request_id].released > 0
+        share = self.promises.get(request_id)
+        return share is not None and share.released > 0
 
     def front_of(self, request_id: str) -> int | None:
         """Blocks in place of the prompt's own if the request's prefill is a cascade."""
-        return self._admitted[request_id].front
+        return self.promises[request_id].front
 
     def books(self) -> dict[str, int]:
         """Blocks reserved, held and free now, and what has been counted so far."""
@@ -115,7 +103,7 @@ class ArenaManager(FullAttentionManager):
         held = self.block_pool.num_gpu_blocks - 1 - free
         return {
             "blocks_held": held,
-            "blocks_reserved": held + self._promised(),
+            "blocks_reserved": held + self.promises.total(),
             "blocks_free": free,
             **self.counts,
         }
@@ -128,14 +116,18 @@ class ArenaManager(FullAttentionManager):
         A cascade uses them as they are, so in a small pool it may fit without them only.
         """
         prompt_len, total = request.num_prompt_tokens, self.block_pool.num_gpu_blocks - 1
+        course = self.course_of(request.request_id)
+
+        def peak(front: int | None) -> int:
+            return self.promises.peak(self.promises.ask(request, course, front))
 
         def is_too_much(count: int) -> bool:
             front = self.planner.front_blocks(prompt_len, count)
-            return front is None or self._peak(request.request_id, 0, front) > total
+            return front is None or peak(front) > total
 
         if self.planner.config.prefill == "full" or self.planner.streams(prompt_len):
             return hits
-        if self._peak(request.request_id, 0, None) <= total:
+        if peak(None) <= total:
             return hits
         return bisect_left(range(1, hits + 1), True, key=is_too_much)
 
@@ -186,12 +178,12 @@ class ArenaManager(FullAttentionManager):
     ) -> int:
         """See the base class; counts what the request was or others were promised, too."""
         later = 0
-        if request_id in self._admitted:
-            blocks = self._blocks_for(request_id, num_tokens)
+        if (share := self.promises.get(request_id)) is not None:
+            blocks = self.promises.blocks_for(share, num_tokens)
         else:
-            front = self._chosen.get(request_id, (None, 0))[0]
-            blocks = self._peak(request_id, 0, front)
-            later = self._peak_after_cut(request_id, front)
+            share = self._asked(request_id)
+            blocks = self.promises.peak(share)
+            later = self.promises.peak_after_cut(share)
         slots = blocks * self.block_size
         own = super().get_num_blocks_to_allocate(
             request_id,
@@ -204,84 +196,42 @@ class ArenaManager(FullAttentionManager):
             prefill_end=prefill_end,
         )
         own = max(int(own), later)
-        return own + self._promised(request_id, new_computed_blocks) if own else 0
+        return own + self.promises.total(request_id, new_computed_blocks) if own else 0
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """See the base class; the step that makes a cut gets the blocks for its survivors."""
-        begins = request_id not in self._admitted
+        begins = request_id not in self.promises
         if begins:
             self._admit(request_id)
-        slots = self._blocks_for(request_id, num_tokens) * self.block_size
+        needed = self.promises.blocks_for(self.promises[request_id], num_tokens)
+        slots = needed * self.block_size
         blocks = list(super().allocate_new_blocks(request_id, slots, slots))
-        # Others may share blocks with it from now on, which they will not get free.
-        for name in self._admitted if begins else (request_id,):
-            self._update_promise(name)
+        if begins:
+            # Others may share blocks with it from now on, which they will not get free.
+            self.promises.update_all()
+        elif blocks:
+            self.promises.update(request_id)
         return blocks
 
+    def _asked(self, request_id: str) -> Share:
+        """What a waiting request asks for, on the way chosen for its prompt."""
+        front, cached = self._chosen.get(request_id, (None, 0))
+        course = self.course_of(request_id)
+        return self.promises.ask(self._requests[request_id], course, front, cached)
+
     def _admit(self, request_id: str) -> None:
-        request = self._requests[request_id]
-        front, cached = self._chosen.pop(request_id, (None, 0))
-        self._admitted[request_id] = _Admitted(request.num_tokens, front, cached)
-        if self.planner.plan(request.num_prompt_tokens) is None:
+        share = self._asked(request_id)
+        self._chosen.pop(request_id, None)
+        self.promises.admit(request_id, share)
+        prompt_len = self._requests[request_id].num_prompt_tokens
+        if self.planner.plan(prompt_len) is None:
             return
-        path = "full" if front is None else "cascade"
-        if self.planner.streams(request.num_prompt_tokens):
+        path = "full" if share.front is None else "cascade"
+        if self.planner.streams(prompt_len):
             path = "streaming"
         self.counts[f"prefills_{path}"] += 1
-
-    def _blocks_for(self, request_id: str, num_tokens: int) -> int:
-        course, state = self.course_of(request_id), self._admitted[request_id]
-        if course is None:
-            return -(-num_tokens // self.block_size)
-        return course.blocks_for(num_tokens, state.released, state.front)
-
-    def _peak(self, request_id: str, released: int, front: int | None) -> int:
-        """Most blocks the request holds from now on until its known tokens and one more are in."""
-        state = self._admitted.get(request_id)
-        until = state.until if state else self._requests[request_id].num_tokens
-        end = min(until + 1, self._max_len)
-        course = self.course_of(request_id)
-        if course is None:
-            return -(-end // self.block_size)
-        return course.peak_blocks(end, self.planner.limits.lag, front, released)
-
-    def _peak_after_cut(self, request_id: str, front: int | None) -> int:
-        """The same once the first cut's superfluous blocks are gone; 0 if it is not cut so soon."""
-        return 0 if self.course_of(request_id) is None else self._peak(request_id, 1, front)
-
-    def _missing(self, request_id: str, hits: Collection[int] = ()) -> int:
-        """Blocks a request will need beyond its own, those of hits being somebody else's too."""
-        state, blocks = self._admitted[request_id], self.req_to_blocks[request_id]
-        if not state.until:
-            return 0
-        peak = self._peak(request_id, state.released, state.front)
-        later = 0 if state.released else self._peak_after_cut(request_id, state.front)
-        if later + len(blocks) > peak:
-            # What it shares, the first cut takes from it without making it free.
-            shared = sum(block.ref_cnt > 1 or block.block_id in hits for block in blocks)
-            peak = max(peak, later + shared)
-        return max(peak - len(blocks), 0)
-
-    def _update_promise(self, request_id: str) -> None:
-        self._admitted[request_id].promised = self._missing(request_id)
-
-    def _promised(self, but: str | None = None, hits: Iterable[KVCacheBlock] = ()) -> int:
-        """Blocks promised to all requests but one that do not hold them yet.
-
-        Args:
-            but: Its id.
-            hits: Blocks of the prefix cache that it is about to share.
-
-        """
-        others = [(name, state) for name, state in self._admitted.items() if name != but]
-        promised = sum(state.promised for _, state in others)
-        if shared := {block.block_id for block in hits if block.ref_cnt == 1}:
-            promised += sum(
-                max(self._missing(name, shared) - state.promised, 0) for name, state in others
-            )
-        return promised
 
     # --- release ---------------------------------------------------------------------------------
 
@@ -292,32 +242,35 @@ class ArenaManager(FullAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         """Give back what cuts made superfluous, once no step in flight can still read it."""
-        state = self._admitted.get(request_id)
-        if state is None:
+        share = self.promises.get(request_id)
+        if share is None:
             return
-        if course := self.course_of(request_id):
-            while (
-                course.has_cut(state.released + 1)
-                and course.cut(state.released + 1).position <= processed_computed_tokens
-            ):
-                self._release(request_id, course, state)
-        if processed_computed_tokens >= state.until:
-            state.until = 0
-        self._update_promise(request_id)
+        released = share.released
+        while (
+            share.course is not None
+            and share.course.has_cut(share.released + 1)
+            and share.course.cut(share.released + 1).position <= processed_computed_tokens
+        ):
+            self._release(request_id, share.course, share)
+        over = 0 < share.until <= processed_computed_tokens
+        if over:
+            share.until = 0
+        if over or share.released > released:
+            self.promises.update(request_id)
 
-    def _release(self, request_id: str, course: Course, state: _Admitted) -> None:
+    def _release(self, request_id: str, course: Course, share: Share) -> None:
         blocks = self.req_to_blocks[request_id]
-        part = course.superfluous(state.released, state.front)
+        part = course.superfluous(share.released, share.front)
         gone = blocks[part.start : part.stop]
         del blocks[part.start : part.stop]
-        state.released += 1
+        share.released += 1
         self.block_pool.free_blocks(reversed(gone))
         self.counts["blocks_freed"] += len(gone)
-        self.counts[f"cuts_{course.kind(state.released)}"] += 1
+        self.counts[f"cuts_{course.kind(share.released)}"] += 1
         if self.planner.config.log_requests:
             facts = {
                 "request": request_id,
-                "cut": state.released,
+                "cut": share.released,
                 "released": len(gone),
                 "held": len(blocks),
                 "free": self.block_pool.get_num_free_blocks(),
@@ -336,8 +289,8 @@ class ArenaManager(FullAttentionManager):
         """Hash what plain vLLM would have computed: tokens before the first cut, not workspace."""
         course = self.course_of(request.request_id)
         if course is not None:
-            state = self._admitted[request.request_id]
-            if state.released or state.front is not None:
+            share = self.promises[request.request_id]
+            if share.released or share.front is not None:
                 return
             num_tokens = min(num_tokens, course.first)
         super().cache_blocks(
@@ -349,7 +302,7 @@ class ArenaManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request (finished or preempted) and hand its blocks over."""
-        self._admitted.pop(request_id, None)
+        self.promises.drop(request_id)
         self._chosen.pop(request_id, None)
         return list(super().pop_blocks_for_free(request_id))
 
@@ -358,13 +311,12 @@ class ArenaManager(FullAttentionManager):
     def private_blocks(self) -> dict[str, list[int]]:
         """Block ids that no other request may share, of every request that has some."""
         private = {}
-        for request_id, state in self._admitted.items():
-            course = self.course_of(request_id)
-            if course is None:
+        for request_id, share in self.promises:
+            if share.course is None:
                 continue
             skip = 0
-            if not state.released:
-                skip = course.segment(0) if state.front is None else state.cached
+            if not share.released:
+                skip = share.course.segment(0) if share.front is None else share.cached
             blocks = self.req_to_blocks[request_id]
             if len(blocks) > skip:
                 private[request_id] = [b.block_id for b in blocks[skip:]]
@@ -392,5 +344,5 @@ class ArenaManager(FullAttentionManager):
         free = self.block_pool.get_num_free_blocks()
         if held + free > total:
             raise IntegrityError(f"{held} held + {free} free exceed the pool")
-        if held + self._promised() > total:
-            raise IntegrityError(f"{held} held + {self._promised()} promised exceed the pool")
+        if held + self.promises.total() > total:
+            raise IntegrityError(f"{held} held + {self.promises.total()} promised exceed the pool")
