@@ -29,9 +29,9 @@ scripts/typecheck.sh
 # anything anywhere.
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export TOKENIZERS_PARALLELISM=false
-cores="$(nproc)" # before the next line, which it would obey
 # More threads than one spin while they wait for each other and slow small models down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+cores="$(env -u OMP_NUM_THREADS nproc)" # it would obey the variable
 workers="${KVC_TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
 # A file's tests share engines, so it stays in one process. Files with engines come first: they take
 # longest, and the quick ones fill what time is left.
