@@ -211,7 +211,9 @@ def greedy(max_tokens: int, **params: Any) -> Any:
 
 
 class Engines:
-    """All engines of a test session, by their settings."""
+    """Engines by their settings, those used last. An engine takes about a gigabyte."""
+
+    LIMIT = 5
 
     def __init__(self) -> None:
         self._made: dict[str, Engine] = {}
@@ -222,9 +224,12 @@ class Engines:
     def close(self) -> None:
         """Shut all engines down and let go of their memory."""
         while self._made:
-            _, engine = self._made.popitem()
-            engine.llm.llm_engine.engine_core.shutdown()
-            del engine
+            self._close(next(iter(self._made)))
+
+    def _close(self, key: str) -> None:
+        engine = self._made.pop(key)
+        engine.llm.llm_engine.engine_core.shutdown()
+        del engine
         gc.collect()
 
     def get(
@@ -247,7 +252,11 @@ class Engines:
 
         """
         key = repr((method, budget, model, config, sorted(settings.items())))
-        if key not in self._made:
+        if key in self._made:
+            self._made[key] = self._made.pop(key)  # the last one is the one used last
+        else:
+            if len(self._made) == self.LIMIT:
+                self._close(next(iter(self._made)))
             from vllm_kvcompress import LLM
 
             path = MODELS / model
