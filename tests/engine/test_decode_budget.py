@@ -95,7 +95,10 @@ def test_requests_say_whether_they_want_it(engines: Engines, prose: list[int]) -
 def test_preempted_requests_are_cut_where_they_were_the_first_time(
     engines: Engines, prose: list[int]
 ) -> None:
-    small = limited(engines, max_model_len=1024, kv_cache_memory_bytes=20 * PAGE_BYTES)
+    config = {"decode_budget": BUDGET, "decode_buffer": BUFFER, "reserve_tokens": 0}
+    small = engines.get(
+        "cake", BUDGET, config=config, max_model_len=1024, kv_cache_memory_bytes=20 * PAGE_BYTES
+    )
     large = limited(engines, max_model_len=1024)
     prompts = [prose[31 * i : 31 * i + 20 + 60 * i] for i in range(6)]
     expected = large.generate(prompts, 330)

@@ -29,6 +29,7 @@ CONFIG = {
     "stream_budget": 160,
     "decode_budget": BUDGET,
     "decode_buffer": 32,
+    "reserve_tokens": 16,
 }
 
 

@@ -18,7 +18,11 @@ def test_preemption_changes_nothing(engines: Engines, prose: list[int], method: 
     # The smallest pool that admits one request of max_model_len.
     blocks = 32 + 32 + 2 if method == "scatter" else 32 + 4 + 2
     small = engines.get(
-        method, BUDGET, max_model_len=1024, kv_cache_memory_bytes=(blocks + 8) * PAGE_BYTES
+        method,
+        BUDGET,
+        config={"reserve_tokens": 0},
+        max_model_len=1024,
+        kv_cache_memory_bytes=(blocks + 8) * PAGE_BYTES,
     )
     large = engines.get(method, BUDGET, max_model_len=1024)
     prompts = [prose[31 * i : 31 * i + 150 + 13 * i] for i in range(6)]
