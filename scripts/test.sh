@@ -5,7 +5,8 @@
 #   scripts/test.sh --all           the slow ones too
 #   scripts/test.sh tests/test_x.py -k name         further arguments go to pytest
 #
-# Files of tests run side by side, KVC_TEST_WORKERS at a time (default: one a core, at most 4).
+# Files of tests run side by side, KVC_TEST_WORKERS at a time (default: 2, on one core 1). Each takes
+# up to 7 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/setup_env.sh
@@ -32,7 +33,7 @@ export TOKENIZERS_PARALLELISM=false
 # More threads than one spin while they wait for each other and slow small models down.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 cores="$(env -u OMP_NUM_THREADS nproc)" # it would obey the variable
-workers="${KVC_TEST_WORKERS:-$((cores < 4 ? cores : 4))}"
+workers="${KVC_TEST_WORKERS:-$((cores < 2 ? 1 : 2))}"
 # A file's tests share engines, so it stays in one process. Files with engines come first: they take
 # longest, and the quick ones fill what time is left.
 PATH="$VENV/bin:$PATH" exec "$PYTHON" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder \
