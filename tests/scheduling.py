@@ -227,6 +227,14 @@ class Engine:
         self.scheduler._preempt_request(request, 0.0)
         self.check()
 
+    def throw_out(self, name: str) -> int:
+        """Preempt a request, let steps in flight end and return its tokens; chunks begin anew."""
+        self.preempt(name)
+        while self.in_flight:
+            self.process()
+        self.chunks[name].clear()
+        return int(self.scheduler.requests[name].num_tokens)
+
     def schedule(self) -> SchedulerOutput:
         """Plan one step and leave it in flight; both sides must agree on every block."""
         output = self.scheduler.schedule()

@@ -155,15 +155,11 @@ def test_a_workspace_is_never_hashed(deep: Path, cls: AnyScheduler) -> None:
 @BOTH
 def test_a_preempted_cascade_is_cut_and_replayed_as_before(deep: Path, cls: AnyScheduler) -> None:
     engine = Engine(cls, configure(deep, prefill="cascade"), 60)
-    request = engine.add("a", 100, max_tokens=40)
+    engine.add("a", 100, max_tokens=40)
     for _ in range(15):
         engine.step()
-    engine.preempt("a")
-    while engine.in_flight:
-        engine.process()
-    known = request.num_tokens
+    known = engine.throw_out("a")
     assert known > 100 + SIZE
-    engine.chunks["a"].clear()
     engine.step()
     engine.schedule()
     assert engine.chunks["a"][:2] == [(0, 100), (100, known - 100)]
@@ -246,11 +242,7 @@ def test_a_replay_is_cut_where_it_was_the_first_time(deep: Path, cls: AnySchedul
     request = engine.add("a", 60, max_tokens=150)
     while request.num_output_tokens < 100:
         engine.step()
-    engine.preempt("a")
-    while engine.in_flight:
-        engine.process()
-    known = request.num_tokens
-    engine.chunks["a"].clear()
+    known = engine.throw_out("a")
     engine.run()
     course = engine.arena.planner.course(60, True)
     assert course is not None
