@@ -39,7 +39,7 @@ class ArenaManager(FullAttentionManager):
         self._requests: Mapping[str, Request] = {}
         self._planner: Planner | None = None
         self._watermark = 0
-        self._books: Promises | None = None
+        self._promises: Promises | None = None
         self._chosen: dict[str, tuple[int, int]] = {}
         self.counts = dict.fromkeys(COUNTERS, 0)
 
@@ -61,7 +61,7 @@ class ArenaManager(FullAttentionManager):
         """
         self._requests = requests
         self._planner = planner
-        self._books = Promises(planner, max_model_len, self.req_to_blocks)
+        self._promises = Promises(planner, max_model_len, self.req_to_blocks)
         self._watermark = watermark_blocks
 
     @property
@@ -74,9 +74,9 @@ class ArenaManager(FullAttentionManager):
     @property
     def promises(self) -> Promises:
         """What every request holds and was promised; RuntimeError as for the planner."""
-        if self._books is None:
+        if self._promises is None:
             raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
-        return self._books
+        return self._promises
 
     def course_of(self, request_id: str) -> Course | None:
         """Return when the request is cut, None if it never is."""
