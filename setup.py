@@ -8,8 +8,10 @@ ROOT = Path(__file__).parent
 KERNELS = "kvcompress_kernels"
 
 VLLM = "vllm>=0.32,<0.33"
+INSPECT = ["jinja2>=3.1", "matplotlib>=3.8", "plotly>=6"]
 EXTRAS = {
     "gpu": ["triton>=3.4", "xformers>=0.0.35"],
+    "inspect": INSPECT,
     "ray": ["ray>=2.48"],
     "models": [
         "gguf>=0.17,<1",
@@ -18,6 +20,7 @@ EXTRAS = {
         "transformers>=5.16",
     ],
     "dev": [
+        *INSPECT,
         "hypothesis>=6.100",
         "mypy>=2.4,<3",
         "openai>=2.25",
@@ -45,8 +48,9 @@ setup(
         *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
     ],
     package_dir={KERNELS: "kernels"},
-    package_data={"vllm_kvcompress": ["py.typed"], KERNELS: ["py.typed"]},
+    package_data={"vllm_kvcompress": ["py.typed", "inspection/*.j2"], KERNELS: ["py.typed"]},
     entry_points={
+        "console_scripts": ["kvcompress = vllm_kvcompress.cli:main"],
         "vllm.general_plugins": ["kvcompress = vllm_kvcompress.engine.plugin:register"],
     },
     install_requires=["numpy", "prometheus_client", "rich>=13", "torch>=2.10", "tqdm", VLLM],

@@ -40,7 +40,6 @@ from vllm import SamplingParams  # noqa: E402
 from tests.ruler import TOKENS_TO_GENERATE, Needle, match, niah_single_2  # noqa: E402
 from vllm_kvcompress import LLM  # noqa: E402
 from vllm_kvcompress.config import KVCompressionConfig, parse_budget  # noqa: E402
-from vllm_kvcompress.engine.compressor import Compressor  # noqa: E402
 from vllm_kvcompress.planner import Planner  # noqa: E402
 
 FULL = "full"
@@ -128,7 +127,7 @@ def kept_tokens(cell: Cell, params: dict[str, Any], prompt_len: int) -> int:
 
 
 def make_engine(args: argparse.Namespace, length: int, block_size: int) -> Any:
-    """An engine with compression on, whose method :func:`switch` then sets."""
+    """An engine whose requests choose their method, budget and parameters."""
     return LLM(
         args.model,
         dtype=args.dtype,
@@ -137,24 +136,22 @@ def make_engine(args: argparse.Namespace, length: int, block_size: int) -> Any:
         max_model_len=length + args.max_tokens,
         max_num_seqs=args.prompts,
         kv_cache_memory_bytes=args.cache_mib << 20,
-        kv_compression="cake",
-        kv_compression_budget=length,
+        kv_compression="none",
+        kv_compression_config={
+            "allow": {"method": True, "budget": {"max": length}, "params": True}
+        },
     )
 
 
-def switch(llm: Any, config: KVCompressionConfig) -> None:
-    """Give an idle in-process engine another method or budget."""
-    core = llm.llm_engine.engine_core.engine_core
-    session = core.model_executor.driver_worker.worker._session
-    old = core.scheduler._planner
-    planner = Planner(config, old.block_size, old.limits)
-    if planner.window != old.window:
-        raise ValueError("all methods of a run must have the same window")
-    # Scheduler and worker of one process share their planner.
-    assert session._planner is old
-    old.__dict__.update(planner.__dict__)
-    layers = session._compressor._scorer._layers
-    session._compressor = Compressor(old, session.arena, session._codec, layers)
+def settings_of(cell: Cell, params: dict[str, Any]) -> dict[str, Any]:
+    """What a request says to be compressed as a cell has it."""
+    if cell.method == FULL:
+        return {"kv_compression": "none"}
+    return {
+        "kv_compression": cell.method,
+        "kv_compression_budget": cell.budget,
+        "kv_compression_config": params,
+    }
 
 
 def measure(
@@ -163,11 +160,9 @@ def measure(
     """Answer all prompts of a seed."""
     start = time.perf_counter()
     params = {} if cell.method == FULL else args.params
-    switch(
-        llm,
-        KVCompressionConfig("cake" if cell.method == FULL else cell.method, cell.budget, params),
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=args.max_tokens, extra_args=settings_of(cell, args.params)
     )
-    sampling = SamplingParams(temperature=0.0, max_tokens=args.max_tokens)
     outputs = llm.generate([n.prompt for n in needles], sampling, use_tqdm=False)
     # RULER's string_match_all before the mean; with one reference each prompt is right or wrong.
     right = sum(match(o.outputs[0].text, n.answers) for o, n in zip(outputs, needles, strict=True))

@@ -34,8 +34,9 @@ from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.engine.ledger import Entry, Ledger
 from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.scheduler import ArenaAsyncScheduler, ArenaScheduler
-from vllm_kvcompress.engine.settings import DECODE_KEY, planner_of
+from vllm_kvcompress.engine.settings import plans_of
 from vllm_kvcompress.engine.spec import ArenaSpec
+from vllm_kvcompress.plans import DECODE_KEY
 
 SIZE = 8
 WINDOW = 4
@@ -71,6 +72,7 @@ def configure(folder: Path, *, max_len: int = 200, **options: Any) -> VllmConfig
     options.setdefault("max_num_batched_tokens", 1000)
     compression = {"method": "uniform", "budget": 16, "window": WINDOW, "prefill": "full"}
     compression |= {"check_integrity": True, "reserve_tokens": 0}
+    compression["allow"] = {"method": True, "budget": True, "decode": True}
     for option in fields(KVCompressionConfig):
         if option.name in options:
             compression[option.name] = options.pop(option.name)
@@ -145,9 +147,9 @@ class Engine:
         self.scheduler = cls(config, pool, StructuredOutputManager(config), block_size=SIZE)
         self.depth = 2 if cls is ArenaAsyncScheduler else 1
         self.arena = self.scheduler._arena
-        self.planner = self.scheduler._planner
+        self.planner = self.scheduler._plans.own
         # The worker's own, made from the same configuration.
-        self.ledger = Ledger(planner_of(config, SIZE))
+        self.ledger = Ledger(plans_of(config, SIZE))
         self.in_flight: deque[InFlight] = deque()
         self.answers: dict[str, int] = {}
         self.admissions: dict[str, int] = {}
@@ -157,7 +159,7 @@ class Engine:
         # By request, the tokens of each of its steps.
         self.chunks: dict[str, list[tuple[int, int]]] = {}
         self._hasher = get_request_block_hasher(SIZE, sha256)
-        self._row = self.planner.row_blocks(config.model_config.max_model_len)
+        self._row = self.scheduler._plans.row_blocks(config.model_config.max_model_len)
         self._watch_promises()
 
     def _watch_promises(self) -> None:

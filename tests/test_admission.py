@@ -244,7 +244,7 @@ def test_a_replay_is_cut_where_it_was_the_first_time(deep: Path, cls: AnySchedul
         engine.step()
     known = engine.throw_out("a")
     engine.run()
-    course = engine.arena.planner.course(60, True)
+    course = engine.planner.course(60, True)
     assert course is not None
     cuts = [course.cut(number).position for number in range(1, course.count(known - 1) + 1)]
     assert len(cuts) == 6

@@ -34,7 +34,19 @@ from vllm_kvcompress.methods import (
     registry,
 )
 
-SCORING = ["cake", "dynamickv", "random", "uniform"]
+SCORING = [
+    "cake",
+    "dynamickv",
+    "h2o",
+    "keydiff",
+    "knorm",
+    "pyramidkv",
+    "random",
+    "snapkv",
+    "streamingllm",
+    "tova",
+    "uniform",
+]
 
 
 def layer_input(
@@ -67,11 +79,13 @@ def score_all(method: Method, seed: int = 0, **kwargs) -> list[LayerScores]:
 
 
 def test_all_methods_are_known():
-    assert set(available()) >= {"cake", "dynamickv", "random", "scatter", "uniform"}
+    assert set(available()) >= {*SCORING, "none", "scatter"}
     for name in available():
         method = get_method(name, {})
         assert method.name == name
-        assert method.window == 32
+        # One query is what TOVA judges by; the others share a window, so that they can be compared.
+        assert method.window == (1 if name == "tova" else 32)
+        assert method.keeps_all == (name not in SCORING)
 
 
 def test_parameters_arrive():
@@ -80,12 +94,12 @@ def test_parameters_arrive():
 
 
 def test_unknown_method_names_the_known_ones():
-    with pytest.raises(ValueError, match=r'unknown method "h2o", known are cake, dynamickv, '):
-        get_method("h2o", {})
+    with pytest.raises(ValueError, match=r'unknown method "lru", known are cake, dynamickv, '):
+        get_method("lru", {})
 
 
 def test_unknown_parameter_names_the_accepted_ones():
-    message = 'random: unknown parameter "gamma", accepted are seed, window'
+    message = 'random: unknown parameter "gamma", accepted are allocator, scorer, seed, window'
     with pytest.raises(ValueError, match=message):
         get_method("random", {"gamma": 1.0})
 
@@ -111,6 +125,14 @@ BAD = [
     ("dynamickv", "every", 0, "an integer of at least 1"),
     ("dynamickv", "min_tokens", -1, "an integer of at least 0"),
     ("dynamickv", "faithful", "yes", "true or false"),
+    ("snapkv", "kernel", 2, "an odd integer of at least 1"),
+    ("snapkv", "pooling", "sum", "one of avg, max"),
+    ("snapkv", "reduce", "sum", "one of mean, max"),
+    ("pyramidkv", "beta", 0, "an integer of at least 1"),
+    ("pyramidkv", "kernel", 2, "an odd integer of at least 1"),
+    ("streamingllm", "sinks", -1, "an integer of at least 0"),
+    ("streamingllm", "variant", "last", "one of recent, first"),
+    ("tova", "window", 0, "an integer of at least 1"),
     ("uniform", "window", "32", "an integer of at least 1"),
     ("uniform", "kernel", 0, "an odd integer of at least 1"),
     ("random", "seed", -1, "an integer of at least 0"),
@@ -220,11 +242,10 @@ def test_scores_have_the_promised_shape(name):
     assert method.needs <= {Need.WINDOW_QUERIES, Need.KEYS}
 
 
-@pytest.mark.parametrize("name", ["cake", "dynamickv", "uniform"])
+@pytest.mark.parametrize("name", ["cake", "dynamickv"])
 @pytest.mark.parametrize("faithful", [False, True])
 def test_missing_tensors_are_named(name, faithful):
-    choice = {} if name == "uniform" else {"faithful": faithful}
-    method = get_method(name, {"window": 8} | choice)
+    method = get_method(name, {"window": 8, "faithful": faithful})
     empty = LayerInput(0, 6, 120, 2, 24, None, None, 0.25)
     with pytest.raises(ValueError, match=f"{name}: scoring needs"):
         method.score(empty)

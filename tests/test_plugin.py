@@ -325,4 +325,4 @@ def test_vllm_serve_documents_the_flags() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     for flag in FLAGS:
         assert f"  {flag} " in done.stdout
-    assert "cake, dynamickv, uniform, random, scatter" in " ".join(done.stdout.split())
+    assert "cake, dynamickv, snapkv" in " ".join(done.stdout.split())

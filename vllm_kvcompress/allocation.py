@@ -245,14 +245,16 @@ def page_cascade(
     pages_per_layer: int,
     block_size: int,
     lengths: int | Sequence[int],
+    keep: int = 0,
 ) -> tuple[Cascade, int]:
     """The division of an arena's whole pages, window pages apart.
 
     ``num_layers``: L. ``pages_per_layer``: R, so the arena has R * L pages and a layer's average
     capacity is C = R * block_size tokens. ``lengths``: tokens that each layer holds now; one
-    number if all hold as many. Returns a cascade over the pages beyond those that the protected
-    window fills, and how many pages of every layer those are. A layer gets at most its length //
-    block_size (only full pages of survivors). A method whose own cap cannot hold the pool has it
+    number if all hold as many. ``keep``: history tokens that every layer must have room for, at
+    most C - window. Returns a cascade over the pages beyond those that the protected window fills,
+    and how many pages of every layer those are. A layer gets at most its length // block_size
+    (only full pages of survivors). A method whose own cap cannot hold the pool has it
     raised just enough.
 
     Raises ValueError if the lengths leave nothing to evict, or the window does not fit R pages.
@@ -281,7 +283,8 @@ def page_cascade(
     caps = np.minimum(full, own)
     if caps.sum() < pool:  # layers that hold little cannot make up for those that may not
         caps = full
-    wanted = -(-(method.window + method.floor(min(history), base)) // block_size)
+    least = max(method.floor(min(history), base), keep)
+    wanted = -(-(method.window + least) // block_size)
     cascade = Cascade(
         method,
         pool=pool,
@@ -300,6 +303,7 @@ def page_budgets(
     pages_per_layer: int,
     block_size: int,
     lengths: int | Sequence[int],
+    keep: int = 0,
 ) -> Ints:
     """Whole pages every layer keeps, the protected window included.
 
@@ -316,6 +320,7 @@ def page_budgets(
         pages_per_layer=pages_per_layer,
         block_size=block_size,
         lengths=lengths,
+        keep=keep,
     )
     return _run(cascade, layers) + reserved
 

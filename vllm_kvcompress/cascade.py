@@ -7,7 +7,7 @@ is all there is to do, and nothing moves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vllm_kvcompress.allocation import page_budgets, page_cascade
 from vllm_kvcompress.arena import ArenaPlan, IntArray, PageGeometry
+from vllm_kvcompress.keep import first_choice
 from vllm_kvcompress.methods import LayerScores, Method, settled
 from vllm_kvcompress.survivors import by_worth, with_window
 
@@ -46,6 +47,9 @@ class LayerCascade:
         workspace: Blocks whose pages the layers between two cuts share.
         arena: The ``plan.arena_blocks`` blocks that take the survivors.
         layers_at_once: Most layers between two cuts.
+        keep: Tokens that stay in every layer and head, int64 [K], ascending; those in the window
+            do so anyway.
+        keep_count: Tokens outside of the window that every layer must have room for.
 
     Attributes:
         sources: Per layer the flat ids of the pages where its tokens are while it runs, int64 [n].
@@ -67,6 +71,8 @@ class LayerCascade:
         workspace: Sequence[int],
         arena: Sequence[int],
         layers_at_once: int,
+        keep: Tensor | None = None,
+        keep_count: int = 0,
     ) -> None:
         self.plan = plan
         self.tables: list[IntArray] = []
@@ -81,8 +87,9 @@ class LayerCascade:
             pages_per_layer=plan.arena_blocks,
             block_size=plan.block_size,
             lengths=plan.prompt_len,
+            keep=keep_count,
         )
-        self._last_cut = 0
+        self._keep, self._keep_count = keep, keep_count
         self.sources = self._lay_out(geometry, cached, workspace, layers_at_once)
 
     def _lay_out(
@@ -154,6 +161,10 @@ class LayerCascade:
         history = kept.shape[1] - self._method.window
         return torch.cat([places[:, :history].flip(1), places[:, history:]], dim=1)
 
+    def stored(self) -> list[Tensor]:
+        """Per layer its tokens once they lie :meth:`in_order`, int [N, T]."""
+        return [kept.gather(1, self.in_order(layer)) for layer, kept in enumerate(self.kept)]
+
     def _local_counts(self, seen: int) -> IntArray:
         # Shapes are all that weights may look at, and those of later layers are the same.
         return page_budgets(
@@ -162,10 +173,14 @@ class LayerCascade:
             pages_per_layer=self.plan.arena_blocks,
             block_size=self.plan.block_size,
             lengths=self.plan.prompt_len,
+            keep=self._keep_count,
         )[:seen]
 
     def _choose(self, scores: LayerScores, pages: int) -> Tensor:
         history = pages * self.plan.block_size - self._method.window
+        if self._keep is not None:
+            places = self._keep.expand(len(scores.tokens), -1)
+            scores = replace(scores, tokens=first_choice(scores.tokens, places))
         chosen = self._method.select_layers([scores], [history])[0]
         ordered = by_worth(chosen, scores.tokens)
         return with_window(ordered, self.plan.prompt_len, self._method.window)

@@ -1,11 +1,14 @@
 """What the user asked for: method, budget, parameters. Parsed once, checked, immutable."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+from vllm_kvcompress.keep import shown
 from vllm_kvcompress.methods import Method, get_method
+from vllm_kvcompress.policy import OFF, Policy
 
 CONFIG_KEY = "kv_compression"
 """Name of the entry in vLLM's ``additional_config``."""
@@ -20,7 +23,7 @@ class KVCompressionConfig:
     """Settings of one engine.
 
     Attributes:
-        method: Registered name of the method.
+        method: Registered name of the method; ``none`` compresses only requests that ask for it.
         budget: Tokens each layer keeps on average, window included (int), or that number as a
             share of the prompt, in (0, 1) (float).
         params: The method's own parameters, by name.
@@ -39,6 +42,8 @@ class KVCompressionConfig:
             the method evicts a token for each that comes.
         reserve_tokens: Generated tokens that a compressed request is promised blocks for when it
             is admitted, at most its max_tokens; more come as the pool has them.
+        allow: What requests may set for themselves, as :meth:`Policy.parse` reads it; None: their
+            method, and a budget up to this one.
         check_integrity: Verify arena and block pool after every step (slow; for tests).
         log_requests: Log one JSON line per compressed request.
 
@@ -53,11 +58,12 @@ class KVCompressionConfig:
     decode_budget: int | None = None
     decode_buffer: int = 128
     reserve_tokens: int = 256
+    allow: Mapping[str, Any] | None = None
     check_integrity: bool = False
     log_requests: bool = False
 
     def __post_init__(self) -> None:
-        _check_budget(self.budget)
+        check_budget(self.budget)
         for name in ("check_integrity", "log_requests"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
@@ -80,6 +86,10 @@ class KVCompressionConfig:
                 f"{CONFIG_KEY}: reserve_tokens must be a whole number of tokens of at least 0, "
                 f"got {self.reserve_tokens!r}"
             )
+        try:
+            Policy.parse(self.allow)
+        except ValueError as error:
+            raise ValueError(f"{CONFIG_KEY}: {error}") from None
         method = self.build_method()
         self._check_streaming(method)
         self._check_decode(method)
@@ -116,6 +126,16 @@ class KVCompressionConfig:
             if option.name in _OPTIONS and value != option.default:
                 flat[option.name] = value
         return flat
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing is compressed but what asks for it."""
+        return self.method == OFF
+
+    @property
+    def policy(self) -> Policy:
+        """What requests may set."""
+        return Policy.parse(self.allow)
 
     def build_method(self) -> Method:
         """Make the method object.
@@ -154,7 +174,7 @@ class KVCompressionConfig:
                 raise ValueError(f"{CONFIG_KEY}: {name} needs prefill to be streaming")
         if self.prefill != "streaming":
             return
-        if method.keeps_all:
+        if method.keeps_all and not self.off:
             raise ValueError(
                 f"{CONFIG_KEY}: prefill streaming needs a method that evicts, not {self.method}"
             )
@@ -169,7 +189,7 @@ class KVCompressionConfig:
             )
 
     def _check_decode(self, method: Method) -> None:
-        if self.decode_budget is None:
+        if self.decode_budget is None or self.off:
             return
         if method.keeps_all:
             raise ValueError(
@@ -197,6 +217,7 @@ _OPTIONS = (
     "decode_budget",
     "decode_buffer",
     "reserve_tokens",
+    "allow",
     "check_integrity",
     "log_requests",
 )
@@ -215,8 +236,8 @@ def parse_budget(text: str) -> int | float:
         try:
             value = float(text)
         except ValueError:
-            raise ValueError(_budget_error(text)) from None
-    _check_budget(value)
+            value = math.nan  # refused below, under the text's own name
+    check_budget(text if math.isnan(value) else value)
     return value
 
 
@@ -224,17 +245,21 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _check_budget(budget: object) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
-        raise ValueError(_budget_error(budget))
-    if isinstance(budget, int) and budget < 1:
-        raise ValueError(_budget_error(budget))
-    if isinstance(budget, float) and not 0.0 < budget < 1.0:
-        raise ValueError(_budget_error(budget))
+def check_budget(budget: object, name: str = "kv-compression-budget") -> None:
+    """Refuse what is no budget.
 
+    Args:
+        budget: A number, or anything else.
+        name: Of the setting, for the message.
 
-def _budget_error(budget: object) -> str:
-    return (
-        "kv-compression-budget must be a whole number of tokens per layer, window included, "
-        f"or a share of the prompt between 0 and 1, got {budget!r}"
+    Raises:
+        ValueError: Neither a whole number of tokens nor a share in (0, 1).
+
+    """
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if number and (budget >= 1 if isinstance(budget, int) else 0.0 < budget < 1.0):  # type: ignore[operator]
+        return
+    raise ValueError(
+        f"{name} must be a whole number of tokens per layer, window included, or a share of the "
+        f"prompt between 0 and 1, got {shown(budget)}"
     )

@@ -10,7 +10,7 @@ from functools import lru_cache
 from vllm_kvcompress.arena import ArenaPlan
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.course import Course, Cut, Repeat
-from vllm_kvcompress.methods import Method
+from vllm_kvcompress.methods import Method, Need
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,16 @@ class Planner:
         self.config = config
         self.block_size = block_size
         self.limits = limits or Limits()
-        method = config.build_method()
+        self.method = method = config.build_method()
         self.window = method.window
         self.keeps_all = method.keeps_all
         self.token_by_token = method.token_by_token
+        self.needs_queries = Need.WINDOW_QUERIES in method.needs
         self.decode_queries = 1 if method.token_by_token else method.window
         self.layers_at_once = layers_between_cuts(method, self.limits.num_layers)
         self._stream_chunk = self._checked_chunk()
-        if config.prefill == "cascade" and limits is not None and not self.can_cascade:
+        asked = config.prefill == "cascade" and not config.off
+        if asked and limits is not None and not self.can_cascade:
             raise ValueError(
                 f"kv_compression: prefill cascade gains nothing with {config.method}, which frees "
                 "nothing before its last layer; set prefill to auto"
@@ -71,13 +73,17 @@ class Planner:
         """Whether layers can be cut while a prefill step runs."""
         return self.layers_at_once < self.limits.num_layers and self.limits.one_step_tokens > 0
 
-    def budget_blocks(self, prompt_len: int) -> int:
-        """Blocks per layer that the budget allows a prompt of this length."""
+    def budget_tokens(self, prompt_len: int) -> int:
+        """Tokens per layer, window included, that the budget means for a prompt of this length."""
         budget = self.config.budget
         if isinstance(budget, float):
             # A share of a short prompt may be less than a method can work with.
-            budget = max(math.ceil(budget * prompt_len), self.window + self.block_size)
-        return -(-budget // self.block_size)
+            return max(math.ceil(budget * prompt_len), self.window + self.block_size)
+        return budget
+
+    def budget_blocks(self, prompt_len: int) -> int:
+        """Blocks per layer that the budget allows a prompt of this length."""
+        return -(-self.budget_tokens(prompt_len) // self.block_size)
 
     def front_blocks(self, prompt_len: int, cached_blocks: int = 0) -> int | None:
         """Blocks that stand in for the prompt's own in a cascade.
@@ -180,17 +186,23 @@ class Planner:
             return pool_blocks / peak
         return 1.0 + (pool_blocks - peak) / held
 
-    def row_blocks(self, max_model_len: int) -> int:
-        """Entries that a row of the runner's block table needs: it is only ever appended to."""
+    def row_blocks(self, max_model_len: int, most_budget: int = 0) -> int:
+        """Entries that a row of the runner's block table needs: it is only ever appended to.
+
+        Args:
+            max_model_len: Most tokens of any request.
+            most_budget: Tokens per layer that some request may ask for, if more than the budget.
+
+        """
         size = self.block_size
         whole = -(-max_model_len // size)
-        arena = min(self.budget_blocks(max_model_len), whole)
-        if self.keeps_all:
-            arena = whole
-        entries = whole + 2 + arena
+        budget = max(self.budget_blocks(max_model_len), -(-most_budget // size))
+        if self.keeps_all and not self.config.off:
+            budget = whole
+        entries = whole + 2 + min(budget, whole)
         if self.config.prefill == "streaming":
             cuts = max_model_len // self._stream_chunk + 1
-            entries += cuts * self._working_blocks()
+            entries += cuts * max(self._working_blocks(), -(-2 * most_budget // size))
         if self.config.decode_budget is not None:
             entries += -(-self.config.decode_budget // size) + 1
             if self.token_by_token:  # a block each time
@@ -210,6 +222,8 @@ class Planner:
         """
         bs = self.block_size
         prompt_blocks = -(-prompt_len // bs)
+        if self.config.off:
+            return None
         if self.keeps_all:
             slack = prompt_blocks * bs - prompt_len
             return ArenaPlan(prompt_len, bs, prompt_blocks, prompt_blocks, slack)
@@ -226,6 +240,8 @@ class Planner:
             decode: Whether it is cut while it generates, if the settings say so.
 
         """
+        if self.config.off:
+            return None
         plan = self.plan(prompt_len)
         cuts: list[Cut] = []
         if plan is not None:
@@ -269,7 +285,7 @@ class Planner:
     def _working_blocks(self) -> int:
         budget = self.config.stream_budget
         if budget is None:
-            assert isinstance(self.config.budget, int)
+            assert isinstance(self.config.budget, int)  # KVCompressionConfig has seen to it
             budget = 2 * self.config.budget
         return -(-budget // self.block_size)
 

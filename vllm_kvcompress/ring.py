@@ -18,7 +18,7 @@ class QueryRing:
 
     Args:
         num_layers: L.
-        window: w, queries of one cut.
+        window: Most queries of one cut.
         heads: Query heads H.
         head_size: D.
         rows: Most requests at one time.
@@ -92,10 +92,16 @@ class QueryRing:
         else:
             rows.index_copy_(0, self._places[: len(self._tokens)], query[self._tokens])
 
-    def windows(self, request_id: str) -> Tensor:
-        """Return a request's queries, [L, w, H, D], a view."""
+    def windows(self, request_id: str, count: int | None = None) -> Tensor:
+        """Return a request's queries, [L, w, H, D], a view.
+
+        Args:
+            request_id: The request.
+            count: Its w, at most the ring's; None: that.
+
+        """
         start = self._slot[request_id] * self.window
-        return self._queries[:, start : start + self.window]
+        return self._queries[:, start : start + (self.window if count is None else count)]
 
     def drop(self, request_id: str) -> None:
         """Forget a request, if it is here. Mutates the ring."""

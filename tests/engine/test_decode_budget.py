@@ -18,7 +18,7 @@ PAGE_BYTES = 30 * 3 * BLOCK * 128 * 4
 
 
 def limited(engines: Engines, method: str = "cake", **settings: Any) -> Engine:
-    config = {"decode_budget": BUDGET, "decode_buffer": BUFFER}
+    config = {"decode_budget": BUDGET, "decode_buffer": BUFFER, "allow": {"decode": True}}
     return engines.get(method, BUDGET, config=config, **settings)
 
 
@@ -50,7 +50,7 @@ def test_a_cut_keeps_tokens_as_they_were_and_the_window_last(
     """Packed within the request's own pages, byte for byte what the kept tokens' slots held."""
     engine = limited(engines)
     session = engine.session
-    codec, window = session._codec, session._planner.window
+    codec, window = session._codec, session._plans.own.window
     rewrite, seen = codec.rewrite, []
 
     def spy(source: Any, kept: Any, target: Any) -> None:
@@ -110,7 +110,7 @@ def test_preempted_requests_are_cut_where_they_were_the_first_time(
     small.check()
 
 
-@pytest.mark.parametrize("wrong", ["no", 0, [False]])
+@pytest.mark.parametrize("wrong", ["no", 2, [False]])
 def test_a_wrong_setting_is_the_requests_own_error(
     engines: Engines, prose: list[int], wrong: Any
 ) -> None:
@@ -122,16 +122,26 @@ def test_a_wrong_setting_is_the_requests_own_error(
     engine.check()
 
 
-def test_faithful_cake_evicts_as_the_release_does(engines: Engines, prose: list[int]) -> None:
+def test_faithful_cake_evicts_as_the_release_does(
+    engines: Engines, prose: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One token out for each that comes in, by its query alone, pooled in storage order."""
     config = {"faithful": True, "decode_budget": BUDGET, "decode_buffer": 1}
     engine = engines.get("cake", BUDGET, config=config)
-    compressor, method = engine.session._compressor, engine.session._compressor._method
-    choose, checked = compressor._choose, []
+    from vllm_kvcompress.engine import compressor as module
 
-    def checking(held: Any, dealt: Any, *args: Any) -> Any:
-        counts, kept = choose(held, dealt, *args)
-        if dealt is not None:
+    compressor, method = engine.session._compressor, engine.session._plans.own.method
+    choose, next_cut, checked = module.choose, compressor._next_cut, []
+
+    def seeing(*args: Any) -> Any:
+        nonlocal held
+        found = next_cut(*args)
+        held = found[-1]
+        return found
+
+    def checking(*args: Any, **kwargs: Any) -> Any:
+        counts, kept = choose(*args, **kwargs)
+        if (dealt := kwargs["dealt"]) is not None:
             for layer in (0, 7, 29):
                 length, query = held.lengths[layer], held.windows[layer]
                 keys = engine.session._codec.read_keys(held.pages[layer], length)
@@ -147,12 +157,14 @@ def test_faithful_cake_evicts_as_the_release_does(engines: Engines, prose: list[
                 checked.append(layer)
         return counts, kept
 
-    compressor._choose = checking
+    held: Any = None
+    compressor._next_cut = seeing
+    monkeypatch.setattr(module, "choose", checking)
     try:
-        (answer,), held = engine.run_counting([prose[:400]], 12)
+        (answer,), blocks = engine.run_counting([prose[:400]], 12)
     finally:
-        compressor._choose = choose
+        compressor._next_cut = next_cut
     assert len(answer) == 12
     assert len(checked) == 3 * 11
     # What each token is written to goes back with it.
-    assert set(held[1:-1]) <= {R + 1, R + 2}
+    assert set(blocks[1:-1]) <= {R + 1, R + 2}

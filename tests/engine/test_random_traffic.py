@@ -30,6 +30,7 @@ CONFIG = {
     "decode_budget": BUDGET,
     "decode_buffer": 32,
     "reserve_tokens": 16,
+    "allow": {"decode": True},
 }
 
 

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 
-from vllm_kvcompress.allocation import page_budgets
 from vllm_kvcompress.arena import ArenaPlan, IntArray, PageArena, deal_pages
 from vllm_kvcompress.cascade import LayerCascade
+from vllm_kvcompress.choice import Pinned, choose
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.course import Cut
 from vllm_kvcompress.engine.codec import PageCodec
 from vllm_kvcompress.engine.facts import LayerFacts
 from vllm_kvcompress.engine.ledger import Entry
 from vllm_kvcompress.engine.scorer import Held, Scorer
-from vllm_kvcompress.methods import LayerScores, settled
+from vllm_kvcompress.keep import ids_between
+from vllm_kvcompress.methods import LayerScores, Method, settled
 from vllm_kvcompress.planner import Planner
-from vllm_kvcompress.survivors import by_worth, with_window
+from vllm_kvcompress.plans import Plans
+from vllm_kvcompress.records import CutRecord, make_record
 
 logger = init_logger("vllm.kvcompress.compressor")
 
@@ -31,45 +34,47 @@ class CascadeRun:
 
     Attributes:
         layers: Its division so far.
+        scorer: Scores them.
         seconds: Time spent so far, by phase.
+        scores: Of the layers so far, if a record is to be made.
 
     """
 
     layers: LayerCascade
+    scorer: Scorer
     seconds: dict[str, float] = field(default_factory=dict)
+    scores: list[LayerScores] = field(default_factory=list)
 
 
 class Compressor:
-    """Applies the engine's method to one request at a time.
+    """Applies each request's method to it, one request at a time.
 
     Args:
-        planner: Shared with the scheduler.
+        config: The engine's settings.
         arena: Takes in the compressed request.
         codec: Reads and writes tokens of pages.
         layers: One entry per layer of the arena.
 
     Attributes:
-        needs_queries: Whether the method looks at the window's queries.
         seconds: Time spent so far, by phase.
+        records: Descriptions of prompts' compressions, appended to; None: none are made.
 
     """
 
     def __init__(
         self,
-        planner: Planner,
+        config: KVCompressionConfig,
         arena: PageArena,
         codec: PageCodec,
         layers: Sequence[LayerFacts],
     ) -> None:
-        self._planner = planner
-        self._config = planner.config
-        self._method = planner.config.build_method()
+        self._config = config
         self._arena = arena
         self._codec = codec
+        self._layers = layers
         self._num_layers = len(layers)
-        self._scorer = Scorer(self._method, codec, layers)
-        self.needs_queries = self._scorer.needs_queries
         self.seconds: dict[str, float] = {}
+        self.records: list[CutRecord] | None = None
 
     # --- after a step ----------------------------------------------------------------------------
 
@@ -83,19 +88,35 @@ class Compressor:
 
         """
         cut, plan, held = self._next_cut(request_id, entry, windows)
-        scores = entry.scores
+        method, scores = entry.terms.planner.method, entry.scores
         clock = _Clock({"score": entry.score_seconds} if scores else {})
         ready = len(scores) == self._num_layers
         given = [scores[layer] for layer in range(self._num_layers)] if ready else None
         dealt = self._arena.dealt_pages(request_id) if request_id in self._arena else None
-        if self._method.keeps_all:
-            counts: IntArray = np.full(self._num_layers, cut.blocks, dtype=np.int64)
-            kept: list[Tensor] = []
-        else:
-            counts, kept = self._choose(held, None if cut.moves else dealt, clock, given)
+        counts: IntArray = np.full(self._num_layers, cut.blocks, dtype=np.int64)
+        kept: list[Tensor] = []
+        pinned = self._pinned(entry, cut, held)
+        if not method.keeps_all:
+            scorer = self._scorer(entry.terms.planner)
+            found = settled(scorer.score_all(held) if given is None else given)
+            clock.lap("score")
+            counts, kept = choose(
+                method,
+                found,
+                capacity=held.capacity,
+                block_size=plan.block_size,
+                lengths=held.lengths,
+                lap=clock.lap,
+                dealt=None if cut.moves else dealt,
+                pinned=pinned,
+            )
+            if self.records is not None and entry.cuts == 0:
+                self._record(request_id, method, plan, found, kept)
         entry.advance()
+        if pinned is not None:
+            self._follow(entry, cut, pinned, kept, held.lengths)
         blocks = entry.home_blocks()
-        if self._method.keeps_all:
+        if method.keeps_all:
             pages = deal_pages(self._arena.geometry, blocks, counts, shuffle=True)
             self._codec.copy(np.concatenate(held.pages), np.concatenate(pages))
         elif cut.moves:
@@ -126,40 +147,29 @@ class Compressor:
             lengths = [cut.position] * self._num_layers
         return cut, plan, Held(pages, lengths, cut.blocks * size, windows)
 
-    def _choose(
-        self,
-        held: Held,
-        dealt: IntArray | None,
-        clock: "_Clock",
-        scores: Sequence[LayerScores] | None = None,
-    ) -> tuple[IntArray, list[Tensor]]:
-        """Return pages per layer, int64 [L], and the tokens that each layer keeps, int [N, T_l].
+    def _scorer(self, planner: Planner) -> Scorer:
+        return Scorer(planner.method, self._codec, self._layers)
 
-        ``dealt``: pages per layer if they shall stay as they are.
-        """
-        found = settled(self._scorer.score_all(held) if scores is None else scores)
-        clock.lap("score")
-        counts, size = dealt, self._planner.block_size
-        if counts is None:
-            counts = page_budgets(
-                self._method,
-                found,
-                pages_per_layer=held.capacity // size,
-                block_size=size,
-                lengths=held.lengths,
-            )
-        clock.lap("allocate")
-        window = self._method.window
-        history = (counts * size - window).tolist()
-        chosen = self._method.select_layers(found, history)
-        if self._method.stores_by_worth:
-            chosen = [by_worth(ids, s.tokens).flip(1) for ids, s in zip(chosen, found, strict=True)]
-        kept = [
-            with_window(ids, length, window)
-            for ids, length in zip(chosen, held.lengths, strict=True)
+    def _pinned(self, entry: Entry, cut: Cut, held: Held) -> Pinned | None:
+        if entry.keepsakes is None:
+            return None
+        places = [
+            entry.keepsakes.find(layer, cut.position, length, self._codec.num_kv_heads)
+            for layer, length in enumerate(held.lengths)
         ]
-        clock.lap("select")
-        return counts, kept
+        return Pinned(places, entry.terms.keep_count(entry.prompt_len))
+
+    def _follow(
+        self,
+        entry: Entry,
+        cut: Cut,
+        pinned: Pinned,
+        stored: Sequence[Tensor],
+        held: Sequence[int],
+    ) -> None:
+        assert entry.course is not None
+        if entry.keepsakes is not None and stored and entry.course.has_cut(entry.cuts + 1):
+            entry.keepsakes.follow(cut.position, pinned.places, stored, held)
 
     def _admit(
         self, request_id: str, entry: Entry, plan: ArenaPlan, pages: Sequence[IntArray]
@@ -178,12 +188,13 @@ class Compressor:
             keys: All the prompt's keys after RoPE, [N, S, D].
 
         """
-        plan = self._planner.plan(entry.prompt_len)
+        planner = entry.terms.planner
+        plan = planner.plan(entry.prompt_len)
         if plan is None:
             raise ValueError("only requests with a plan are scored")
         start = time.perf_counter()
         held = self._held_in_step(plan, entry, [])
-        entry.scores[layer] = self._scorer.score_keys(held, layer, keys)
+        entry.scores[layer] = self._scorer(planner).score_keys(held, layer, keys)
         entry.score_seconds += time.perf_counter() - start
 
     def begin_cascade(self, entry: Entry) -> CascadeRun:
@@ -193,19 +204,23 @@ class Compressor:
             entry: The request; its blocks are cached ones, workspace and arena.
 
         """
-        plan = self._planner.plan(entry.prompt_len)
+        planner = entry.terms.planner
+        plan = planner.plan(entry.prompt_len)
         if plan is None or entry.front is None:
             raise ValueError("only requests with a plan and a workspace run as a cascade")
+        keep = entry.terms.keep
         layers = LayerCascade(
-            self._method,
+            planner.method,
             self._arena.geometry,
             plan,
             cached=entry.blocks[: entry.cached],
             workspace=entry.blocks[entry.cached : entry.front],
             arena=entry.blocks[entry.front : entry.front + plan.arena_blocks],
-            layers_at_once=self._planner.layers_at_once,
+            layers_at_once=planner.layers_at_once,
+            keep=ids_between(keep, 0, entry.prompt_len) if keep else None,
+            keep_count=entry.terms.keep_count(entry.prompt_len),
         )
-        return CascadeRun(layers)
+        return CascadeRun(layers, self._scorer(planner))
 
     def cascade(self, run: CascadeRun, layer: int, entry: Entry, keys: Tensor | None) -> None:
         """Cut a layer whose attention has just run. Mutates the run and the arena's pages.
@@ -220,10 +235,12 @@ class Compressor:
         clock = _Clock(run.seconds)
         held = self._held_in_step(run.layers.plan, entry, run.layers.sources)
         if keys is not None:
-            scores = self._scorer.score_keys(held, layer, keys)
+            scores = run.scorer.score_keys(held, layer, keys)
         else:
-            (scores,) = self._scorer.score_some(held, range(layer, layer + 1))
+            (scores,) = run.scorer.score_some(held, range(layer, layer + 1))
         clock.lap("score")
+        if self.records is not None:
+            run.scores.append(scores)
         placements = run.layers.take(scores)
         clock.lap("select")
         if placements:
@@ -243,8 +260,15 @@ class Compressor:
             # As if compressed after the step: the same numbers are added in the same order.
             self._codec.rewrite(pages, run.layers.in_order(layer), pages)
         clock.lap("move")
+        plan, stored = run.layers.plan, run.layers.stored()
+        if len(run.scores) == self._num_layers:
+            self._record(request_id, entry.terms.planner.method, plan, run.scores, stored)
+        cut, held = Cut(plan.prompt_len, plan.arena_blocks), [plan.prompt_len] * self._num_layers
+        pinned = self._pinned(entry, cut, self._held_in_step(plan, entry, []))
         entry.advance()
-        self._admit(request_id, entry, run.layers.plan, run.layers.tables)
+        if pinned is not None:
+            self._follow(entry, cut, pinned, stored, held)
+        self._admit(request_id, entry, plan, run.layers.tables)
         counts = np.asarray([len(pages) for pages in run.layers.tables], dtype=np.int64)
         self._note(request_id, entry, run.layers.plan, counts, clock)
 
@@ -253,36 +277,72 @@ class Compressor:
             pages,
             [plan.prompt_len] * self._num_layers,
             plan.arena_blocks * plan.block_size,
-            entry.window if self.needs_queries else None,
+            entry.window,
         )
 
     # --- before any request ----------------------------------------------------------------------
 
-    def warm_up(self, window_shape: Sequence[int], dtype: torch.dtype, max_model_len: int) -> None:
+    def warm_up(
+        self, plans: Plans, query_shape: Sequence[int], dtype: torch.dtype, max_model_len: int
+    ) -> None:
         """Choose tokens of the shortest and the longest prompt there can be, and keep none.
 
         What is compiled on first use is compiled by it, and too little memory beside the pool
         shows at the start. Both prompts lie in the null block; nothing is mutated.
 
         Args:
-            window_shape: [L, w, H, D] of the queries.
+            plans: Of the engine.
+            query_shape: [H, D] of the queries.
             dtype: Of the queries.
             max_model_len: Tokens of the longest prompt.
 
         """
-        plans = (self._planner.plan(n) for n in range(self._planner.window + 1, max_model_len + 1))
-        shortest = next((plan for plan in plans if plan), None)
-        if self._method.keeps_all or shortest is None:
+        planner = plans.own
+        shape = (self._num_layers, planner.window, *query_shape)
+        found = (planner.plan(n) for n in range(planner.window + 1, max_model_len + 1))
+        shortest = next((plan for plan in found if plan), None)
+        if planner.keeps_all or shortest is None:
             return
-        window = torch.zeros(*window_shape, dtype=dtype, device=self._codec.device)
-        for plan in (shortest, self._planner.plan(max_model_len)):
+        window = torch.zeros(*shape, dtype=dtype, device=self._codec.device)
+        for plan in (shortest, planner.plan(max_model_len)):
             if plan is not None:
-                entry = Entry(plan.prompt_len, None, [], 0, window=window)
                 pages = self._arena.geometry.all_pages([0] * plan.prompt_blocks)
-                self._choose(self._held_in_step(plan, entry, list(pages)), None, _Clock({}))
+                capacity = plan.arena_blocks * plan.block_size
+                lengths = [plan.prompt_len] * self._num_layers
+                held = Held(list(pages), lengths, capacity, window)
+                scores = settled(self._scorer(planner).score_all(held))
+                choose(
+                    planner.method,
+                    scores,
+                    capacity=capacity,
+                    block_size=plan.block_size,
+                    lengths=lengths,
+                    lap=_Clock({}).lap,
+                )
         self._codec.warm_up()
 
     # --- records ---------------------------------------------------------------------------------
+
+    def _record(
+        self,
+        request_id: str,
+        method: Method,
+        plan: ArenaPlan,
+        found: Sequence[LayerScores],
+        kept: Sequence[Tensor],
+    ) -> None:
+        assert self.records is not None
+        self.records.append(
+            make_record(
+                method,
+                found,
+                kept,
+                request_id=request_id,
+                prompt_len=plan.prompt_len,
+                block_size=plan.block_size,
+                capacity=plan.arena_blocks * plan.block_size,
+            )
+        )
 
     def _note(
         self, request_id: str, entry: Entry, plan: ArenaPlan, counts: IntArray, clock: "_Clock"
@@ -293,7 +353,7 @@ class Compressor:
             return
         facts = {
             "request": request_id,
-            "method": self._config.method,
+            "method": entry.terms.planner.method.name,
             "cut": entry.cuts,
             "cascade": entry.front is not None and entry.cuts == 1,
             "prompt_tokens": entry.prompt_len,

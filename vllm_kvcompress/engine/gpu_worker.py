@@ -5,7 +5,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_kvcompress.engine.settings import planner_of
+from vllm_kvcompress.engine.settings import plans_of
 from vllm_kvcompress.engine.strided_codec import OBSERVED_BYTES
 from vllm_kvcompress.engine.worker import ArenaWorker
 from vllm_kvcompress.tables import TableLimits
@@ -42,7 +42,8 @@ class ArenaGPUWorker(ArenaWorker, Worker):
     def _workspace(self) -> tuple[int, int]:
         config, model = self.vllm_config, self.model_config
         parallel = config.parallel_config
-        planner = planner_of(config, self.cache_config.block_size)
+        plans = plans_of(config, self.cache_config.block_size)
+        planner = plans.own
         shape = ModelShape(
             layers=model.get_num_layers(parallel),
             heads=model.get_num_attention_heads(parallel),
@@ -52,7 +53,7 @@ class ArenaGPUWorker(ArenaWorker, Worker):
         )
         limits = TableLimits(
             rows=config.scheduler_config.max_num_seqs,
-            width=planner.row_blocks(model.max_model_len),
+            width=plans.row_blocks(model.max_model_len),
             tokens=config.scheduler_config.max_num_batched_tokens,
         )
         staged, ring = 0, 0
@@ -60,14 +61,14 @@ class ArenaGPUWorker(ArenaWorker, Worker):
             longest = min(planner.limits.one_step_tokens, model.max_model_len)
             staged = -(-longest // planner.block_size)
         if planner.config.decode_budget is not None:
-            ring = ring_bytes(shape, limits.rows, planner.decode_queries)
+            ring = ring_bytes(shape, limits.rows, plans.decode_queries)
         plan = planner.plan(model.max_model_len)
         # A layer can at most be given every page of the arena.
         most = plan.arena_blocks * plan.block_size * shape.layers if plan else 0
         transient = transient_bytes(
             shape,
             max_model_len=model.max_model_len,
-            window=planner.window,
+            window=plans.most_window,
             most_kept=min(most, model.max_model_len),
             observed=OBSERVED_BYTES,
         )

@@ -12,9 +12,9 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvcompress.course import Course
 from vllm_kvcompress.engine.orders import orders_of
-from vllm_kvcompress.engine.settings import cuts_while_decoding
+from vllm_kvcompress.keep import Keepsakes
 from vllm_kvcompress.methods import LayerScores
-from vllm_kvcompress.planner import Planner
+from vllm_kvcompress.plans import Plans, Terms
 
 
 @dataclass
@@ -23,6 +23,7 @@ class Entry:
 
     Attributes:
         prompt_len: Prompt tokens.
+        terms: Its method, budget and the like.
         course: When it is cut, None if it never is.
         blocks: All block ids it was ever sent since its prefill began.
         computed: Tokens computed before this step.
@@ -36,10 +37,12 @@ class Entry:
             are collected.
         scores: Layers already scored, in a prompt that runs in one step.
         score_seconds: Time that took.
+        keepsakes: Where tokens lie that must stay; None if there are none.
 
     """
 
     prompt_len: int
+    terms: Terms
     course: Course | None
     blocks: list[int]
     computed: int
@@ -52,6 +55,10 @@ class Entry:
     window: Tensor | None = field(default=None, repr=False)
     scores: dict[int, LayerScores] = field(default_factory=dict, repr=False)
     score_seconds: float = 0.0
+    keepsakes: Keepsakes | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self._forget_keepsakes()
 
     @property
     def next_cut(self) -> int | None:
@@ -86,6 +93,7 @@ class Entry:
         self.front = front
         self.cuts = self.home = self.growth = 0
         self.forget_window()
+        self._forget_keepsakes()
 
     def forget_window(self) -> None:
         """Let go of what was collected for scoring. Mutates the entry."""
@@ -93,17 +101,20 @@ class Entry:
         self.scores = {}
         self.score_seconds = 0.0
 
+    def _forget_keepsakes(self) -> None:
+        self.keepsakes = Keepsakes(self.terms.keep) if self.terms.keep else None
+
 
 class Ledger:
     """All requests the worker knows of.
 
     Args:
-        planner: The one the scheduler uses too.
+        plans: Those the scheduler uses too.
 
     """
 
-    def __init__(self, planner: Planner) -> None:
-        self._planner = planner
+    def __init__(self, plans: Plans) -> None:
+        self._plans = plans
         self._entries: dict[str, Entry] = {}
 
     def __getitem__(self, request_id: str) -> Entry:
@@ -129,10 +140,12 @@ class Ledger:
         fronts = orders_of(output).fronts
         for new in output.scheduled_new_reqs:
             void.append(new.req_id)
-            decode = cuts_while_decoding(new.sampling_params)
+            extra = getattr(new.sampling_params, "extra_args", None)
+            terms = self._plans.terms(extra, new.prompt_len)
             entry = self._entries[new.req_id] = Entry(
                 prompt_len=new.prompt_len,
-                course=self._planner.course(new.prompt_len, decode),
+                terms=terms,
+                course=terms.course(new.prompt_len),
                 blocks=list(new.block_ids[0]),
                 computed=new.num_computed_tokens,
                 front=fronts.get(new.req_id),
@@ -156,7 +169,7 @@ class Ledger:
         return void, grown
 
     def _cached(self, entry: Entry) -> int:
-        return 0 if entry.front is None else entry.computed // self._planner.block_size
+        return 0 if entry.front is None else entry.computed // self._plans.own.block_size
 
     def _forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

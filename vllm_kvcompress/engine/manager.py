@@ -14,8 +14,9 @@ from vllm_kvcompress.arena import IntegrityError
 from vllm_kvcompress.course import Course
 from vllm_kvcompress.engine.metrics import COUNTERS
 from vllm_kvcompress.engine.promises import Promises, Share
-from vllm_kvcompress.engine.settings import cuts_while_decoding
-from vllm_kvcompress.planner import Planner
+from vllm_kvcompress.plans import Plans, Terms
+
+_TERMS = "_kv_compression_terms"
 
 # A child of vLLM's logger, so that its handlers and level apply.
 logger = init_logger("vllm.kvcompress.manager")
@@ -37,7 +38,7 @@ class ArenaManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._requests: Mapping[str, Request] = {}
-        self._planner: Planner | None = None
+        self._plans: Plans | None = None
         self._watermark = 0
         self._promises: Promises | None = None
         self._chosen: dict[str, tuple[int, int]] = {}
@@ -46,7 +47,7 @@ class ArenaManager(FullAttentionManager):
     def bind(
         self,
         requests: Mapping[str, Request],
-        planner: Planner,
+        plans: Plans,
         max_model_len: int,
         watermark_blocks: int,
     ) -> None:
@@ -54,26 +55,26 @@ class ArenaManager(FullAttentionManager):
 
         Args:
             requests: The scheduler's own mapping, read only.
-            planner: Decides what each request will hold.
+            plans: Say what each request will hold.
             max_model_len: Most tokens of any request.
             watermark_blocks: Blocks that vLLM leaves free when it admits a request.
 
         """
         self._requests = requests
-        self._planner = planner
-        self._promises = Promises(planner, max_model_len, self.req_to_blocks)
+        self._plans = plans
+        self._promises = Promises(plans.own, max_model_len, self.req_to_blocks)
         self._watermark = watermark_blocks
 
     @property
-    def planner(self) -> Planner:
-        """The engine's planner; RuntimeError under a scheduler that is not ours."""
-        if self._planner is None:
+    def plans(self) -> Plans:
+        """The engine's plans; RuntimeError under a scheduler that is not ours."""
+        if self._plans is None:
             raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
-        return self._planner
+        return self._plans
 
     @property
     def promises(self) -> Promises:
-        """What every request holds and was promised; RuntimeError as for the planner."""
+        """What every request holds and was promised; RuntimeError as for the plans."""
         if self._promises is None:
             raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
         return self._promises
@@ -81,8 +82,16 @@ class ArenaManager(FullAttentionManager):
     def course_of(self, request_id: str) -> Course | None:
         """Return when the request is cut, None if it never is."""
         request = self._requests[request_id]
-        decode = cuts_while_decoding(request.sampling_params)
-        return self.planner.course(request.num_prompt_tokens, decode)
+        return self.terms_of(request).course(request.num_prompt_tokens)
+
+    def terms_of(self, request: Request) -> Terms:
+        """Return the request's method, budget and the like, worked out once."""
+        terms: Terms | None = getattr(request, _TERMS, None)
+        if terms is None:
+            extra = getattr(request.sampling_params, "extra_args", None)
+            terms = self.plans.terms(extra, request.num_prompt_tokens)
+            setattr(request, _TERMS, terms)
+        return terms
 
     def is_admitted(self, request_id: str) -> bool:
         """Whether the request holds blocks."""
@@ -116,16 +125,16 @@ class ArenaManager(FullAttentionManager):
         A cascade uses them as they are, so in a small pool it may fit without them only.
         """
         prompt_len, total = request.num_prompt_tokens, self.block_pool.num_gpu_blocks - 1
-        course = self.course_of(request.request_id)
+        course, planner = self.course_of(request.request_id), self.terms_of(request).planner
 
         def peak(front: int | None) -> int:
             return self.promises.peak(self.promises.ask(request, course, front))
 
         def is_too_much(count: int) -> bool:
-            front = self.planner.front_blocks(prompt_len, count)
+            front = planner.front_blocks(prompt_len, count)
             return front is None or peak(front) > total
 
-        if self.planner.config.prefill == "full" or self.planner.streams(prompt_len):
+        if planner.config.prefill == "full" or planner.streams(prompt_len):
             return hits
         if peak(None) <= total:
             return hits
@@ -147,10 +156,11 @@ class ArenaManager(FullAttentionManager):
 
         """
         self._chosen.pop(request.request_id, None)
-        prompt_len, mode = request.num_prompt_tokens, self.planner.config.prefill
-        if mode == "full" or self.planner.streams(prompt_len):
+        prompt_len, planner = request.num_prompt_tokens, self.terms_of(request).planner
+        mode = planner.config.prefill
+        if mode == "full" or planner.streams(prompt_len):
             return num_new_tokens
-        front = self.planner.front_blocks(prompt_len, len(hits))
+        front = planner.front_blocks(prompt_len, len(hits))
         if front is None or (mode != "cascade" and self._has_room(request, hits, computed)):
             return num_new_tokens
         if num_new_tokens < prompt_len - computed:
@@ -225,11 +235,12 @@ class ArenaManager(FullAttentionManager):
         share = self._asked(request_id)
         self._chosen.pop(request_id, None)
         self.promises.admit(request_id, share)
-        prompt_len = self._requests[request_id].num_prompt_tokens
-        if self.planner.plan(prompt_len) is None:
+        request = self._requests[request_id]
+        planner, prompt_len = self.terms_of(request).planner, request.num_prompt_tokens
+        if planner.plan(prompt_len) is None:
             return
         path = "full" if share.front is None else "cascade"
-        if self.planner.streams(prompt_len):
+        if planner.streams(prompt_len):
             path = "streaming"
         self.counts[f"prefills_{path}"] += 1
 
@@ -267,7 +278,7 @@ class ArenaManager(FullAttentionManager):
         self.block_pool.free_blocks(reversed(gone))
         self.counts["blocks_freed"] += len(gone)
         self.counts[f"cuts_{course.kind(share.released)}"] += 1
-        if self.planner.config.log_requests:
+        if self.plans.own.config.log_requests:
             facts = {
                 "request": request_id,
                 "cut": share.released,

@@ -75,7 +75,8 @@ def _wrap_add_cli_args(engine_args: Any) -> None:
             metavar="METHOD",
             default=argparse.SUPPRESS,
             help="Evict KV-cache tokens after prefill by this method and free their blocks: "
-            "cake, dynamickv, uniform, random, scatter (debugging), or a third party's.",
+            "cake, dynamickv, snapkv, another of docs/methods, or a third party's; none: only "
+            "requests that ask for it are compressed.",
         )
         group.add_argument(
             "--kv-compression-budget",
@@ -90,8 +91,8 @@ def _wrap_add_cli_args(engine_args: Any) -> None:
             metavar="JSON",
             type=_argument(_parse_object),
             default=argparse.SUPPRESS,
-            help="Parameters of the method as a JSON object, e.g. '{\"gamma\": 200}'; "
-            "also check_integrity and log_requests (true or false).",
+            help="Parameters of the method and options as a JSON object, e.g. '{\"gamma\": 200}'; "
+            "allow says what requests may set for themselves.",
         )
         return parser
 

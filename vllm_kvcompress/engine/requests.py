@@ -6,11 +6,11 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_kvcompress.engine.settings import compression_of, cuts_while_decoding, planner_of
-from vllm_kvcompress.planner import Planner
+from vllm_kvcompress.engine.settings import compression_of, plans_of
+from vllm_kvcompress.plans import Plans
 
 _MARK = "_kv_compression_wrapped"
-_PLANNER = "_kv_compression_planner"
+_PLANS = "_kv_compression_plans"
 
 
 def guard_requests() -> None:
@@ -46,19 +46,19 @@ def check_request(request: Any, processor: Any) -> None:
             "streaming input is not supported with --kv-compression; send the whole prompt"
         )
     params = request.sampling_params
-    try:
-        decode = cuts_while_decoding(params)
-    except ValueError as error:
-        raise VLLMValidationError(str(error)) from None
     config = processor.vllm_config
     blocks = config.cache_config.num_gpu_blocks
     ids = request.prompt_token_ids
     prompt_len = len(ids) if ids is not None else len(request.prompt_embeds)
+    try:
+        terms = _plans(processor).terms(getattr(params, "extra_args", None), prompt_len)
+    except ValueError as error:
+        raise VLLMValidationError(str(error)) from None
     if not blocks or params is None or params.max_tokens is None:
         return
     # With data parallelism the number is that of all engines; each has its own pool.
     pool = int(blocks) // config.parallel_config.data_parallel_size - 1
-    planner = _planner(processor)
+    planner, decode = terms.planner, terms.decode
     if planner.peak_blocks(prompt_len, prompt_len + params.max_tokens, decode) <= pool:
         return
     max_len = config.model_config.max_model_len
@@ -73,10 +73,10 @@ def check_request(request: Any, processor: Any) -> None:
     )
 
 
-def _planner(processor: Any) -> Planner:
-    planner = getattr(processor, _PLANNER, None)
-    if planner is None:
+def _plans(processor: Any) -> Plans:
+    plans: Plans | None = getattr(processor, _PLANS, None)
+    if plans is None:
         config = processor.vllm_config
-        planner = planner_of(config, config.cache_config.block_size)
-        setattr(processor, _PLANNER, planner)
-    return planner
+        plans = plans_of(config, config.cache_config.block_size)
+        setattr(processor, _PLANS, plans)
+    return plans

@@ -22,7 +22,7 @@ from vllm.v1.request import Request
 from vllm_kvcompress.engine.manager import ArenaManager
 from vllm_kvcompress.engine.metrics import put_books
 from vllm_kvcompress.engine.orders import Orders, attach
-from vllm_kvcompress.engine.settings import planner_of
+from vllm_kvcompress.engine.settings import plans_of
 
 
 class _ArenaScheduling(Scheduler):
@@ -35,10 +35,10 @@ class _ArenaScheduling(Scheduler):
             for m in self.kv_cache_manager.coordinator.single_type_managers
             if isinstance(m, ArenaManager)
         )
-        self._planner = planner_of(self.vllm_config, self._arena.block_size)
+        self._plans = plans_of(self.vllm_config, self._arena.block_size)
         self._arena.bind(
             self.requests,
-            self._planner,
+            self._plans,
             self.max_model_len,
             self.kv_cache_manager.watermark_blocks,
         )
@@ -46,7 +46,7 @@ class _ArenaScheduling(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """See the base class; verifies the books first when asked to."""
-        if self._planner.config.check_integrity:
+        if self._plans.own.config.check_integrity:
             self._arena.check_integrity()
         for request in self.running:
             # Else a request could be preempted for want of blocks that another is about to return.
@@ -76,7 +76,8 @@ class _ArenaScheduling(Scheduler):
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
         course = self._arena.course_of(request.request_id)
         if course is not None:
-            most = max(course.first - self._planner.window, 0)
+            window = self._arena.terms_of(request).planner.window
+            most = max(course.first - window, 0)
             most = self._arena.usable_hits(request, min(hit, most) // course.block_size)
             most *= course.block_size
             if hit > most:

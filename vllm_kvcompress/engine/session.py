@@ -15,7 +15,8 @@ from vllm_kvcompress.engine.compressor import CascadeRun, Compressor
 from vllm_kvcompress.engine.facts import LayerFacts
 from vllm_kvcompress.engine.ledger import Entry, Ledger
 from vllm_kvcompress.engine.orders import orders_of
-from vllm_kvcompress.planner import Planner
+from vllm_kvcompress.plans import Plans
+from vllm_kvcompress.records import CutRecord
 from vllm_kvcompress.ring import QueryRing
 from vllm_kvcompress.tables import BatchRows, LayerTables, StepTableBuilder, TableLimits
 
@@ -89,7 +90,7 @@ class Session:
     """State of compression in one worker.
 
     Args:
-        planner: Shared with the scheduler.
+        plans: Shared with the scheduler.
         geometry: Where pages lie in the flat view.
         flat_cache: Flat view of the pool, [pages, N, block_size, 2 * D].
         codec: Reads and writes tokens in it.
@@ -107,7 +108,7 @@ class Session:
 
     def __init__(
         self,
-        planner: Planner,
+        plans: Plans,
         geometry: PageGeometry,
         flat_cache: Tensor,
         codec: PageCodec,
@@ -125,18 +126,18 @@ class Session:
             ("prompt_cuts", "chunk_cuts", "decode_cuts", "compressed_steps", "plain_steps"), 0
         )
         self.books: dict[str, int] = {}
-        self._planner = planner
-        self._ledger = Ledger(planner)
+        self._plans = plans
+        self._ledger = Ledger(plans)
         self._tables = make_tables(self.arena)
         self._codec = codec
-        self._compressor = Compressor(planner, self.arena, codec, layers)
-        self._window_shape = (geometry.num_layers, planner.window, num_heads, codec.head_size)
+        self._compressor = Compressor(plans.own.config, self.arena, codec, layers)
+        self._query_shape = (num_heads, codec.head_size)
         self._dtype = dtype
         self._ring: QueryRing | None = None
-        if planner.config.decode_budget is not None and self._compressor.needs_queries:
+        if plans.own.config.decode_budget is not None:
             self._ring = QueryRing(
                 geometry.num_layers,
-                planner.decode_queries,
+                plans.decode_queries,
                 num_heads,
                 codec.head_size,
                 rows=limits.rows,
@@ -172,13 +173,21 @@ class Session:
         self._ending = []
         self.step = None
 
+    @property
+    def records(self) -> list[CutRecord] | None:
+        """Descriptions of prompts' compressions, appended to; None: none are made."""
+        return self._compressor.records
+
+    @records.setter
+    def records(self, records: list[CutRecord] | None) -> None:
+        self._compressor.records = records
+
     def collects(self) -> bool:
         """Whether the step just begun looks into a prompt's attention, which must run in Python."""
         if self._cascades:
             return True
-        return self._compressor.needs_queries and any(
-            self._prompt_part(self._ledger[request_id]) for request_id in self._scheduled
-        )
+        entries = [self._ledger[request_id] for request_id in self._scheduled]
+        return any(e.terms.planner.needs_queries and self._prompt_part(e) for e in entries)
 
     def plan_step(
         self,
@@ -228,7 +237,7 @@ class Session:
             elif part := self._generated_part(entry):
                 first = starts[row] + part.start - entry.computed
                 generated.append(
-                    (request_id, first, _places(entry, part, self._planner.decode_queries))
+                    (request_id, first, _places(entry, part, entry.terms.planner.decode_queries))
                 )
         self.stats["compressed_steps" if rows else "plain_steps"] += 1
         tables = None
@@ -266,7 +275,7 @@ class Session:
             max_model_len: Tokens of the longest prompt.
 
         """
-        self._compressor.warm_up(self._window_shape, self._dtype, max_model_len)
+        self._compressor.warm_up(self._plans, self._query_shape, self._dtype, max_model_len)
         self._tables.warm_up()
 
     def score(self, layer: int, capture: Capture, keys: Tensor) -> None:
@@ -309,16 +318,16 @@ class Session:
             if run := self._cascades.get(request_id):
                 self._compressor.finish_cascade(request_id, entry, run)
             else:
-                windows = entry.window
-                if windows is None and self._ring is not None:
-                    windows = self._ring.windows(request_id)
+                windows, planner = entry.window, entry.terms.planner
+                if windows is None and self._ring is not None and planner.needs_queries:
+                    windows = self._ring.windows(request_id, planner.decode_queries)
                 self._compressor.cut(request_id, entry, windows)
             self._count(entry)
         self._ending = []
         self._cascades = {}
         self._scheduled = frozenset()
         self.step = None
-        if self._planner.config.check_integrity:
+        if self._plans.own.config.check_integrity:
             self.check_integrity()
 
     def _count(self, entry: Entry) -> None:
@@ -333,14 +342,15 @@ class Session:
     def _prompt_part(self, entry: Entry) -> range:
         """Positions of this step's tokens in the window of the next cut, one of the prompt's."""
         inside = entry.course is not None and entry.cuts < len(entry.course.cuts)
-        return self._part(entry, self._planner.window) if inside else range(0)
+        return self._part(entry, entry.terms.planner.window) if inside else range(0)
 
     def _generated_part(self, entry: Entry) -> range:
         """The same for a cut of the generation, whose queries the ring takes."""
         inside = entry.course is not None and entry.cuts < len(entry.course.cuts)
-        if inside or self._ring is None:
+        planner = entry.terms.planner
+        if inside or self._ring is None or not planner.needs_queries:
             return range(0)
-        return self._part(entry, self._ring.window)
+        return self._part(entry, planner.decode_queries)
 
     def _part(self, entry: Entry, window: int) -> range:
         """Positions of this step's tokens among the last ones before the next cut."""
@@ -352,15 +362,15 @@ class Session:
 
     def _capture(self, entry: Entry, start: int) -> Capture | None:
         part = self._prompt_part(entry)
-        if not self._compressor.needs_queries or not part:
+        planner = entry.terms.planner
+        if not planner.needs_queries or not part:
             return None
         if entry.window is None:
-            entry.window = torch.empty(
-                self._window_shape, dtype=self._dtype, device=self._codec.device
-            )
+            shape = (self.arena.geometry.num_layers, planner.window, *self._query_shape)
+            entry.window = torch.empty(shape, dtype=self._dtype, device=self._codec.device)
         return Capture(
             window=entry.window,
-            offset=_places(entry, part, self._planner.window).start,
+            offset=_places(entry, part, planner.window).start,
             start=start + part.start - entry.computed,
             count=len(part),
             entry=entry,

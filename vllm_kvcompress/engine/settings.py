@@ -2,15 +2,12 @@
 
 import json
 from functools import lru_cache
-from typing import Any
 
 from vllm.config import VllmConfig
 
 from vllm_kvcompress.config import CONFIG_KEY, KVCompressionConfig
-from vllm_kvcompress.planner import Limits, Planner
-
-DECODE_KEY = "kv_compression_decode"
-"""In a request's ``extra_args``: false leaves its generated tokens alone."""
+from vllm_kvcompress.planner import Limits
+from vllm_kvcompress.plans import Plans
 
 
 def compression_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None:
@@ -26,8 +23,8 @@ def compression_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None
     return KVCompressionConfig.parse(extra[CONFIG_KEY])
 
 
-def planner_of(vllm_config: VllmConfig, block_size: int) -> Planner:
-    """Make the planner that scheduler and worker share.
+def plans_of(vllm_config: VllmConfig, block_size: int) -> Plans:
+    """Make the plans that all processes of an engine share.
 
     Args:
         vllm_config: A configuration with compression on.
@@ -39,7 +36,7 @@ def planner_of(vllm_config: VllmConfig, block_size: int) -> Planner:
     """
     config = compression_of(vllm_config)
     if config is None:
-        raise ValueError("planner_of needs a configuration with compression on")
+        raise ValueError("plans_of needs a configuration with compression on")
     scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
     one_step = [
         scheduler.max_num_batched_tokens,
@@ -51,26 +48,10 @@ def planner_of(vllm_config: VllmConfig, block_size: int) -> Planner:
         one_step_tokens=min(int(tokens) for tokens in one_step if tokens),
         lag=int(bool(scheduler.async_scheduling)),
     )
-    return _planner(json.dumps(config.as_dict(), sort_keys=True), block_size, limits)
+    return _plans(json.dumps(config.as_dict(), sort_keys=True), block_size, limits)
 
 
 @lru_cache(maxsize=16)
-def _planner(settings: str, block_size: int, limits: Limits) -> Planner:
+def _plans(settings: str, block_size: int, limits: Limits) -> Plans:
     # vLLM asks for sizes many times, and what a planner has worked out it remembers.
-    return Planner(KVCompressionConfig.parse(json.loads(settings)), block_size, limits)
-
-
-def cuts_while_decoding(sampling_params: Any) -> bool:
-    """Whether a request wants its generated tokens cut back where the engine does that.
-
-    Args:
-        sampling_params: vLLM's, or None.
-
-    Raises:
-        ValueError: The setting is not true or false.
-
-    """
-    wanted = (getattr(sampling_params, "extra_args", None) or {}).get(DECODE_KEY, True)
-    if not isinstance(wanted, bool):
-        raise ValueError(f"{DECODE_KEY} must be true or false, got {wanted!r}")
-    return wanted
+    return Plans(KVCompressionConfig.parse(json.loads(settings)), block_size, limits)

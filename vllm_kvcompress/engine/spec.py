@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.engine.manager import ArenaManager
-from vllm_kvcompress.engine.settings import planner_of
+from vllm_kvcompress.engine.settings import plans_of
 
 _MARK = "_kv_compression_wrapped"
 
@@ -21,12 +21,12 @@ class ArenaSpec(FullAttentionSpec):
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Entries of a row in the runner's block table: all blocks a request is ever given."""
         # The runner only ever appends, so the prompt's entries stay in the row after release.
-        return planner_of(vllm_config, self.block_size).row_blocks(max_len)
+        return plans_of(vllm_config, self.block_size).row_blocks(max_len)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that one request needs at its peak, in one layer, whatever its prompt's length."""
         max_model_len = vllm_config.model_config.max_model_len
-        blocks = planner_of(vllm_config, self.block_size).least_pool(max_model_len)
+        blocks = plans_of(vllm_config, self.block_size).own.least_pool(max_model_len)
         return int(blocks * self.page_size_bytes)
 
 
@@ -41,7 +41,7 @@ def tell_concurrency() -> None:
         groups = kv_cache_config.kv_cache_groups
         if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, ArenaSpec):
             return float(original(vllm_config, kv_cache_config))
-        planner = planner_of(vllm_config, groups[0].kv_cache_spec.block_size)
+        planner = plans_of(vllm_config, groups[0].kv_cache_spec.block_size).own
         return planner.concurrency(
             vllm_config.model_config.max_model_len, kv_cache_config.num_blocks - 1
         )

@@ -6,7 +6,7 @@ from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.engine.checks import WORKERS, check_config
 from vllm_kvcompress.engine.metrics import export_books
 from vllm_kvcompress.engine.requests import guard_requests
-from vllm_kvcompress.engine.settings import planner_of
+from vllm_kvcompress.engine.settings import plans_of
 
 
 def switch_on(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
@@ -22,7 +22,7 @@ def switch_on(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     """
     check_config(vllm_config)
     if vllm_config.cache_config.block_size:
-        planner_of(vllm_config, vllm_config.cache_config.block_size)
+        plans_of(vllm_config, vllm_config.cache_config.block_size)
     vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
     asynchronous = vllm_config.scheduler_config.async_scheduling
     vllm_config.scheduler_config.scheduler_cls = "vllm_kvcompress.engine.scheduler." + (

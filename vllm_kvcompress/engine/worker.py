@@ -18,8 +18,9 @@ from vllm_kvcompress.engine.backends.common import ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.checks import check_specs
 from vllm_kvcompress.engine.facts import layer_facts
 from vllm_kvcompress.engine.session import Session
-from vllm_kvcompress.engine.settings import planner_of
+from vllm_kvcompress.engine.settings import plans_of
 from vllm_kvcompress.planner import Planner
+from vllm_kvcompress.records import CutRecord
 from vllm_kvcompress.tables import TableLimits
 
 logger = init_logger("vllm.kvcompress.worker")
@@ -56,7 +57,8 @@ class ArenaWorker:
             config.compilation_config.static_forward_context[name] for name in group.layer_names
         ]
         flat, geometry = flat_view([layer.kv_cache for layer in layers])
-        planner = planner_of(config, group.kv_cache_spec.block_size)
+        plans = plans_of(config, group.kv_cache_spec.block_size)
+        planner = plans.own
         if geometry.block_size != planner.block_size:
             raise ValueError(
                 f"the attention kernel splits blocks of {planner.block_size} into "
@@ -78,7 +80,7 @@ class ArenaWorker:
             tokens=config.scheduler_config.max_num_batched_tokens,
         )
         self._session = Session(
-            planner,
+            plans,
             geometry,
             flat,
             first.impl.make_codec(flat, first, cache_dtype, dtype),
@@ -114,6 +116,17 @@ class ArenaWorker:
         """For collective_rpc: cuts and steps of each kind so far, and the scheduler's books."""
         session = self._session
         return {**session.stats, **session.books, "in_arena": len(session.arena)}
+
+    def kv_compression_record(self, on: bool) -> None:
+        """For collective_rpc: begin to describe what is kept of each prompt, or stop."""
+        self._session.records = [] if on else None
+
+    def kv_compression_records(self) -> list[CutRecord]:
+        """For collective_rpc: the descriptions since the last call."""
+        records = self._session.records or []
+        if records:
+            self._session.records = []
+        return records
 
     def kv_compression_pages(self) -> dict[str, list[int]]:
         """For collective_rpc: pages per layer of every request in the arena."""
@@ -208,6 +221,9 @@ def _in_one_piece(page: Tensor) -> bool:
 
 def _announce(planner: Planner, max_model_len: int, num_blocks: int) -> None:
     config, size = planner.config, planner.block_size
+    if config.off:
+        logger.info("KV-cache compression is on for requests that ask for it")
+        return
     plan = planner.plan(max_model_len)
     plain = -(-max_model_len // size)
     logger.info(

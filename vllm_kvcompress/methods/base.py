@@ -129,27 +129,70 @@ def settled(scores: Sequence[LayerScores]) -> list[LayerScores]:
 class Method(ABC):
     """Base of all methods. The last ``window`` tokens of a prompt are always kept.
 
+    A method has two parts, and a composition (:class:`.composed.Composed`) takes them from two
+    methods:
+
+    * the *scorer* says what each token is worth: ``needs``, ``window``, ``observes``, ``score``,
+      ``select``, ``select_layers``, ``nested``, ``stores_by_worth``, ``token_by_token``;
+    * the *allocator* says how layers share the pool, and when: ``allocator_needs``,
+      ``layer_stats``, ``local``, ``steady``, ``schedule``, ``weights``, ``cap``, ``floor``.
+
+    What ties them together within one method: ``score`` returns the allocator's ``layer_stats``
+    along with the tokens, so that both can come from one look at the window.
+
     Sub-classes set ``name`` and ``needs``, add their parameters as fields, check them in
     ``__post_init__`` (after ``super().__post_init__()``) and raise ValueError in one sentence that
     names the method, the field, the allowed range and the value.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[Need]]
     keeps_all: ClassVar[bool] = False
     """Nothing is ever evicted: the engine only moves tokens about and never calls ``score``."""
-    local: ClassVar[bool] = False
-    """``weights`` does not look at scores: a layer's budget is known before any layer has run."""
 
     window: int = 32
 
-    @property
-    def steady(self) -> bool:
-        """Whether two layers' weights keep their ratio when further layers are seen.
+    def __post_init__(self) -> None:
+        self._check_int("window", 1)
 
-        A cascade of cuts then ends exactly where a single one does, which is cheaper to make.
+    @property
+    def composable(self) -> bool:
+        """Whether a composition may take a part of this method.
+
+        Not where nothing is scored, nor where scores and budgets only make sense together.
+        """
+        return not (self.keeps_all or self.token_by_token)
+
+    # --- scorer ----------------------------------------------------------------------------------
+
+    needs: ClassVar[frozenset[Need]]
+    """What the method reads, its allocator's part included."""
+
+    @property
+    def observes(self) -> bool:
+        """Whether ``score`` works from ``LayerInput.observe``; else it is given keys to read.
+
+        The same goes for ``layer_stats``.
         """
         return False
+
+    @abstractmethod
+    def score(self, layer: LayerInput) -> LayerScores:
+        """Score the history of one layer; S' = num_tokens - window must be at least 1.
+
+        ``stats`` of the result are those of :meth:`layer_stats`.
+        """
+
+    def select(self, scores: LayerScores, count: int) -> Tensor:
+        """The history tokens a layer keeps: int64 [N, count], ascending ids, each once a head."""
+        return top_tokens(scores.tokens, count)
+
+    def select_layers(self, scores: Sequence[LayerScores], counts: Sequence[int]) -> list[Tensor]:
+        """``select`` for several layers of one prompt, on an accelerator in one launch."""
+        alike = len({s.tokens.shape for s in scores}) == 1
+        if not (self.nested and alike and use_triton(scores[0].tokens, "auto")):
+            return [self.select(s, count) for s, count in zip(scores, counts, strict=True)]
+        ids = select_tokens(torch.stack([s.tokens for s in scores]), counts)
+        return [ids[layer, :, :count] for layer, count in enumerate(counts)]
 
     @property
     def nested(self) -> bool:
@@ -160,14 +203,6 @@ class Method(ABC):
         return type(self).select is Method.select
 
     @property
-    def token_by_token(self) -> bool:
-        """Whether cuts while generating are made after each token, judged by its query alone.
-
-        If not, they are made every so many tokens and judged by the last ``window`` queries.
-        """
-        return False
-
-    @property
     def stores_by_worth(self) -> bool:
         """Whether survivors lie in the order of their scores, best first, instead of the text's.
 
@@ -176,21 +211,39 @@ class Method(ABC):
         return False
 
     @property
-    def observes(self) -> bool:
-        """Whether ``score`` works from ``LayerInput.observe``; else it is given keys to read."""
+    def token_by_token(self) -> bool:
+        """Whether cuts while generating are made after each token, judged by its query alone.
+
+        If not, they are made every so many tokens and judged by the last ``window`` queries.
+        """
         return False
 
-    def __post_init__(self) -> None:
-        self._check_int("window", 1)
+    # --- allocator -------------------------------------------------------------------------------
+
+    allocator_needs: ClassVar[frozenset[Need]] = frozenset()
+    """The part of ``needs`` that ``layer_stats`` reads."""
+    local: ClassVar[bool] = False
+    """``weights`` does not look at scores: a layer's budget is known before any layer has run."""
+
+    def layer_stats(self, layer: LayerInput) -> Mapping[str, float | Tensor]:
+        """What ``weights`` reads of a layer beyond its tokens' scores; see ``LayerScores.stats``.
+
+        Called only in a composition, where another method scores the tokens.
+        """
+        return {}
+
+    @property
+    def steady(self) -> bool:
+        """Whether two layers' weights keep their ratio when further layers are seen.
+
+        A cascade of cuts then ends exactly where a single one does, which is cheaper to make.
+        """
+        return False
 
     @property
     def schedule(self) -> Schedule:
         """When layers are cut; by default once, after the last."""
         return END
-
-    @abstractmethod
-    def score(self, layer: LayerInput) -> LayerScores:
-        """Score the history of one layer; S' = num_tokens - window must be at least 1."""
 
     def weights(
         self, seen: Sequence[LayerScores], *, base: int, num_layers: int
@@ -209,17 +262,7 @@ class Method(ABC):
         """Fewest history tokens a layer is given before the rest is divided."""
         return 0
 
-    def select(self, scores: LayerScores, count: int) -> Tensor:
-        """The history tokens a layer keeps: int64 [N, count], ascending ids, each once a head."""
-        return top_tokens(scores.tokens, count)
-
-    def select_layers(self, scores: Sequence[LayerScores], counts: Sequence[int]) -> list[Tensor]:
-        """``select`` for several layers of one prompt, on an accelerator in one launch."""
-        alike = len({s.tokens.shape for s in scores}) == 1
-        if not (self.nested and alike and use_triton(scores[0].tokens, "auto")):
-            return [self.select(s, count) for s, count in zip(scores, counts, strict=True)]
-        ids = select_tokens(torch.stack([s.tokens for s in scores]), counts)
-        return [ids[layer, :, :count] for layer, count in enumerate(counts)]
+    # --- checks of parameters --------------------------------------------------------------------
 
     def _check_int(self, field_name: str, low: int) -> None:
         value = getattr(self, field_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from kvcompress_kernels.scoring import WindowStatistics
 from kvcompress_kernels.selection import token_scores
 
 from . import released_cake
@@ -49,6 +50,7 @@ class Cake(Method):
 
     name: ClassVar[str] = "cake"
     needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
+    allocator_needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
 
     tau1: float = 1.0
     tau2: float = 1.0
@@ -68,6 +70,10 @@ class Cake(Method):
 
     @property
     def steady(self) -> bool:
+        return not self.faithful
+
+    @property
+    def composable(self) -> bool:
         return not self.faithful
 
     @property
@@ -99,8 +105,13 @@ class Cake(Method):
                 mode="avg",
                 num_kv_heads=layer.num_kv_heads,
             ),
-            stats={"log_entropy": _log(stats.entropy), "log_shift": _log(stats.shift)},
+            stats=_logs(stats),
         )
+
+    def layer_stats(self, layer: LayerInput) -> Mapping[str, float | Tensor]:
+        if self.faithful:
+            return self._released_score(layer).stats
+        return _logs(observe(layer, self.window, self.name))
 
     def weights(
         self, seen: Sequence[LayerScores], *, base: int, num_layers: int
@@ -146,6 +157,10 @@ class Cake(Method):
         history = seen[0].tokens.shape[-1]
         budgets = released_cake.layer_budgets(preferences, base * num_layers, history)
         return np.array(budgets.clipped, dtype=np.float64)
+
+
+def _logs(stats: WindowStatistics) -> dict[str, float | Tensor]:
+    return {"log_entropy": _log(stats.entropy), "log_shift": _log(stats.shift)}
 
 
 def _log(value: float | Tensor) -> float | Tensor:

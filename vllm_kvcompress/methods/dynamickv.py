@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from kvcompress_kernels.selection import group_mean, grouped, token_scores, winners_per_layer
+from kvcompress_kernels.selection import group_mean, grouped, winners_per_layer
 
 from . import released_dynamickv
 from .base import Every, LayerInput, LayerScores, Method, Need, Schedule
 from .registry import register
-from .window import WINDOW_NEEDS, observe, observed
+from .window import WINDOW_NEEDS, observed, window_votes
 
 
 @register
@@ -64,6 +64,10 @@ class DynamicKV(Method):
         self._check_bool("faithful")
 
     @property
+    def composable(self) -> bool:
+        return not self.faithful
+
+    @property
     def observes(self) -> bool:
         return not self.faithful
 
@@ -93,14 +97,12 @@ class DynamicKV(Method):
         return LayerScores(tokens, query_heads=per_head)
 
     def _window_sum(self, layer: LayerInput) -> Tensor:
-        mean = observe(layer, self.window, self.name).mean
-        pooled = token_scores(
-            mean,
-            None,
-            gamma=0.0,
+        pooled = window_votes(
+            layer,
+            self.window,
+            self.name,
             kernel=self.kernel,
-            mode=self.pooling,
-            num_kv_heads=layer.num_kv_heads,
+            pooling=self.pooling,
             reduce=self.reduce,
         )
         # The statistics are means over the window's queries; this method is defined on their sum.

@@ -7,13 +7,14 @@ from typing import ClassVar
 
 import torch
 
-from .base import LayerInput, LayerScores, Method, Need
+from .base import LayerInput, LayerScores, Need
+from .equal import EqualShares
 from .registry import register
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Random(Method):
+class Random(EqualShares):
     """Equal budgets, random tokens, drawn anew for every layer and KV head.
 
     ``window``: protected tokens. ``seed``: the same seed gives the same tokens for a prompt of the
@@ -22,7 +23,6 @@ class Random(Method):
 
     name: ClassVar[str] = "random"
     needs: ClassVar[frozenset[Need]] = frozenset()
-    local: ClassVar[bool] = True
 
     seed: int = 0
 
@@ -35,7 +35,3 @@ class Random(Method):
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + layer.layer) % 2**63)
         shape = (layer.num_kv_heads, layer.num_tokens - self.window)
         return LayerScores(torch.rand(shape, generator=generator))
-
-    def cap(self, history: int, base: int) -> int:
-        """No layer ever needs more than its equal share."""
-        return min(history, base)

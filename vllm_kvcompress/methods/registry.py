@@ -1,4 +1,4 @@
-"""Methods by name: the built-in ones and those of other packages.
+"""Methods by name: the built-in ones, those of other packages, and compositions of their parts.
 
 Another package adds a method by an entry point in the group ``vllm_kvcompress.methods`` whose
 object is a ``Method`` sub-class; its ``name`` counts, and a built-in name cannot be taken over.
@@ -14,8 +14,12 @@ from importlib.metadata import entry_points
 from typing import TypeVar
 
 from .base import Method
+from .composed import Composed, check_composable
 
 ENTRY_POINT_GROUP = "vllm_kvcompress.methods"
+
+ROLES = ("scorer", "allocator")
+"""Parameters of every method that can be composed: whose part replaces its own."""
 
 _methods: dict[str, type[Method]] = {}
 
@@ -25,8 +29,12 @@ M = TypeVar("M", bound=type[Method])
 def register(method: M) -> M:
     """Class decorator: make a method known by its ``name``.
 
-    Registering the same class again is harmless. Raises ValueError if another class has the name.
+    Registering the same class again is harmless. Raises ValueError if another class has the name,
+    or if a field is called like one of ``ROLES``.
     """
+    for role in ROLES:
+        if role in _parameters(method):
+            raise ValueError(f"{method.name}: the parameter name {role} is reserved")
     known = _methods.setdefault(method.name, method)
     if known is not method:
         raise ValueError(
@@ -53,17 +61,66 @@ def available() -> tuple[str, ...]:
 def get_method(name: str, params: Mapping[str, object]) -> Method:
     """Build the method ``name`` with ``params`` (field name to value; the rest keep defaults).
 
-    Raises ValueError, one sentence each, for an unknown method, an unknown parameter and a value
-    of the wrong type or out of range.
+    ``scorer`` and ``allocator`` among the ``params`` replace that part of the method by another
+    method's: a name, or a mapping ``{"method": name, **its parameters}``. The parts share the
+    window of the method ``name``, and the result is a :class:`Composed`.
+
+    Raises ValueError, one sentence each, for an unknown method, an unknown parameter, a value of
+    the wrong type or out of range, and parts that cannot be combined.
     """
+    own = {key: value for key, value in params.items() if key not in ROLES}
+    whole = _build(name, own)
+    replaced = {role: params[role] for role in ROLES if role in params}
+    if not replaced:
+        return whole
+    check_composable(whole)
+    idle = sorted(own.keys() - {"window"})
+    if len(replaced) == len(ROLES) and idle:
+        raise ValueError(
+            f"{name}: {idle[0]} has no effect, as scorer and allocator are both replaced and only "
+            f"the window is shared, got {own[idle[0]]!r}"
+        )
+    parts = {role: _part(whole, role, given) for role, given in replaced.items()}
+    return Composed(
+        window=whole.window,
+        scorer=parts.get("scorer", whole),
+        allocator=parts.get("allocator", whole),
+    )
+
+
+def _part(whole: Method, role: str, given: object) -> Method:
+    """The method whose part replaces one of ``whole``, with the window of ``whole``."""
+    own = dict(given) if isinstance(given, Mapping) else {"method": given}
+    name = own.pop("method", None)
+    if not isinstance(name, str):
+        raise ValueError(
+            f'{whole.name}: {role} must be the name of a method or a mapping {{"method": name, '
+            f"...}} with its parameters, got {given!r}"
+        )
+    if "window" in own:
+        raise ValueError(
+            f"{whole.name}: {role} must not have a window, as all parts share the method's window "
+            f"of {whole.window}, got {own['window']!r}"
+        )
+    return _build(name, {"window": whole.window, **own}, part=True)
+
+
+def _build(name: str, params: Mapping[str, object], *, part: bool = False) -> Method:
     if name not in available():
         raise ValueError(f'unknown method "{name}", known are {", ".join(available())}')
     method = _methods[name]
-    accepted = sorted(field.name for field in fields(method) if field.init)
+    parameters = _parameters(method)
     for param in params:
-        if param not in accepted:
+        if param not in parameters:
+            known = set(parameters)
+            known = known - {"window"} if part else known.union(() if method.keeps_all else ROLES)
             raise ValueError(
-                f'{name}: unknown parameter "{param}", accepted are {", ".join(accepted)}'
+                f'{name}: unknown parameter "{param}", '
+                f"accepted are {', '.join(sorted(known)) or 'none'}"
             )
     # The dataclass checks every value in __post_init__, so the untyped mapping is safe here.
     return method(**dict(params))  # type: ignore[arg-type]
+
+
+def _parameters(method: type[Method]) -> list[str]:
+    return [field.name for field in fields(method) if field.init]
