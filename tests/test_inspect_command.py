@@ -4,12 +4,14 @@ import argparse
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.engine.harness import MODELS, SMALL
 from vllm_kvcompress.cli import build_parser, main
 from vllm_kvcompress.commands import CommandError
 from vllm_kvcompress.commands.inspect import make_job
-from vllm_kvcompress.commands.inspect_engine import check_length, read_prompt
+from vllm_kvcompress.commands.inspect_engine import cache_bytes, check_length, read_prompt
+from vllm_kvcompress.commands.plan_model import ModelFacts
 
 
 @pytest.fixture
@@ -91,15 +93,47 @@ def test_settings_reach_the_methods(words: list[str]) -> None:
     ]
 
 
-def test_prompts_that_are_kept_whole_or_too_long_are_refused(words: list[str]) -> None:
+FACTS = ModelFacts(
+    name="m",
+    architecture="LlamaForCausalLM",
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    dtype=torch.bfloat16,
+    max_model_len=512,
+    default_model_len=512,
+    quantized=False,
+)
+
+
+@pytest.mark.parametrize(
+    ("more", "tokens", "sentence"),
+    [
+        ([], 100, "a prompt of 100 tokens fits --budget 128"),
+        ([], 512, "a prompt of 512 tokens is too long for the model's 512"),
+        (
+            ["--max-model-len", "300"],
+            300,
+            "--max-model-len must be at least 301 for a prompt of 300 tokens, got 300",
+        ),
+    ],
+)
+def test_prompts_that_are_kept_whole_or_too_long_are_refused(
+    words: list[str], more: list[str], tokens: int, sentence: str
+) -> None:
+    with pytest.raises(CommandError, match=sentence):
+        check_length(make_job(parsed(words, "--budget", "128", *more)), FACTS, tokens)
+
+
+def test_engine_gets_what_the_prompt_needs(words: list[str]) -> None:
     job = make_job(parsed(words, "--budget", "128"))
-    assert check_length(job, 300) == 301
-    with pytest.raises(CommandError, match="a prompt of 100 tokens fits --budget 128"):
-        check_length(job, 100)
-    with pytest.raises(
-        CommandError, match="--max-model-len must be at least 301 for a prompt of 300"
-    ):
-        check_length(make_job(parsed(words, "--budget", "128", "--max-model-len", "300")), 300)
+    assert check_length(job, FACTS, 300) == 301
+    longer = make_job(parsed(words, "--budget", "128", "--max-model-len", "400"))
+    assert check_length(longer, FACTS, 300) == 400
+    # Keys and values of 2 bytes: at least those of the prompt and of what it is compressed into.
+    token = 2 * 2 * FACTS.layers * FACTS.kv_heads * FACTS.head_size
+    assert (300 + 128) * token < cache_bytes(job, FACTS, 301) < 1000 * token
 
 
 def test_prompt_of_a_chat_is_the_templates_text(words: list[str], tmp_path: Path) -> None:

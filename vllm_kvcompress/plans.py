@@ -204,7 +204,7 @@ class Plans:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except (json.JSONDecodeError, RecursionError):
+            except (ValueError, RecursionError):  # a number may have too many digits
                 value = None
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
             raise ValueError(

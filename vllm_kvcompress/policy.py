@@ -1,9 +1,12 @@
 """What a server lets the requests of its clients set, and within which bounds."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+
+from vllm_kvcompress.keep import shown
 
 OFF = "none"
 """Name of the method that leaves a request alone."""
@@ -12,6 +15,12 @@ DEBUGGING = frozenset({"scatter"})
 """Methods that a request may ask for only if the server names them."""
 
 FIELDS = ("method", "budget", "params", "keep", "decode")
+
+LEAST_NUMBER, MOST_NUMBER = 1e-6, 2**31 - 1
+"""Size of numbers but 0 that a request may give to a parameter: what tensors and fp32 can take."""
+
+MOST_KERNEL = 129
+"""Largest pooling width that a request may ask for where the policy sets no bound of its own."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +99,34 @@ class Policy:
 
     def refusal_of_param(self, name: str, value: object) -> str | None:
         """Return what is wrong with a parameter that a request sets; None if nothing is."""
-        rule = self.params if isinstance(self.params, bool) else self.params.get(name, False)
-        if rule is True:
-            return None
+        rule = self._rule(name)
         if rule is False:
             return "may not be set by requests on this server"
         if isinstance(rule, Range):
             return None if value in rule else f"must be {rule} on this server"
-        choices = ", ".join(str(choice) for choice in rule)
-        return None if value in rule else f"must be one of {choices} on this server"
+        if isinstance(rule, tuple):
+            choices = ", ".join(str(choice) for choice in rule)
+            return None if value in rule else f"must be one of {choices} on this server"
+        if isinstance(value, Mapping):
+            return self._refusal_of_part(value)
+        many = value if isinstance(value, list | tuple) else [value]
+        return next((found for one in many if (found := _refusal_of_size(name, one))), None)
+
+    def _refusal_of_part(self, part: Mapping[Any, object]) -> str | None:
+        """What is wrong with a method that a request names in place of a number."""
+        for name, value in part.items():
+            if isinstance(value, Mapping):
+                return f"must not hold an object under {shown(name)}"
+            if name != "method" and (refusal := self.refusal_of_param(name, value)):
+                return f"has {shown(name)}, which {refusal}"
+        return None
+
+    def _rule(self, name: str) -> "Range | tuple[Any, ...] | bool":
+        return self.params if isinstance(self.params, bool) else self.params.get(name, False)
 
     def most(self, name: str, unbounded: float) -> float | None:
         """Return the largest number that a parameter may be set to; None if it may not be set."""
-        rule = self.params if isinstance(self.params, bool) else self.params.get(name, False)
+        rule = self._rule(name)
         if rule is False:
             return None
         if isinstance(rule, Range):
@@ -110,6 +134,18 @@ class Policy:
         if rule is True:
             return unbounded
         return max((c for c in rule if isinstance(c, int | float)), default=None)
+
+
+def _refusal_of_size(name: str, value: object) -> str | None:
+    if isinstance(value, Mapping | list | tuple):
+        return "must not be nested"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None  # the method's to judge
+    if value != 0 and not LEAST_NUMBER <= abs(value) <= MOST_NUMBER:
+        return f"must be 0 or {LEAST_NUMBER:g} to {MOST_NUMBER} in size"
+    if name == "kernel" and value > MOST_KERNEL:
+        return f"must be at most {MOST_KERNEL} on this server"
+    return None
 
 
 def _methods(value: object) -> frozenset[str] | None:
@@ -155,12 +191,19 @@ def _params(value: object) -> Mapping[str, Range | tuple[Any, ...] | bool] | boo
 
 def _range(name: str, value: Mapping[Any, Any]) -> Range:
     ends = list(value.values())
-    numbers = all(isinstance(e, int | float) and not isinstance(e, bool) for e in ends)
+    numbers = all(
+        isinstance(e, int | float) and not isinstance(e, bool) and abs(e) < math.inf for e in ends
+    )
     if not ends or not set(value) <= {"min", "max"} or not numbers:
         raise ValueError(
-            f'allow: {name} takes bounds as numbers under "min", "max" or both, got {dict(value)!r}'
+            f'allow: {name} takes bounds as finite numbers under "min", "max" or both, got '
+            f"{dict(value)!r}"
         )
-    return Range(value.get("min"), value.get("max"))
+    low, high = value.get("min"), value.get("max")
+    # A share of the prompt and a number of tokens cannot be compared.
+    if low is not None and high is not None and low > high and (low < 1) == (high < 1):
+        raise ValueError(f'allow: {name} needs a "min" of at most "max", got {low} and {high}')
+    return Range(low, high)
 
 
 def _keep(value: object) -> int | bool:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.engine.harness import Engine, Engines
+from vllm_kvcompress.choice import choose
 from vllm_kvcompress.methods.released_cake import ReleasedCake
 
 pytestmark = pytest.mark.engine
@@ -128,10 +129,9 @@ def test_faithful_cake_evicts_as_the_release_does(
     """One token out for each that comes in, by its query alone, pooled in storage order."""
     config = {"faithful": True, "decode_budget": BUDGET, "decode_buffer": 1}
     engine = engines.get("cake", BUDGET, config=config)
-    from vllm_kvcompress.engine import compressor as module
-
     compressor, method = engine.session._compressor, engine.session._plans.own.method
-    choose, next_cut, checked = module.choose, compressor._next_cut, []
+    next_cut, checked = compressor._next_cut, []
+    held: Any = None
 
     def seeing(*args: Any) -> Any:
         nonlocal held
@@ -157,9 +157,8 @@ def test_faithful_cake_evicts_as_the_release_does(
                 checked.append(layer)
         return counts, kept
 
-    held: Any = None
     compressor._next_cut = seeing
-    monkeypatch.setattr(module, "choose", checking)
+    monkeypatch.setattr("vllm_kvcompress.engine.compressor.choose", checking)
     try:
         (answer,), blocks = engine.run_counting([prose[:400]], 12)
     finally:

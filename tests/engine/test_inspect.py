@@ -21,7 +21,6 @@ QUESTION = "Who spoke <first>?"
 def inspect(*words: str, text: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "vllm_kvcompress.cli", "inspect"]
     given = ["--model", str(MODELS / SMALL), "--input", "-", "--dtype", "float32"]
-    given += ["--engine-args", json.dumps({"kv_cache_memory_bytes": 128 << 20})]
     return subprocess.run(
         [*command, *given, *words],
         input=text,

@@ -82,7 +82,8 @@ def test_a_mixed_batch_is_exact(engines: Engines, prose: list[int], tmp_path: Pa
     assert len(ways) > 12
     for prompt, asked, (tokens, logprob) in zip(prompts, ASKED, together, strict=True):
         expected = alone(engines, model, prompt, asked)
-        assert (tokens, logprob) == (expected[0], pytest.approx(expected[1], abs=1e-3)), asked
+        assert tokens == expected[0], asked
+        assert logprob == pytest.approx(expected[1], abs=1e-3), asked
 
 
 @pytest.mark.parametrize("prefill", ["full", "cascade"])
@@ -117,7 +118,8 @@ def test_kept_ranges_survive_cuts_while_generating(
     engine = open_engine(engines, config=config)
     prompt, keep = prose[:500], [10, 50]
     kept = {"kv_compression": method, "kv_compression_keep": keep, "kv_compression_budget": 128}
-    codec, keys = engine.session._codec, {}
+    codec = engine.session._codec
+    keys: dict[int, Any] = {}
     request_id = engine.add(prompt, 100, extra_args=kept)
     for _ in engine.steps():
         if request_id in engine.session.arena:

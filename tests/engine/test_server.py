@@ -1,95 +1,28 @@
 """The real `vllm serve` on a real port, asked through the OpenAI client."""
 
 import json
-import os
-import re
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import BadRequestError, OpenAI
+from openai import BadRequestError
 
 from tests.engine.harness import MODELS, SMALL
+from tests.engine.server import VLLM, Server, serve
 
 pytestmark = pytest.mark.engine
 
-VLLM = Path(sys.executable).with_name("vllm")
 BUDGET = 128
-
-
-class Server:
-    """A running server.
-
-    Args:
-        port: Where it listens, on 127.0.0.1.
-        log: File its output goes to.
-
-    """
-
-    def __init__(self, port: int, log: Path) -> None:
-        self.port = port
-        self.log = log
-        self.client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
-
-    def lines(self, prefix: str) -> list[dict[str, Any]]:
-        """JSON objects logged behind a prefix."""
-        found = re.findall(rf"{prefix} (\{{.*\}})", self.log.read_text())
-        return [json.loads(text) for text in found]
-
-    def wait_for(self, prefix: str, count: int, seconds: float = 30) -> list[dict[str, Any]]:
-        """Wait until that many lines are in the log."""
-        end = time.monotonic() + seconds
-        while len(self.lines(prefix)) < count and time.monotonic() < end:
-            time.sleep(0.2)
-        return self.lines(prefix)
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    command = [
-        str(VLLM), "serve", str(MODELS / SMALL), "--host", "127.0.0.1", "--port", str(port),
-        "--served-model-name", "small", "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "2048", "--block-size", "32", "--max-num-seqs", "16",
-        "--kv-cache-memory-bytes", str(256 << 20), "--enable-prompt-tokens-details",
-        "--kv-compression", "cake", "--kv-compression-budget", str(BUDGET),
-        "--kv-compression-config", '{"log_requests": true, "check_integrity": true}',
-    ]  # fmt: skip
-    env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
-    try:
-        _wait_healthy(process, port, log)
-        yield Server(port, log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait(30)
-
-
-def _wait_healthy(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)
-    raise AssertionError(log.read_text()[-4000:])
+    options = ["--enable-prompt-tokens-details"]
+    with serve(MODELS / SMALL, log, method="cake", budget=BUDGET, options=options) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -188,13 +121,13 @@ def test_second_question_hits_the_prefix_cache(server: Server, text: str) -> Non
 
 def test_metrics_tell_what_was_freed(server: Server, text: str) -> None:
     """Blocks out of the books of one request: freed ones are its prompt's, none stay held."""
-    before = _metrics(server)
+    before = server.metrics()
     answer = server.client.completions.create(
         model="small", prompt="Once. " + text, max_tokens=8, temperature=0
     )
     # The figures of the step that frees the last block come with the next step's.
     server.client.completions.create(model="small", prompt="Hello", max_tokens=2)
-    after = _metrics(server)
+    after = server.metrics()
     assert answer.usage is not None
     prompt_blocks = -(-answer.usage.prompt_tokens // 32)
     assert after["blocks_freed_total"] - before["blocks_freed_total"] == prompt_blocks
@@ -213,20 +146,6 @@ def test_a_wrong_setting_of_a_request_is_a_400(server: Server) -> None:
             extra_body={"vllm_xargs": {"kv_compression_decode": "never"}},
         )  # fmt: skip
     assert server.client.completions.create(model="small", prompt="Hello", max_tokens=2).choices
-
-
-def _metrics(server: Server) -> dict[str, float]:
-    """Our metrics by name, and their own labels where they have some."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=30) as page:
-        lines = page.read().decode().splitlines()
-    found = {}
-    for line in lines:
-        if line.startswith("vllm:kv_compression_"):
-            name, value = line.removeprefix("vllm:kv_compression_").rsplit(" ", 1)
-            own = re.findall(r'(?:path|kind)="\w+"', name)
-            bare = name.partition("{")[0]
-            found[f"{bare}{{{own[0]}}}" if own else bare] = float(value)
-    return found
 
 
 def test_vllm_bench_serve(server: Server, tmp_path: Path) -> None:

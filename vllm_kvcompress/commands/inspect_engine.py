@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllm_kvcompress.commands import CommandError
 from vllm_kvcompress.commands.inspect import Job
+from vllm_kvcompress.commands.plan_figures import block_bytes
+from vllm_kvcompress.commands.plan_model import ModelFacts, load_config, model_facts
 from vllm_kvcompress.inspection import Inspection, Run, split_text
 from vllm_kvcompress.planner import Planner
 from vllm_kvcompress.plans import METHOD_KEY, PARAMS_KEY
@@ -47,10 +49,11 @@ def inspect(job: Job) -> Inspection:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    model = model_facts(str(job.model), load_config(str(job.model)), job.dtype)
     prompt = read_prompt(job)
-    length = check_length(job, len(prompt.token_ids))
+    length = check_length(job, model, len(prompt.token_ids))
     try:
-        llm = start(job, length)
+        llm = start(job, model, length)
     except ValueError as error:  # vLLM's and the plugin's word for a setting that cannot be
         raise CommandError(_sentence(error)) from error
     llm.collective_rpc("kv_compression_record", args=(True,))
@@ -98,11 +101,12 @@ def read_prompt(job: Job) -> Prompt:
     return Prompt(ids, tuple(split_text(text, encoded["offset_mapping"], names)))
 
 
-def check_length(job: Job, tokens: int) -> int:
+def check_length(job: Job, model: ModelFacts, tokens: int) -> int:
     """Return the context to start the engine with.
 
     Args:
         job: What to run.
+        model: Its model.
         tokens: Of the prompt.
 
     Raises:
@@ -116,6 +120,11 @@ def check_length(job: Job, tokens: int) -> int:
                 "lower the budget or take a longer text"
             )
     needed = tokens + 1
+    if model.max_model_len is not None and needed > model.max_model_len:
+        raise CommandError(
+            f"a prompt of {tokens} tokens is too long for the model's {model.max_model_len}; take "
+            "a shorter text"
+        )
     if job.max_model_len is None:
         return needed
     if job.max_model_len < needed:
@@ -126,10 +135,42 @@ def check_length(job: Job, tokens: int) -> int:
     return job.max_model_len
 
 
-def start(job: Job, max_model_len: int) -> Any:
-    """Start an engine with the first method whose requests may ask for the others."""
+def cache_bytes(job: Job, model: ModelFacts, max_model_len: int) -> int:
+    """Memory for the cache of one prompt; without being told vLLM takes most of the machine's.
+
+    Args:
+        job: What to run.
+        model: Its model.
+        max_model_len: Tokens of the context.
+
+    """
+    shape = (model.layers, model.kv_heads, model.head_size)
+    # A prompt holds its own blocks and those that it is compressed into, which are fewer.
+    blocks = 2 * -(-max_model_len // job.block_size) + 8
+    return blocks * block_bytes(*shape, job.block_size, model.dtype.itemsize)
+
+
+def start(job: Job, model: ModelFacts, max_model_len: int) -> Any:
+    """Start an engine with the first method whose requests may ask for the others.
+
+    Args:
+        job: What to run.
+        model: Its model.
+        max_model_len: Tokens of the context.
+
+    Raises:
+        CommandError: vLLM has no such argument.
+        ValueError: vLLM or the plugin refuses a setting.
+
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
     from vllm_kvcompress import LLM
 
+    known = {field.name for field in fields(EngineArgs)}
+    for name in job.engine_args:
+        if name not in known:
+            raise CommandError(f"--engine-args: vLLM has no argument {name!r}")
     first, *others = job.configs
     settings = first.as_dict()
     method, budget = settings.pop("method"), settings.pop("budget")
@@ -146,6 +187,7 @@ def start(job: Job, max_model_len: int) -> Any:
             "dtype": job.dtype,
             "enforce_eager": True,
             "max_num_seqs": 1,
+            "kv_cache_memory_bytes": cache_bytes(job, model, max_model_len),
             **job.engine_args,
         }
     )
@@ -184,4 +226,6 @@ def record(llm: Any, prompt: Prompt, config: KVCompressionConfig, *, first: bool
 def _sentence(error: ValueError) -> str:
     """The message; of pydantic's, which go over many lines, what the first check said."""
     details = getattr(error, "errors", None)
-    return str(details()[0]["msg"]) if callable(details) else str(error)
+    if not callable(details):
+        return str(error)
+    return str(details()[0]["msg"]).removeprefix("Value error, ")

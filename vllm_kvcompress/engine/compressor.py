@@ -18,6 +18,7 @@ from vllm_kvcompress.course import Cut
 from vllm_kvcompress.engine.codec import PageCodec
 from vllm_kvcompress.engine.facts import LayerFacts
 from vllm_kvcompress.engine.ledger import Entry
+from vllm_kvcompress.engine.report import Report
 from vllm_kvcompress.engine.scorer import Held, Scorer
 from vllm_kvcompress.keep import ids_between
 from vllm_kvcompress.methods import LayerScores, Method, settled
@@ -58,6 +59,7 @@ class Compressor:
     Attributes:
         seconds: Time spent so far, by phase.
         records: Descriptions of prompts' compressions, appended to; None: none are made.
+        report: What has been measured; whoever takes it away leaves a new one.
 
     """
 
@@ -75,6 +77,7 @@ class Compressor:
         self._num_layers = len(layers)
         self.seconds: dict[str, float] = {}
         self.records: list[CutRecord] | None = None
+        self.report = Report()
 
     # --- after a step ----------------------------------------------------------------------------
 
@@ -349,11 +352,18 @@ class Compressor:
     ) -> None:
         for phase, seconds in clock.laps.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            self.report.laps.append((phase, round(seconds * 1e6)))
+        name, tokens = entry.terms.planner.method.name, counts * plan.block_size - plan.slack
+        if entry.course is not None and entry.course.kind(entry.cuts) == "prompt":
+            self.report.counts[f"seen:{name}"] += plan.prompt_len
+            self.report.counts[f"kept:{name}"] += int(tokens.sum()) // self._num_layers
+            for layer, kept in enumerate(tokens.tolist()):
+                self.report.counts[f"layer:{layer}"] += kept
         if not self._config.log_requests:
             return
         facts = {
             "request": request_id,
-            "method": entry.terms.planner.method.name,
+            "method": name,
             "cut": entry.cuts,
             "cascade": entry.front is not None and entry.cuts == 1,
             "prompt_tokens": entry.prompt_len,
@@ -362,7 +372,7 @@ class Compressor:
             "blocks_before": plan.prompt_blocks,
             "blocks_after": plan.arena_blocks,
             "pages_per_layer": counts.tolist(),
-            "tokens_per_layer": (counts * plan.block_size - plan.slack).tolist(),
+            "tokens_per_layer": tokens.tolist(),
             "seconds": {k: round(v, 4) for k, v in clock.laps.items()},
         }
         logger.info("KVCOMPRESS %s", json.dumps(facts))

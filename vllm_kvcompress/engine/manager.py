@@ -2,6 +2,7 @@
 
 import json
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class ArenaManager(FullAttentionManager):
         self._watermark = 0
         self._promises: Promises | None = None
         self._chosen: dict[str, tuple[int, int]] = {}
-        self.counts = dict.fromkeys(COUNTERS, 0)
+        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
 
     def bind(
         self,
@@ -115,6 +116,14 @@ class ArenaManager(FullAttentionManager):
             "blocks_reserved": held + self.promises.total(),
             "blocks_free": free,
             **self.counts,
+        }
+
+    def running(self) -> dict[str, int]:
+        """Blocks of requests that hold some: now, and as they would be in plain vLLM."""
+        tokens = [self._requests[name].num_computed_tokens for name, _ in self.promises]
+        return {
+            "running_plain": sum(-(-count // self.block_size) for count in tokens),
+            "running_held": sum(len(self.req_to_blocks[name]) for name, _ in self.promises),
         }
 
     # --- admission -------------------------------------------------------------------------------
@@ -237,7 +246,10 @@ class ArenaManager(FullAttentionManager):
         self.promises.admit(request_id, share)
         request = self._requests[request_id]
         planner, prompt_len = self.terms_of(request).planner, request.num_prompt_tokens
-        if planner.plan(prompt_len) is None:
+        compressed = planner.plan(prompt_len) is not None
+        if not request.num_preemptions:
+            self.counts[f"requests:{planner.method.name}:{str(compressed).lower()}"] += 1
+        if not compressed:
             return
         path = "full" if share.front is None else "cascade"
         if planner.streams(prompt_len):

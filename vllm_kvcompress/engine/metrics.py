@@ -1,4 +1,4 @@
-"""The scheduler's books on the server's /metrics.
+"""What compression does, on the server's /metrics.
 
 vLLM's SchedulerStats travels from the engine's process to the server's once a step. It has one
 free-form field, a count of requests by the stage of a remote fetch; connectors are refused, so the
@@ -9,15 +9,17 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
+from vllm_kvcompress.engine.report import Report
 from vllm_kvcompress.engine.settings import compression_of
 
 _MARK = "_kv_compression_wrapped"
 _OURS = "_kv_compression_metrics"
 _PREFIX = "kv_compression:"
+_NAME = "vllm:kv_compression_"
 
 GAUGES = {
     "blocks_held": "KV-cache blocks that requests hold.",
@@ -35,14 +37,21 @@ COUNTERS = {
 }
 """Entry of the books -> name of the metric, its labels, what it says."""
 
+PHASES = ("score", "allocate", "select", "move")
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+"""Upper ends of the histograms' buckets."""
 
-def put_books(stats: SchedulerStats, books: Mapping[str, int]) -> None:
-    """Let the scheduler's books travel with its stats. Mutates stats."""
-    stats.num_kv_fetch_reqs_by_stage.update({_PREFIX + k: v for k, v in books.items()})
+
+def put_books(stats: SchedulerStats, books: Mapping[str, int], report: Report) -> None:
+    """Let the scheduler's books and a worker's report travel with its stats. Mutates stats."""
+    entries = dict(books)
+    entries |= {f"report:{name}": count for name, count in report.counts.items()}
+    entries |= {f"lap:{phase}:{i}": us for i, (phase, us) in enumerate(report.laps)}
+    stats.num_kv_fetch_reqs_by_stage.update({_PREFIX + k: v for k, v in entries.items()})
 
 
 def books_of(stats: SchedulerStats) -> dict[str, int]:
-    """Return the books that came with a scheduler's stats; empty if there are none."""
+    """Return what came with a scheduler's stats; empty if there is nothing."""
     entries = stats.num_kv_fetch_reqs_by_stage.items()
     return {k.removeprefix(_PREFIX): v for k, v in entries if k.startswith(_PREFIX)}
 
@@ -58,16 +67,48 @@ class CompressionMetrics:
     def __init__(self, model_name: str) -> None:
         labels = ["model_name", "engine"]
         self._model_name = model_name
-        self._gauges = {
-            name: Gauge(f"vllm:kv_compression_{name}", text, labels, multiprocess_mode="mostrecent")
-            for name, text in GAUGES.items()
-        }
+        self._gauges = {name: _gauge(name, text, labels) for name, text in GAUGES.items()}
+        self._ratio = _gauge(
+            "ratio",
+            "Blocks that running requests would hold without compression, by blocks they hold.",
+            labels,
+        )
         self._counters: dict[str, Counter] = {}
         for name, extra, text in COUNTERS.values():
             if name not in self._counters:
-                full = f"vllm:kv_compression_{name}"
-                self._counters[name] = Counter(full, text, [*labels, *extra])
+                self._counters[name] = Counter(_NAME + name, text, [*labels, *extra])
+        self._requests = Counter(
+            f"{_NAME}requests",
+            "Admitted requests by method, and whether their prompt was to be compressed.",
+            [*labels, "method", "compressed"],
+        )
+        self._seen = Counter(
+            f"{_NAME}prompt_tokens_seen", "Tokens of compressed prompts.", [*labels, "method"]
+        )
+        self._kept = Counter(
+            f"{_NAME}prompt_tokens_kept",
+            "Tokens of compressed prompts that an average layer has kept.",
+            [*labels, "method"],
+        )
+        self._layers = Counter(
+            f"{_NAME}layer_tokens_kept",
+            "Tokens of compressed prompts that a layer has kept.",
+            [*labels, "layer"],
+        )
+        self._share = _gauge(
+            "layer_kept_share",
+            "Share of the tokens of all compressed prompts that a layer has kept.",
+            [*labels, "layer"],
+        )
+        self._time = Histogram(
+            f"{_NAME}phase_time_seconds",
+            "Time of one compression on the host, by phase.",
+            [*labels, "phase"],
+            buckets=SECONDS,
+        )
         self._last: dict[tuple[int, str], int] = {}
+        self._layer_sums: dict[tuple[int, str], int] = {}
+        self._seen_sums: dict[int, int] = {}
 
     def observe(self, books: Mapping[str, int], engine: int) -> None:
         """Take in one engine's books. Mutates the metrics.
@@ -80,10 +121,54 @@ class CompressionMetrics:
         own = {"model_name": self._model_name, "engine": str(engine)}
         for name, gauge in self._gauges.items():
             gauge.labels(**own).set(books[name])
+        held = books["running_held"]
+        self._ratio.labels(**own).set(books["running_plain"] / held if held else 1.0)
         for entry, (name, extra, _) in COUNTERS.items():
-            before = self._last.get((engine, entry), 0)
-            self._counters[name].labels(**own, **extra).inc(books[entry] - before)
-            self._last[engine, entry] = books[entry]
+            self._counters[name].labels(**own, **extra).inc(self._since(engine, entry, books))
+        reported = False
+        for entry in books:
+            kind, _, rest = entry.partition(":")
+            if kind == "requests":
+                method, _, compressed = rest.rpartition(":")
+                self._requests.labels(**own, method=method, compressed=compressed).inc(
+                    self._since(engine, entry, books)
+                )
+            elif kind == "lap":
+                phase = rest.partition(":")[0]
+                self._time.labels(**own, phase=phase).observe(books[entry] / 1e6)
+            elif kind == "report":
+                self._take(own, engine, rest, books[entry])
+                reported = True
+        if reported:
+            self._tell_shares(own, engine)
+
+    def _take(self, own: Mapping[str, str], engine: int, entry: str, count: int) -> None:
+        kind, _, which = entry.partition(":")
+        if kind == "layer":
+            self._layers.labels(**own, layer=which).inc(count)
+            key = (engine, which)
+            self._layer_sums[key] = self._layer_sums.get(key, 0) + count
+        elif kind == "seen":
+            self._seen.labels(**own, method=which).inc(count)
+            self._seen_sums[engine] = self._seen_sums.get(engine, 0) + count
+        else:
+            self._kept.labels(**own, method=which).inc(count)
+
+    def _tell_shares(self, own: Mapping[str, str], engine: int) -> None:
+        for (other, layer), kept in self._layer_sums.items():
+            if other == engine:
+                share = kept / self._seen_sums[engine]
+                self._share.labels(**own, layer=layer).set(share)
+
+    def _since(self, engine: int, entry: str, books: Mapping[str, int]) -> int:
+        """How much an entry that only grows has grown since it was last seen. Mutates the sums."""
+        before = self._last.get((engine, entry), 0)
+        self._last[engine, entry] = books[entry]
+        return books[entry] - before
+
+
+def _gauge(name: str, text: str, labels: list[str]) -> Gauge:
+    return Gauge(_NAME + name, text, labels, multiprocess_mode="mostrecent")
 
 
 def export_books() -> None:

@@ -12,6 +12,9 @@ from vllm_kvcompress.plans import Plans
 _MARK = "_kv_compression_wrapped"
 _PLANS = "_kv_compression_plans"
 
+_LONGEST = 500
+"""Characters of an error message."""
+
 
 def guard_requests() -> None:
     """Check every request of engines with compression on; idempotent."""
@@ -53,7 +56,7 @@ def check_request(request: Any, processor: Any) -> None:
     try:
         terms = _plans(processor).terms(getattr(params, "extra_args", None), prompt_len)
     except ValueError as error:
-        raise VLLMValidationError(str(error)) from None
+        raise VLLMValidationError(_printable(error)) from None
     if not blocks or params is None or params.max_tokens is None:
         return
     # With data parallelism the number is that of all engines; each has its own pool.
@@ -71,6 +74,12 @@ def check_request(request: Any, processor: Any) -> None:
         f"max_tokens {params.max_tokens} is too large: with a prompt of {prompt_len} tokens the "
         f"KV cache has room for {max(room, 0)} generated tokens; lower max_tokens"
     )
+
+
+def _printable(error: ValueError) -> str:
+    """An error's sentence as it can be sent: it may quote whatever the request held."""
+    text = str(error).encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
 def _plans(processor: Any) -> Plans:

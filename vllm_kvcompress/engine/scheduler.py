@@ -16,12 +16,15 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_kvcompress.engine.manager import ArenaManager
 from vllm_kvcompress.engine.metrics import put_books
 from vllm_kvcompress.engine.orders import Orders, attach
+from vllm_kvcompress.engine.report import Report, report_of
 from vllm_kvcompress.engine.settings import plans_of
 
 
@@ -43,6 +46,7 @@ class _ArenaScheduling(Scheduler):
             self.kv_cache_manager.watermark_blocks,
         )
         self._hits: tuple[str, Sequence[KVCacheBlock]] = ("", ())
+        self._report = Report()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """See the base class; verifies the books first when asked to."""
@@ -65,11 +69,20 @@ class _ArenaScheduling(Scheduler):
         )
         return output
 
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """See the base class; takes in what the worker measured."""
+        if self.log_stats and (report := report_of(model_runner_output)) is not None:
+            self._report.add(report)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """See the base class; the books travel along."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            put_books(stats, self._arena.books())
+            put_books(stats, {**self._arena.books(), **self._arena.running()}, self._report)
+            self._report = Report()
         return stats
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:

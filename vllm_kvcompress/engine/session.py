@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from vllm_kvcompress.engine.compressor import CascadeRun, Compressor
 from vllm_kvcompress.engine.facts import LayerFacts
 from vllm_kvcompress.engine.ledger import Entry, Ledger
 from vllm_kvcompress.engine.orders import orders_of
+from vllm_kvcompress.engine.report import Report, attach
 from vllm_kvcompress.plans import Plans
 from vllm_kvcompress.records import CutRecord
 from vllm_kvcompress.ring import QueryRing
@@ -181,6 +183,12 @@ class Session:
     @records.setter
     def records(self, records: list[CutRecord] | None) -> None:
         self._compressor.records = records
+
+    def report_with(self, output: Any) -> Any:
+        """Send what was measured along with a step's output. Mutates both; returns the output."""
+        if self._compressor.report and attach(output, self._compressor.report):
+            self._compressor.report = Report()
+        return output
 
     def collects(self) -> bool:
         """Whether the step just begun looks into a prompt's attention, which must run in Python."""

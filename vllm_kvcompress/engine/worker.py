@@ -106,7 +106,12 @@ class ArenaWorker:
         self._session.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         self._session.end_step()
-        return output
+        return self._session.report_with(output)
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """See vLLM's Worker; what was measured goes to the scheduler with its output."""
+        output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        return self._session.report_with(output)
 
     def kv_compression_check_integrity(self) -> None:
         """For collective_rpc: raises IntegrityError if the arena's books do not add up."""

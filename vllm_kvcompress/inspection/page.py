@@ -17,7 +17,16 @@ from plotly.offline import get_plotlyjs
 
 from .chart import chart, edges_of, min_width
 from .data import Inspection, Run
-from .style import MARK, headline, one_line, run_title, shorten, strongest
+from .style import (
+    MARK,
+    PROFILE_NAMES,
+    PROFILE_NOTE,
+    headline,
+    one_line,
+    run_title,
+    shorten,
+    strongest,
+)
 
 LEVELS = 10
 """Strengths of the marks in the text."""
@@ -47,6 +56,12 @@ def render(inspection: Inspection) -> str:
         question=inspection.question,
         tokens=list(zip(inspection.pieces, levels(inspection, inspection.runs[0]), strict=True)),
         runs=[run_title(run) for run in inspection.runs],
+        profile=[
+            name
+            for symbol, name in PROFILE_NAMES.items()
+            if any(symbol in run.profile for run in inspection.runs)
+        ],
+        profile_note=PROFILE_NOTE,
         levels=LEVELS,
         strongest=strongest(inspection),
         mark=f"{red},{green},{blue}",

@@ -7,7 +7,7 @@ else is in the batch.
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -280,7 +280,7 @@ class Method(ABC):
         good = (
             isinstance(value, int | float)
             and not isinstance(value, bool)
-            and math.isfinite(value)
+            and abs(value) <= sys.float_info.max  # not inf or nan, nor an integer beyond floats
             and (value > low if above else value >= low)
         )
         if not good:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from inspect import isabstract
 from typing import TypeVar
 
 from .base import Method
@@ -46,10 +47,39 @@ def register(method: M) -> M:
 @cache
 def _load_third_party() -> None:
     for entry in entry_points(group=ENTRY_POINT_GROUP):
+        register_entry(entry)
+
+
+def register_entry(entry: EntryPoint) -> None:
+    """Load and register the method that an entry point of another package names.
+
+    Raises ValueError, one sentence that names the entry point and its package, if it cannot be
+    loaded, is no usable method, or has a name that is taken.
+    """
+    package = entry.dist.name if entry.dist else "its package"
+    where = f'entry point "{entry.name} = {entry.value}" of {package}'
+    try:
         method = entry.load()
-        if not (isinstance(method, type) and issubclass(method, Method)):
-            raise ValueError(f"entry point {entry.name} ({entry.value}) is not a Method sub-class")
+    except Exception as error:  # whatever a foreign module raises while it is imported
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"{where} cannot be loaded ({cause}); repair or uninstall {package}"
+        ) from error
+    if not (isinstance(method, type) and issubclass(method, Method)) or isabstract(method):
+        raise ValueError(
+            f"{where} must be a sub-class of vllm_kvcompress.methods.Method that has a score, "
+            f"got {method!r}"
+        )
+    for name, kind in (("name", str), ("needs", frozenset)):
+        if not isinstance(getattr(method, name, None), kind):
+            raise ValueError(
+                f"{where} must have a class attribute {name} of type {kind.__name__}, "
+                f"got {getattr(method, name, None)!r}"
+            )
+    try:
         register(method)
+    except ValueError as error:
+        raise ValueError(f"{where} is refused: {error}") from None
 
 
 def available() -> tuple[str, ...]:

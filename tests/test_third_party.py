@@ -1,0 +1,164 @@
+"""Methods of other packages: what is wrong with an entry point is said in one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_kvcompress.methods import available, get_method, registry
+
+GOOD = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vllm_kvcompress.methods import LayerInput, LayerScores, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guess(Method):
+    name: ClassVar[str] = "guess"
+    needs: ClassVar[frozenset] = frozenset()
+    luck: int = 1
+
+    def score(self, layer):
+        raise NotImplementedError
+"""
+METADATA = "Metadata-Version: 2.1\nName: kvc-guess\nVersion: 1.0\n"
+
+
+@dataclass
+class Package:
+    """A package on the path, with one entry point, that is not installed anywhere."""
+
+    folder: Path
+
+    def write(self, code: str, entry: str = "guess = kvc_guess:Guess") -> None:
+        """Write its module and its metadata."""
+        (self.folder / "kvc_guess.py").write_text(code, encoding="utf-8")
+        info = self.folder / "kvc_guess-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(METADATA, encoding="utf-8")
+        lines = f"[{registry.ENTRY_POINT_GROUP}]\n{entry}\n"
+        (info / "entry_points.txt").write_text(lines, encoding="utf-8")
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Package]:
+    """Registry and modules are afterwards what they were."""
+    available()
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    monkeypatch.syspath_prepend(tmp_path)
+    registry._load_third_party.cache_clear()
+    yield Package(tmp_path)
+    sys.modules.pop("kvc_guess", None)
+    registry._load_third_party.cache_clear()
+
+
+def refusal(*names: str) -> str:
+    """What every use of the registry says; one sentence that names the entry point."""
+    with pytest.raises(ValueError, match=r"^entry point ") as caught:
+        available()
+    # Not only the first time: nothing may be half known.
+    with pytest.raises(ValueError, match=r"^entry point "):
+        get_method("cake", {})
+    text = str(caught.value)
+    assert "\n" not in text
+    assert len(text) < 300
+    assert [name for name in ("of kvc-guess", *names) if name not in text] == []
+    return text
+
+
+def test_a_method_is_found_by_its_own_name(package: Package) -> None:
+    package.write(GOOD, "called-otherwise = kvc_guess:Guess")
+    assert "guess" in available()
+    assert "called-otherwise" not in available()
+    assert get_method("guess", {"luck": 2}).name == "guess"
+    with pytest.raises(ValueError, match=r'^guess: unknown parameter "lucky", accepted are .*luck'):
+        get_method("guess", {"lucky": 2})
+
+
+def test_registering_in_the_module_too_is_harmless(package: Package) -> None:
+    code = GOOD.replace("@dataclass", "@register\n@dataclass")
+    package.write("from vllm_kvcompress.methods import register\n" + code)
+    assert "guess" in available()
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("raise RuntimeError('two\\nlines')", "RuntimeError: two lines"),
+        ("def", "SyntaxError"),
+        ("", "AttributeError"),
+    ],
+)
+def test_an_entry_point_that_cannot_be_loaded(package: Package, code: str, cause: str) -> None:
+    package.write(code)
+    refusal('"guess = kvc_guess:Guess"', "cannot be loaded", cause, "repair or uninstall kvc-guess")
+
+
+def test_a_module_that_is_not_there(package: Package) -> None:
+    package.write(GOOD, "guess = kvc_gone:Guess")
+    refusal('"guess = kvc_gone:Guess"', "cannot be loaded", "No module named 'kvc_gone'")
+
+
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        ("Guess = 3", "got 3"),
+        ("class Guess: pass", "got <class 'kvc_guess.Guess'>"),
+        (GOOD + "\nGuess = Guess()", "got Guess(window=32, luck=1)"),
+        (GOOD.replace("def score", "def rank"), "that has a score"),
+    ],
+    ids=["number", "class", "object", "abstract"],
+)
+def test_an_entry_point_that_is_no_method(package: Package, code: str, shown: str) -> None:
+    package.write(code)
+    refusal("must be a sub-class of vllm_kvcompress.methods.Method", shown)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ('name: ClassVar[str] = "guess"', "class attribute name of type str, got None"),
+        (
+            "needs: ClassVar[frozenset] = frozenset()",
+            "class attribute needs of type frozenset, got None",
+        ),
+    ],
+)
+def test_a_method_that_lacks_an_attribute(package: Package, line: str, shown: str) -> None:
+    package.write(GOOD.replace(line, "pass"))
+    refusal(shown)
+
+
+@pytest.mark.parametrize("taken", ["cake", "none", "scatter"])
+def test_a_built_in_name_cannot_be_taken_over(package: Package, taken: str) -> None:
+    package.write(GOOD.replace('"guess"', f'"{taken}"'))
+    text = refusal(f'the method name "{taken}" is taken by vllm_kvcompress.methods.')
+    assert '"guess = kvc_guess:Guess"' in text
+    assert type(registry._methods[taken]).__name__ != "Guess"
+
+
+def test_parameters_that_compositions_use_are_reserved(package: Package) -> None:
+    package.write(GOOD.replace("luck", "scorer"))
+    refusal("guess: the parameter name scorer is reserved")
+
+
+def test_an_entry_point_without_a_package_is_named_all_the_same(
+    package: Package, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = EntryPoint("guess", "kvc_guess:Guess", registry.ENTRY_POINT_GROUP)
+
+    def found(**_: Any) -> EntryPoints:
+        return EntryPoints([entry])
+
+    monkeypatch.setattr(registry, "entry_points", found)
+    with pytest.raises(ValueError, match=r'^entry point "guess = kvc_guess:Guess" of its package '):
+        available()
