@@ -120,6 +120,7 @@ def serve(
         "--max-model-len", str(DEFAULTS["max_model_len"]),
         "--block-size", str(DEFAULTS["block_size"]),
         "--max-num-seqs", str(DEFAULTS["max_num_seqs"]),
+        "--max-num-batched-tokens", str(DEFAULTS["max_num_batched_tokens"]),
         "--kv-cache-memory-bytes", str(DEFAULTS["kv_cache_memory_bytes"]),
         "--kv-compression", method, "--kv-compression-budget", str(budget),
         "--kv-compression-config", json.dumps(settings), *options,
