@@ -10,13 +10,16 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from openai import OpenAI
 from safetensors import safe_open
 from safetensors.torch import save_file
+from serving import serve
 
 from tests.engine.cut_model import cut_model
 from tests.engine.harness import MODELS, REPO, SMALL, Engine, Engines, greedy
@@ -127,19 +130,6 @@ def test_prompt_embeds_answer_as_tokens_do(engines: Engines, model: Path, prose:
     by_embeds = ask(engine, [embeds], greedy(12))
     assert engine.stats["prompt_cuts"] == before + 1
     assert answers(by_embeds)[0][0][0] == answers(by_tokens)[0][0][0]
-
-
-def test_streaming_input_is_refused(three: dict[str | None, Engine], prose: list[int]) -> None:
-    from types import SimpleNamespace
-
-    from vllm.exceptions import VLLMValidationError
-
-    from vllm_kvcompress.engine.requests import check_request
-
-    request = SimpleNamespace(resumable=True)
-    processor = three["cake"].llm.llm_engine.input_processor
-    with pytest.raises(VLLMValidationError, match="streaming input is not supported"):
-        check_request(request, processor)
 
 
 # --- models --------------------------------------------------------------------------------------
@@ -302,3 +292,37 @@ def test_pausing_and_going_on(three: dict[str | None, Engine], prose: list[int])
     engine.llm.sleep(level=0)
     engine.llm.wake_up(tags=["scheduling"])
     assert engine.generate([prose[:400]], 8) == expected
+
+
+@pytest.mark.slow
+def test_data_parallel(model: Path, prose: list[int], tmp_path: Path) -> None:
+    """Two engines with a pool each behind one server; either gives the same answers."""
+    options = [
+        "--served-model-name", "small", "--dtype", "float32", "--enforce-eager",
+        "--max-model-len", "1024", "--block-size", "32", "--max-num-seqs", "4",
+        "--kv-cache-memory-bytes", str(64 << 20), "--data-parallel-size", "2",
+        "--kv-compression", "cake", "--kv-compression-budget", str(BUDGET),
+        "--kv-compression-config", '{"log_requests": true, "check_integrity": true}',
+    ]  # fmt: skip
+    log = tmp_path / "log.txt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        with serve(str(model), options, log, timeout=500) as server:
+            client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
+
+            def complete(start: int) -> str:
+                answer = client.completions.create(
+                    model="small", prompt=prose[start : start + 400], max_tokens=24,
+                    temperature=0, extra_body={"ignore_eos": True},
+                )  # fmt: skip
+                return answer.choices[0].text
+
+            starts = [0, 50, 100, 150]
+            with ThreadPoolExecutor(4) as pool:
+                together = list(pool.map(complete, starts))
+            assert [complete(start) for start in starts] == together
+    # Each process names itself in front of what it logs.
+    lines = [line for line in log.read_text().splitlines() if "KVCOMPRESS {" in line]
+    assert len(lines) == 8
+    assert len({re.findall(r"pid=(\d+)", line)[0] for line in lines}) == 2
