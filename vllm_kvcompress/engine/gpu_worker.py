@@ -44,7 +44,7 @@ class ArenaGPUWorker(ArenaWorker, Worker):
         parallel = config.parallel_config
         planner = planner_of(config, self.cache_config.block_size)
         shape = ModelShape(
-            layers=model.get_num_layers(parallel),
+            layers=planner.limits.num_layers,
             heads=model.get_num_attention_heads(parallel),
             kv_heads=model.get_num_kv_heads(parallel),
             head_size=model.get_head_size(),
