@@ -1,9 +1,10 @@
-"""Random traffic on vLLM's real schedulers with a hybrid model: sliding windows beside the arena."""
+"""Random traffic on vLLM's real schedulers with sliding windows beside the arena."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ def test_two_thousand_requests_of_a_hybrid_are_served(hybrid: Path) -> None:
     for seed in range(20):
         choose = random.Random(seed).choice
         setup = choose_setup(choose, seed, prefills=("auto", "full", "streaming"))
-        traffic = Traffic(hybrid, setup)
+        interval = choose((0, 0, None, 64))
+        options = (*setup.options, ("prefix_cache_retention_interval", interval))
+        traffic = Traffic(hybrid, replace(setup, options=options))
         for _ in range(100):
             traffic.add(choose_ask(choose))
         seen.update(traffic.finish())

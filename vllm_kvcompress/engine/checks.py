@@ -37,6 +37,7 @@ HOOKS = (
     ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.cache_blocks"),
     ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.find_longest_cache_hit"),
     ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.get_num_blocks_to_allocate"),
+    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.get_num_cacheable_tokens"),
     ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.remove_skipped_blocks"),
     ("vllm.v1.core.kv_cache_manager", "KVCacheManager.create_kv_cache_blocks"),
     ("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config"),

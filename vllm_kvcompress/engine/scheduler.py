@@ -83,10 +83,11 @@ class _ArenaScheduling(Scheduler):
             most *= course.block_size
             if hit > most:
                 # Looked up anew: what a sliding window sees before an earlier end may be missing.
-                found, hit, _ = self.kv_cache_manager.coordinator.find_longest_cache_hit(
+                found, hit, behind = self.kv_cache_manager.coordinator.find_longest_cache_hit(
                     request.block_hashes, most
                 )
                 blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
+                boundary = hit + behind if behind else 0
         self._hits = (request.request_id, blocks.blocks[self._group])
         return blocks, hit, boundary, diverged
 

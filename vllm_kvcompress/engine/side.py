@@ -4,7 +4,8 @@ They keep plain vLLM's blocks, tables and kernels. Only two things about them co
 
 * they draw on the same pool, so what a request's groups still need is part of its promise;
 * what they hold of tokens after a cut was computed from a compressed cache, so it must not be
-  offered to other requests under the hash of the plain text.
+  offered to other requests under the hash of the plain text. What they hold before it is kept in
+  the prefix cache where a replay will look for it, which is before the observation window.
 """
 
 from collections.abc import Iterable, Sequence
@@ -173,9 +174,20 @@ def keep_books(coordinator: Any, arena: ArenaManager, max_len: int) -> None:
 
     def cache_blocks(request: Any, num_computed_tokens: int) -> None:
         course = arena.course_of(request.request_id)
-        if course is not None:
-            num_computed_tokens = min(num_computed_tokens, course.first)
-        cache(request, num_computed_tokens)
+        if course is None:
+            cache(request, num_computed_tokens)
+            return
+        tokens = min(num_computed_tokens, course.first)
+        # vLLM keeps only the windows before positions at which a prompt may be taken up again.
+        resumed = max(course.first - arena.planner.window, 0)
+        for group, manager in enumerate(coordinator.single_type_managers):
+            if manager.enable_caching:
+                manager.cache_blocks(
+                    request,
+                    coordinator.get_num_cacheable_tokens(tokens, group),
+                    retention_interval=coordinator.retention_interval,
+                    replay_boundaries=(resumed, request.num_prompt_tokens - 1),
+                )
 
     for hook in (
         get_num_blocks_to_allocate,
