@@ -50,7 +50,7 @@ def tell_concurrency() -> None:
             longest,
             kv_cache_config.num_blocks - 1,
             side_peak=layers.side_blocks(arena.block_size, longest, reading),
-            side_held=layers.side_blocks(arena.block_size, longest, 1),
+            side_held=layers.side_blocks(arena.block_size, longest, planner.limits.lag + 1),
         )
 
     setattr(get_max_concurrency, _MARK, True)

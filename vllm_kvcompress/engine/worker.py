@@ -97,6 +97,7 @@ class ArenaWorker:
                 builder.session = self._session
                 builder.request_ids = request_ids
         _announce(planner, config.model_config.max_model_len, kv_cache_config.num_blocks)
+        _announce_others(config, planner.block_size)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """See vLLM's Worker; compresses the prompts that this step completed."""
@@ -250,3 +251,16 @@ def _announce(planner: Planner, max_model_len: int, num_blocks: int) -> None:
         planner.peak_blocks(max_model_len, max_model_len),
         num_blocks - 1,
     )
+
+
+def _announce_others(vllm_config: Any, block_size: int) -> None:
+    layers, longest = layers_of(vllm_config), vllm_config.model_config.max_model_len
+    if layers.side_groups:
+        logger.info(
+            "%d layers are compressed; %d groups of sliding-window layers are not and hold up to "
+            "%d blocks beside that while such a prompt is read, %d later",
+            layers.compressed,
+            layers.side_groups,
+            layers.side_blocks(block_size, longest, vllm_config.max_in_flight_tokens),
+            layers.side_blocks(block_size, longest, vllm_config.max_concurrent_batches),
+        )
