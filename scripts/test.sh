@@ -20,6 +20,7 @@ done
 
 "$PYTHON" scripts/fetch_model.py smollm2-135m-instruct
 "$PYTHON" scripts/fetch_model.py qwen2.5-coder-0.5b-instruct
+"$PYTHON" scripts/fetch_model.py gemma-3-270m
 "$PYTHON" scripts/fetch_ruler.py
 
 "$VENV/bin/ruff" check .

@@ -25,12 +25,13 @@ from vllm.v1.core.kv_cache_utils import (
     init_none_hash,
 )
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.engine.layers import layers_of, pool_for_arena
 from vllm_kvcompress.engine.ledger import Entry, Ledger
 from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.scheduler import ArenaAsyncScheduler, ArenaScheduler
@@ -53,12 +54,24 @@ LLAMA = {
     "max_position_embeddings": 4096,
     "torch_dtype": "bfloat16",
 }
+SLIDING = 20
+"""Window of the hybrid model, in tokens: three whole blocks and a bit, wherever it begins."""
+GEMMA = LLAMA | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "query_pre_attn_scalar": 32,
+    "sliding_window": SLIDING,
+    "num_hidden_layers": 8,
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 2,
+}
+"""Two full-attention layers, and three groups of two others."""
 AnyScheduler = type[ArenaScheduler] | type[ArenaAsyncScheduler]
 
 
-def make_folder(path: Path, layers: int = 2) -> Path:
+def make_folder(path: Path, layers: int = 2, model: dict[str, Any] | None = None) -> Path:
     """Write a small model's config and make the plugin known."""
-    (path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": layers}))
+    contents = model or LLAMA | {"num_hidden_layers": layers}
+    (path / "config.json").write_text(json.dumps(contents))
     register()
     init_none_hash(sha256)
     return path
@@ -90,10 +103,16 @@ def configure(folder: Path, *, max_len: int = 200, **options: Any) -> VllmConfig
 def pool_of(config: VllmConfig, blocks: int) -> KVCacheConfig:
     """What vLLM's own start-up makes of memory for that many blocks; ValueError if too few."""
     config.cache_config.kv_cache_layout = "LBHNC"  # as CPU attention has it
-    spec = ArenaSpec(block_size=SIZE, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
-    layers = config.model_config.get_num_layers(config.parallel_config)
-    specs = {f"layer{i}": spec for i in range(layers)}
-    memory = blocks * spec.page_size_bytes * len(specs)
+    shape: dict[str, Any] = {"block_size": SIZE, "num_kv_heads": 1, "head_size": 32}
+    spec = ArenaSpec(**shape, dtype=torch.bfloat16)
+    beside = SlidingWindowSpec(**shape, dtype=torch.bfloat16, sliding_window=SLIDING)
+    count = config.model_config.get_num_layers(config.parallel_config)
+    layers = layers_of(config)
+    kinds = config.model_config.hf_text_config.layer_types if layers.side_groups else [""] * count
+    specs: dict[str, KVCacheSpec] = {
+        f"layer{i}": beside if kind == "sliding_attention" else spec for i, kind in enumerate(kinds)
+    }
+    memory = blocks * spec.page_size_bytes * layers.compressed
     (pool,) = get_kv_cache_configs(config, [specs], [memory])
     return pool
 
@@ -149,7 +168,8 @@ class Engine:
         self.arena = self.scheduler._arena
         self.planner = self.scheduler._plans.own
         # The worker's own, made from the same configuration.
-        self.ledger = Ledger(plans_of(config, SIZE))
+        self.ledger = Ledger(plans_of(config, SIZE), self.scheduler._group)
+        self.config = config
         self.in_flight: deque[InFlight] = deque()
         self.answers: dict[str, int] = {}
         self.admissions: dict[str, int] = {}
@@ -182,6 +202,11 @@ class Engine:
     @property
     def total(self) -> int:
         return int(self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks) - 1
+
+    @property
+    def room(self) -> int:
+        """Blocks that the compressed layers of one request can count on."""
+        return pool_for_arena(self.config, self.total, SIZE)
 
     def held(self, name: str) -> int:
         """Blocks in the request's list, all of them taken from the pool."""
@@ -307,8 +332,9 @@ class Engine:
 
     def taken(self) -> int:
         """Blocks in use: shared ones count once."""
-        lists = self.arena.req_to_blocks.values()
-        held = [block.block_id for blocks in (*lists, self.ballast) for block in blocks]
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        lists = [blocks for manager in managers for blocks in manager.req_to_blocks.values()]
+        held = [b.block_id for blocks in (*lists, self.ballast) for b in blocks if not b.is_null]
         return len(set(held))
 
     def process(self) -> None:

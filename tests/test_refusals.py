@@ -94,6 +94,18 @@ GEMMA3N = {
     "layer_types": ["full_attention"] * 4,
     "activation_sparsity_pattern": [0.0] * 4,
 }
+GEMMA3 = {
+    **BASE,
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}
+# vLLM makes groups as large as the rarer kind of layer.
+MOSTLY_FULL = {**GEMMA3, "layer_types": ["sliding_attention"] + ["full_attention"] * 5}
+CHUNKED = {**LLAMA, "attention_chunk_size": 128}
 BERT = {
     "architectures": ["BertModel"],
     "model_type": "bert",
@@ -164,12 +176,27 @@ def test_a_plain_model_is_accepted(root: Path) -> None:
         (JAMBA, ["Mamba", "drop the flag"]),
         (WHISPER, ["encoder-decoder", "drop the flag"]),
         (GEMMA3N, ["share KV caches", "drop the flag"]),
+        (MOSTLY_FULL, ["fill 5 KV-cache groups", "drop the flag"]),
+        (CHUNKED, ["chunked local attention", "drop the flag"]),
         (BERT, ["generate", "drop the flag"]),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
 def test_models_that_cannot_be_served(root: Path, model: dict[str, Any], names: list[str]) -> None:
     refusal(root, "--kv-compression", *names, model=model)
+
+
+def test_a_sliding_window_hybrid_is_served(root: Path) -> None:
+    start(root, model=GEMMA3)
+    # Without its window it is a model like any other.
+    start(root, model=GEMMA3, disable_sliding_window=True, disable_hybrid_kv_cache_manager=True)
+
+
+def test_what_a_sliding_window_hybrid_does_not_get(root: Path) -> None:
+    names = ["sliding-window layers", "drop --disable-hybrid-kv-cache-manager"]
+    refusal(root, *names, model=GEMMA3, disable_hybrid_kv_cache_manager=True)
+    names = ["prefill cascade", "sliding-window layers", "set prefill to auto"]
+    refusal(root, *names, model=GEMMA3, settings={"method": "cake", "prefill": "cascade"})
 
 
 def test_a_generating_model_used_for_pooling(root: Path) -> None:
@@ -415,7 +442,6 @@ def test_equal_full_attention_layers_are_accepted() -> None:
 @pytest.mark.parametrize(
     "spec",
     [
-        SlidingWindowSpec(**SHAPE, sliding_window=128),
         ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=128),
         ArenaSpec(**SHAPE, sliding_window=128),
         ArenaSpec(**SHAPE, attention_chunk_size=128),
@@ -427,6 +453,28 @@ def test_equal_full_attention_layers_are_accepted() -> None:
 def test_layers_that_do_not_see_the_whole_context(spec: KVCacheSpec) -> None:
     error = refused_layer(spec)
     check_sentence(error, "layers.1", type(spec).__name__, "sliding-window", "drop the flag")
+
+
+def test_sliding_windows_beside_full_attention_are_accepted() -> None:
+    specs = {
+        "layers.0": SlidingWindowSpec(**SHAPE, sliding_window=128),
+        "layers.1": ArenaSpec(**SHAPE),
+    }
+    # They stay as they are, so it does not matter what attention they have.
+    layers = {"layers.0": Layer(object), "layers.1": Layer()}
+    checks.check_specs(specs, layers, ArenaCPUImpl)
+
+
+def test_a_model_of_sliding_windows_alone() -> None:
+    specs: dict[str, KVCacheSpec] = {"layers.0": SlidingWindowSpec(**SHAPE, sliding_window=128)}
+    with pytest.raises(checks.Unsupported) as caught:
+        checks.check_specs(specs, {"layers.0": Layer()}, ArenaCPUImpl)
+    check_sentence(caught.value, "layers.0", "SlidingWindowSpec", "drop the flag")
+
+
+def test_sliding_windows_with_other_pages() -> None:
+    error = refused_layer(SlidingWindowSpec(**{**SHAPE, "head_size": 128}, sliding_window=128))
+    check_sentence(error, "layers.1", "pages of another size", "layers.0", "drop the flag")
 
 
 def test_layers_of_another_shape() -> None:

@@ -75,15 +75,18 @@ class Ask:
         ]
 
 
-def choose_setup(choose: Choose, number: int | None = None) -> Setup:
+def choose_setup(
+    choose: Choose, number: int | None = None, prefills: Sequence[str] = PREFILLS
+) -> Setup:
     """Draw an engine; methods and budgets only where the settings allow them.
 
     Args:
         choose: Returns one of several.
         number: If given, successive numbers get all prefills and schedulers in turn.
+        prefills: Those to choose from.
 
     """
-    kinds = [(mode, cls) for mode in PREFILLS for cls in (ArenaScheduler, ArenaAsyncScheduler)]
+    kinds = [(mode, cls) for mode in prefills for cls in (ArenaScheduler, ArenaAsyncScheduler)]
     mode, cls = choose(kinds) if number is None else kinds[number % len(kinds)]
     evicts = ("uniform", "cake", "dynamickv")
     options: dict[str, Any] = {
@@ -144,7 +147,7 @@ class Traffic:
         index = len(engine.answers)
         name = f"r{index}"
         # What the frontend will see to: no request that the pool could never hold.
-        most = engine.planner.most_tokens(ask.prompt, self.most, engine.total, ask.decode)
+        most = engine.planner.most_tokens(ask.prompt, self.most, engine.room, ask.decode)
         assert most > ask.prompt, "start-up let a pool pass that is too small"
         self.asked[name] = min(ask.tokens, most - ask.prompt)
         decode = None if ask.decode else False

@@ -18,15 +18,17 @@ class Limits:
     """What the engine around a planner can do.
 
     Attributes:
-        num_layers: L, layers that share the pool's pages.
+        num_layers: L, layers that are compressed and share their blocks' pages.
         one_step_tokens: Longest prompt that can run in one step; 0: do not count on any.
         lag: Steps planned before the last one's result is known: 1 under async scheduling.
+        alone: Whether these are all layers of the model, none of which needs a prompt's blocks.
 
     """
 
     num_layers: int = 1
     one_step_tokens: int = 0
     lag: int = 1
+    alone: bool = True
 
 
 class Planner:
@@ -71,7 +73,8 @@ class Planner:
     @property
     def can_cascade(self) -> bool:
         """Whether layers can be cut while a prefill step runs."""
-        return self.layers_at_once < self.limits.num_layers and self.limits.one_step_tokens > 0
+        saves = self.layers_at_once < self.limits.num_layers and self.limits.one_step_tokens > 0
+        return saves and self.limits.alone
 
     def budget_tokens(self, prompt_len: int) -> int:
         """Tokens per layer, window included, that the budget means for a prompt of this length."""
@@ -166,7 +169,9 @@ class Planner:
                 high = middle - 1
         return low
 
-    def concurrency(self, max_model_len: int, pool_blocks: int) -> float:
+    def concurrency(
+        self, max_model_len: int, pool_blocks: int, side_peak: int = 0, side_held: int = 0
+    ) -> float:
         """How many prompts of max_model_len tokens can be served at one time.
 
         Each is admitted at its peak, one after another, and holds what is left after its prefill.
@@ -174,14 +179,16 @@ class Planner:
         Args:
             max_model_len: Tokens of each.
             pool_blocks: Blocks that can be handed out.
+            side_peak: Most blocks that each holds in layers that are not compressed.
+            side_held: Those that it holds there after its prefill.
 
         """
-        peak = self.peak_blocks(max_model_len, max_model_len)
+        peak = self.peak_blocks(max_model_len, max_model_len) + side_peak
         course = self.course(max_model_len, True)
         if course is None:
             return pool_blocks / peak
         number = course.count(max_model_len)
-        held = course.blocks_for(max_model_len, number)
+        held = course.blocks_for(max_model_len, number) + side_held
         if pool_blocks < peak:
             return pool_blocks / peak
         return 1.0 + (pool_blocks - peak) / held

@@ -137,7 +137,9 @@ class Plans:
                 most *= max_model_len
         if "scatter" in (self._policy.methods or ()):
             most = max_model_len
-        return self.own.row_blocks(max_model_len, min(int(most) + 1, max_model_len))
+        # A share of the prompt is never less than a method's window and a block.
+        most = max(int(most) + 1, self.most_window + self.own.block_size)
+        return self.own.row_blocks(max_model_len, min(most, max_model_len))
 
     # --- method, budget and parameters -----------------------------------------------------------
 

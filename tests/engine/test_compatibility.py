@@ -268,6 +268,26 @@ def test_mixture_of_experts(model: Path, prose: list[int], tmp_path: Path) -> No
     assert cake[:-1] != plain[:-1]
 
 
+def test_compiled_model(
+    engines: Engines, model: Path, three: dict[str | None, Engine], prose: list[int]
+) -> None:
+    """As `vllm serve` starts without --enforce-eager: on the CPU a compiled model, no graphs."""
+    from vllm.config import CompilationMode
+
+    found = {}
+    for method, budget in METHODS.items():
+        engine = engines.get(method, budget, model=str(model), enforce_eager=False)
+        assert engine.llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+        prompts = [prose[:400], prose[300:364], prose[300:500]]
+        found[method] = answers(ask(engine, prompts, greedy(12, logprobs=0)))
+    assert found["scatter"] == found[None]
+    for compiled, eager in zip(
+        found["cake"], answers(ask(three["cake"], prompts, greedy(12, logprobs=0))), strict=True
+    ):
+        assert compiled[0][0] == eager[0][0]
+        assert compiled[0][1] == pytest.approx(eager[0][1], abs=1e-3)
+
+
 # --- the engine's life ---------------------------------------------------------------------------
 
 

@@ -77,7 +77,8 @@ def _capture(runner: Any, sizes: list[int]) -> Any:
     config = runner.compilation_config
     config.cudagraph_capture_sizes = sizes
     config.max_cudagraph_capture_size = max(sizes)
-    for builder in (b for group in runner.attn_groups[0] for b in group.metadata_builders):
+    groups = (group for several in runner.attn_groups for group in several)
+    for builder in (builder for group in groups for builder in group.metadata_builders):
         if hasattr(builder, "use_full_cuda_graph"):
             # What the builder of FLASH_ATTN prepares where the configuration names full graphs.
             builder.use_full_cuda_graph = True

@@ -6,9 +6,10 @@ from typing import Any
 
 import vllm
 from vllm.config import CUDAGraphMode, VllmConfig
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from vllm_kvcompress.engine.backends import BACKENDS
+from vllm_kvcompress.engine.layers import layers_of
 
 TESTED_VERSION = "0.32"
 
@@ -32,7 +33,13 @@ HOOKS = (
     ),
     ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.allocate_new_blocks"),
     ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.pop_blocks_for_free"),
-    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.truncate_computed_blocks"),
+    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.allocate_new_blocks"),
+    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.cache_blocks"),
+    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.find_longest_cache_hit"),
+    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.get_num_blocks_to_allocate"),
+    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.get_num_cacheable_tokens"),
+    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.remove_skipped_blocks"),
+    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.create_kv_cache_blocks"),
     ("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config"),
     ("vllm.v1.core.sched.scheduler", "Scheduler._get_local_prefix_cache_hit"),
     ("vllm.v1.core.sched.scheduler", "Scheduler.make_stats"),
@@ -155,8 +162,33 @@ def _rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             "a custom scheduler is not",
             "drop --scheduler-cls",
         ),
+        *_layer_rules(vllm_config),
         *_cache_rules(vllm_config),
         *(_gpu_rules(vllm_config) if worker == GPU_WORKER else ()),
+    ]
+
+
+def _layer_rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
+    """As :func:`_rules`: layers that do not attend to the whole context."""
+    model, layers = vllm_config.model_config, layers_of(vllm_config)
+    drop = "drop the flag for this model"
+    return [
+        (
+            model.attention_chunk_size is not None,
+            "models with chunked local attention are not",
+            drop,
+        ),
+        (
+            bool(layers.side_groups)
+            and bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
+            "a model with sliding-window layers but no hybrid KV cache manager is not",
+            "drop --disable-hybrid-kv-cache-manager",
+        ),
+        (
+            layers.full_groups > 1,
+            f"a model whose full-attention layers fill {layers.full_groups} KV-cache groups is not",
+            drop,
+        ),
     ]
 
 
@@ -212,12 +244,12 @@ def _gpu_rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
 def check_specs(
     specs: Mapping[str, KVCacheSpec], layers: Mapping[str, Any], impl_cls: type[Any]
 ) -> None:
-    """Refuse models whose layers cannot share one arena.
+    """Refuse models whose full-attention layers cannot share one arena.
 
     Args:
         specs: KV-cache spec by layer.
         layers: The attention layers, by the same names.
-        impl_cls: The attention implementation that every layer must have.
+        impl_cls: The attention implementation that every compressed layer must have.
 
     Raises:
         Unsupported: Names the first layer that does not fit.
@@ -225,44 +257,60 @@ def check_specs(
     """
     from vllm_kvcompress.engine.spec import ArenaSpec
 
-    first = next(iter(specs), "")
+    first = next((name for name, spec in specs.items() if isinstance(spec, ArenaSpec)), None)
     for name, spec in specs.items():
-        impl: Any = getattr(layers[name], "impl", None)
-        if not isinstance(impl, impl_cls):
+        if type(spec) is SlidingWindowSpec and first is not None:
+            if _page(spec) != _page(specs[first]):
+                raise Unsupported(
+                    f"layer {name} has pages of another size than full-attention layer {first}, "
+                    "which is not supported with --kv-compression; drop the flag for this model"
+                )
+            continue
+        _check_impl(name, layers[name], impl_cls)
+        if not isinstance(spec, ArenaSpec) or spec.sliding_window or spec.attention_chunk_size:
             raise Unsupported(
-                f"layer {name} uses attention {type(impl).__name__}, which is not supported with "
-                f"--kv-compression; set --attention-backend to one of {', '.join(BACKENDS)}"
+                f"layer {name} does not attend to the whole context ({type(spec).__name__}), "
+                "which is not supported with --kv-compression but for sliding-window layers "
+                "beside full-attention ones; drop the flag for this model"
             )
-        if impl.kv_cache_dtype not in impl.cache_dtypes:
+        heads = getattr(layers[name].impl, "num_heads", None)
+        if first is not None and heads != getattr(layers[first].impl, "num_heads", None):
             raise Unsupported(
-                f"layer {name} has a KV cache of dtype {impl.kv_cache_dtype}, which is not "
-                f"supported with --kv-compression and {type(impl).__name__}; drop --kv-cache-dtype"
-            )
-        if getattr(impl, "alibi_slopes", None) is not None:
-            # The kernel would take a survivor's place in the cache for its position in the text.
-            raise Unsupported(
-                f"layer {name} uses ALiBi, which is not supported with --kv-compression; "
-                "drop the flag for this model"
-            )
-        heads = getattr(impl, "num_heads", None)
-        if heads != getattr(layers[first].impl, "num_heads", None):
-            raise Unsupported(
-                f"layer {name} has another number of query heads ({heads}) than the first layer, "
+                f"layer {name} has another number of query heads ({heads}) than layer {first}, "
                 "which is not supported with --kv-compression; drop the flag for this model"
             )
-        if isinstance(spec, ArenaSpec) and spec.non_causal:
+        if spec.non_causal:
             raise Unsupported(
                 f"layer {name} sees later tokens (non-causal attention), which is not supported "
                 "with --kv-compression; drop the flag for this model"
             )
-        if not isinstance(spec, ArenaSpec) or spec.sliding_window or spec.attention_chunk_size:
+        if first is not None and spec != specs[first]:
             raise Unsupported(
-                f"layer {name} does not attend to the whole context ({type(spec).__name__}); "
-                "sliding-window and chunked models are not supported with --kv-compression yet, "
-                "drop the flag"
-            )
-        if spec != specs[first]:
-            raise Unsupported(
-                f"layer {name} has another KV-cache shape than the first layer, so they cannot "
+                f"layer {name} has another KV-cache shape than layer {first}, so they cannot "
                 "share pages; drop --kv-compression"
             )
+
+
+def _page(spec: KVCacheSpec) -> tuple[int, int]:
+    return spec.page_size_bytes, spec.block_size
+
+
+def _check_impl(name: str, layer: Any, impl_cls: type[Any]) -> None:
+    """Refuse a layer whose attention is not ours or looks at positions that eviction changes."""
+    impl: Any = getattr(layer, "impl", None)
+    if not isinstance(impl, impl_cls):
+        raise Unsupported(
+            f"layer {name} uses attention {type(impl).__name__}, which is not supported with "
+            f"--kv-compression; set --attention-backend to one of {', '.join(BACKENDS)}"
+        )
+    if impl.kv_cache_dtype not in impl.cache_dtypes:
+        raise Unsupported(
+            f"layer {name} has a KV cache of dtype {impl.kv_cache_dtype}, which is not "
+            f"supported with --kv-compression and {type(impl).__name__}; drop --kv-cache-dtype"
+        )
+    if getattr(impl, "alibi_slopes", None) is not None:
+        # The kernel would take a survivor's place in the cache for its position in the text.
+        raise Unsupported(
+            f"layer {name} uses ALiBi, which is not supported with --kv-compression; "
+            "drop the flag for this model"
+        )

@@ -45,7 +45,7 @@ class ArenaGPUWorker(ArenaWorker, Worker):
         plans = plans_of(config, self.cache_config.block_size)
         planner = plans.own
         shape = ModelShape(
-            layers=model.get_num_layers(parallel),
+            layers=planner.limits.num_layers,
             heads=model.get_num_attention_heads(parallel),
             kv_heads=model.get_num_kv_heads(parallel),
             head_size=model.get_head_size(),

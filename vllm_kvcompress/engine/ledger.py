@@ -110,11 +110,13 @@ class Ledger:
 
     Args:
         plans: Those the scheduler uses too.
+        group: The KV-cache group that is compressed.
 
     """
 
-    def __init__(self, plans: Plans) -> None:
+    def __init__(self, plans: Plans, group: int = 0) -> None:
         self._plans = plans
+        self._group = group
         self._entries: dict[str, Entry] = {}
 
     def __getitem__(self, request_id: str) -> Entry:
@@ -146,7 +148,7 @@ class Ledger:
                 prompt_len=new.prompt_len,
                 terms=terms,
                 course=terms.course(new.prompt_len),
-                blocks=list(new.block_ids[0]),
+                blocks=list(new.block_ids[self._group]),
                 computed=new.num_computed_tokens,
                 front=fronts.get(new.req_id),
             )
@@ -159,10 +161,11 @@ class Ledger:
             entry.computed = computed
             if request_id in cached.resumed_req_ids:
                 void.append(request_id)
-                entry.restart(list(blocks[0]) if blocks else [], fronts.get(request_id))
+                own = list(blocks[self._group]) if blocks else []
+                entry.restart(own, fronts.get(request_id))
                 entry.cached = self._cached(entry)
-            elif blocks and blocks[0]:
-                entry.blocks.extend(blocks[0])
+            elif blocks and blocks[self._group]:
+                entry.blocks.extend(blocks[self._group])
                 grown.append(request_id)
         for request_id, count in output.num_scheduled_tokens.items():
             self._entries[request_id].scheduled = count

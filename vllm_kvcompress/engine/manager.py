@@ -145,6 +145,8 @@ class ArenaManager(FullAttentionManager):
 
         if planner.config.prefill == "full" or planner.streams(prompt_len):
             return hits
+        if not planner.can_cascade:
+            return hits
         if peak(None) <= total:
             return hits
         return bisect_left(range(1, hits + 1), True, key=is_too_much)
@@ -200,7 +202,7 @@ class ArenaManager(FullAttentionManager):
         if (share := self.promises.get(request_id)) is not None:
             blocks = self.promises.blocks_for(share, num_tokens)
         else:
-            share = self._asked(request_id)
+            share = self.asked(request_id)
             blocks = self.promises.peak(share)
             later = self.promises.peak_after_cut(share)
         slots = blocks * self.block_size
@@ -234,14 +236,19 @@ class ArenaManager(FullAttentionManager):
             self.promises.update(request_id)
         return blocks
 
-    def _asked(self, request_id: str) -> Share:
+    def wants(self, request_id: str, num_tokens: int) -> bool:
+        """Whether an admitted request needs another block for its first num_tokens tokens."""
+        needed = self.promises.blocks_for(self.promises[request_id], num_tokens)
+        return needed > len(self.req_to_blocks[request_id])
+
+    def asked(self, request_id: str) -> Share:
         """What a waiting request asks for, on the way chosen for its prompt."""
         front, cached = self._chosen.get(request_id, (None, 0))
         course = self.course_of(request_id)
         return self.promises.ask(self._requests[request_id], course, front, cached)
 
     def _admit(self, request_id: str) -> None:
-        share = self._asked(request_id)
+        share = self.asked(request_id)
         self._chosen.pop(request_id, None)
         self.promises.admit(request_id, share)
         request = self._requests[request_id]
@@ -363,7 +370,8 @@ class ArenaManager(FullAttentionManager):
                         f"block {block_id} of {request_id} is not private: {block}, {other}"
                     )
         # Block frees may be deferred, so blocks can be out of the free queue without an owner.
-        held, total = len(by_id), self.block_pool.num_gpu_blocks - 1
+        beside = self.promises.side.block_ids() if self.promises.side is not None else set()
+        held, total = len(beside.union(by_id)), self.block_pool.num_gpu_blocks - 1
         free = self.block_pool.get_num_free_blocks()
         if held + free > total:
             raise IntegrityError(f"{held} held + {free} free exceed the pool")

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
@@ -22,6 +23,8 @@ class Share:
         released: Cuts whose superfluous blocks were given back.
         promised: Blocks it will still be given before ``until`` is processed.
         peaks: Most blocks it holds at one time until then, by the cuts behind it.
+        known: Tokens it had when it was admitted.
+        read: Whether they have been processed. Kept in hybrid models only.
 
     """
 
@@ -32,6 +35,18 @@ class Share:
     released: int = 0
     promised: int = 0
     peaks: dict[int, int] = field(default_factory=dict, repr=False)
+    known: int = 0
+    read: bool = False
+
+
+class Side(Protocol):
+    """Groups of a hybrid model that draw on the same pool (see ``side.py``)."""
+
+    def missing(self, request_id: str, share: Share) -> int:
+        """Blocks that a request will still be given in these groups."""
+
+    def block_ids(self) -> set[int]:
+        """All blocks that requests hold in these groups."""
 
 
 class Promises:
@@ -42,7 +57,12 @@ class Promises:
         max_len: Most tokens of any request.
         blocks: By request, the blocks it holds; read only.
 
+    Attributes:
+        side: The groups that are not compressed; None if there are none.
+
     """
+
+    side: Side | None = None
 
     def __init__(
         self, planner: Planner, max_len: int, blocks: Mapping[str, Sequence[KVCacheBlock]]
@@ -82,7 +102,7 @@ class Promises:
             # To throw out a compressed request for a block of growth costs its whole prefill.
             left = request.max_tokens - request.num_output_tokens
             until += max(min(left, self._planner.config.reserve_tokens) - 1, 0)
-        return Share(course, until, front, cached)
+        return Share(course, until, front, cached, known=request.num_tokens)
 
     def admit(self, request_id: str, share: Share) -> None:
         """Note that a request is about to get its first blocks. Mutates the books."""
@@ -150,4 +170,5 @@ class Promises:
             # What it shares, the first cut takes from it without making it free.
             shared = sum(block.ref_cnt > 1 or block.block_id in hits for block in blocks)
             peak = max(peak, later + shared)
-        return max(peak - len(blocks), 0)
+        beside = self.side.missing(request_id, share) if self.side is not None else 0
+        return max(peak - len(blocks), 0) + beside

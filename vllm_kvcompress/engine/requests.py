@@ -6,6 +6,7 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
+from vllm_kvcompress.engine.layers import pool_for_arena
 from vllm_kvcompress.engine.settings import compression_of, plans_of
 from vllm_kvcompress.plans import Plans
 
@@ -62,6 +63,7 @@ def check_request(request: Any, processor: Any) -> None:
     # With data parallelism the number is that of all engines; each has its own pool.
     pool = int(blocks) // config.parallel_config.data_parallel_size - 1
     planner, decode = terms.planner, terms.decode
+    pool = pool_for_arena(config, pool, planner.block_size)
     if planner.peak_blocks(prompt_len, prompt_len + params.max_tokens, decode) <= pool:
         return
     max_len = config.model_config.max_model_len

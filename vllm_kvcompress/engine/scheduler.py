@@ -26,6 +26,7 @@ from vllm_kvcompress.engine.metrics import put_books
 from vllm_kvcompress.engine.orders import Orders, attach
 from vllm_kvcompress.engine.report import Report, report_of
 from vllm_kvcompress.engine.settings import plans_of
+from vllm_kvcompress.engine.side import keep_books
 
 
 class _ArenaScheduling(Scheduler):
@@ -33,11 +34,10 @@ class _ArenaScheduling(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        (self._arena,) = (
-            m
-            for m in self.kv_cache_manager.coordinator.single_type_managers
-            if isinstance(m, ArenaManager)
-        )
+        coordinator = self.kv_cache_manager.coordinator
+        managers = coordinator.single_type_managers
+        (self._arena,) = (m for m in managers if isinstance(m, ArenaManager))
+        self._group = managers.index(self._arena)
         self._plans = plans_of(self.vllm_config, self._arena.block_size)
         self._arena.bind(
             self.requests,
@@ -45,6 +45,8 @@ class _ArenaScheduling(Scheduler):
             self.max_model_len,
             self.kv_cache_manager.watermark_blocks,
         )
+        if len(managers) > 1:
+            keep_books(coordinator, self._arena, self.max_model_len)
         self._hits: tuple[str, Sequence[KVCacheBlock]] = ("", ())
         self._report = Report()
 
@@ -55,7 +57,7 @@ class _ArenaScheduling(Scheduler):
         for request in self.running:
             # Else a request could be preempted for want of blocks that another is about to return.
             done = max(request.num_computed_tokens - request.num_in_flight_tokens, 0)
-            self._arena.remove_skipped_blocks(request.request_id, done)
+            self.kv_cache_manager.remove_skipped_blocks(request.request_id, done)
         output = super().schedule(throttle_prefills)
         begun = [r.req_id for r in output.scheduled_new_reqs]
         begun += output.scheduled_cached_reqs.resumed_req_ids
@@ -94,9 +96,13 @@ class _ArenaScheduling(Scheduler):
             most = self._arena.usable_hits(request, min(hit, most) // course.block_size)
             most *= course.block_size
             if hit > most:
-                blocks = self.kv_cache_manager.truncate_computed_blocks(blocks, most)
-                hit = most
-        self._hits = (request.request_id, blocks.blocks[0])
+                # Looked up anew: what a sliding window sees before an earlier end may be missing.
+                found, hit, behind = self.kv_cache_manager.coordinator.find_longest_cache_hit(
+                    request.block_hashes, most
+                )
+                blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
+                boundary = hit + behind if behind else 0
+        self._hits = (request.request_id, blocks.blocks[self._group])
         return blocks, hit, boundary, diverged
 
     def _reserve_prefill_lookahead(

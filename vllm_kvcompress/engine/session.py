@@ -101,6 +101,7 @@ class Session:
         dtype: The model's dtype.
         make_tables: Returns the backend's builder of per-layer tables for an arena.
         limits: The largest batch there can be.
+        group: The KV-cache group that is compressed.
 
     Attributes:
         replays: Whether the coming step runs as a FULL CUDA graph, which reads the per-layer
@@ -119,6 +120,7 @@ class Session:
         dtype: torch.dtype,
         make_tables: Callable[[PageArena], StepTableBuilder],
         limits: TableLimits,
+        group: int = 0,
     ) -> None:
         self.flat_cache = flat_cache
         self.arena = PageArena(geometry)
@@ -129,7 +131,7 @@ class Session:
         )
         self.books: dict[str, int] = {}
         self._plans = plans
-        self._ledger = Ledger(plans)
+        self._ledger = Ledger(plans, group)
         self._tables = make_tables(self.arena)
         self._codec = codec
         self._compressor = Compressor(plans.own.config, self.arena, codec, layers)

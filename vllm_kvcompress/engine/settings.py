@@ -6,6 +6,7 @@ from functools import lru_cache
 from vllm.config import VllmConfig
 
 from vllm_kvcompress.config import CONFIG_KEY, KVCompressionConfig
+from vllm_kvcompress.engine.layers import layers_of
 from vllm_kvcompress.planner import Limits
 from vllm_kvcompress.plans import Plans
 
@@ -31,22 +32,29 @@ def plans_of(vllm_config: VllmConfig, block_size: int) -> Plans:
         block_size: Tokens per block.
 
     Raises:
-        ValueError: Compression is off, or the budget does not fit the block size.
+        ValueError: Compression is off, the budget does not fit the block size, or the prefill the
+            model.
 
     """
     config = compression_of(vllm_config)
     if config is None:
         raise ValueError("plans_of needs a configuration with compression on")
-    scheduler, model = vllm_config.scheduler_config, vllm_config.model_config
+    scheduler, layers = vllm_config.scheduler_config, layers_of(vllm_config)
+    if layers.side_groups and config.prefill == "cascade":
+        raise ValueError(
+            "kv_compression: prefill cascade is not supported for models with sliding-window "
+            "layers, which need blocks for the whole prompt in that step; set prefill to auto"
+        )
     one_step = [
         scheduler.max_num_batched_tokens,
         scheduler.max_num_scheduled_tokens,
         scheduler.long_prefill_token_threshold,
     ]
     limits = Limits(
-        num_layers=model.get_num_layers(vllm_config.parallel_config),
+        num_layers=layers.compressed,
         one_step_tokens=min(int(tokens) for tokens in one_step if tokens),
         lag=int(bool(scheduler.async_scheduling)),
+        alone=not layers.side_groups,
     )
     return _plans(json.dumps(config.as_dict(), sort_keys=True), block_size, limits)
 

@@ -8,6 +8,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_kvcompress.engine.layers import layers_of
 from vllm_kvcompress.engine.manager import ArenaManager
 from vllm_kvcompress.engine.settings import plans_of
 
@@ -38,12 +39,18 @@ def tell_concurrency() -> None:
 
     @functools.wraps(original)
     def get_max_concurrency(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:
-        groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, ArenaSpec):
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        arena = next((spec for spec in specs if isinstance(spec, ArenaSpec)), None)
+        if arena is None:
             return float(original(vllm_config, kv_cache_config))
-        planner = plans_of(vllm_config, groups[0].kv_cache_spec.block_size).own
+        planner = plans_of(vllm_config, arena.block_size).own
+        layers, longest = layers_of(vllm_config), vllm_config.model_config.max_model_len
+        reading = vllm_config.max_in_flight_tokens
         return planner.concurrency(
-            vllm_config.model_config.max_model_len, kv_cache_config.num_blocks - 1
+            longest,
+            kv_cache_config.num_blocks - 1,
+            side_peak=layers.side_blocks(arena.block_size, longest, reading),
+            side_held=layers.side_blocks(arena.block_size, longest, planner.limits.lag + 1),
         )
 
     setattr(get_max_concurrency, _MARK, True)

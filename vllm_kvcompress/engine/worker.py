@@ -17,8 +17,10 @@ from vllm_kvcompress.engine.backends import register_backends
 from vllm_kvcompress.engine.backends.common import ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.checks import check_specs
 from vllm_kvcompress.engine.facts import layer_facts
+from vllm_kvcompress.engine.layers import Layers, layers_of
 from vllm_kvcompress.engine.session import Session
 from vllm_kvcompress.engine.settings import plans_of
+from vllm_kvcompress.engine.spec import ArenaSpec
 from vllm_kvcompress.planner import Planner
 from vllm_kvcompress.records import CutRecord
 from vllm_kvcompress.tables import TableLimits
@@ -41,7 +43,7 @@ class ArenaWorker:
         super().load_model(*args, **kwargs)  # type: ignore[misc]
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        """See vLLM's Worker; refuses models whose layers cannot share one arena."""
+        """See vLLM's Worker; refuses models whose full-attention layers cannot share one arena."""
         with set_current_vllm_config(self.vllm_config):
             specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
         layers = self.vllm_config.compilation_config.static_forward_context
@@ -52,31 +54,27 @@ class ArenaWorker:
         """See vLLM's Worker; then lays the arena over the cache."""
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
         config = self.vllm_config
-        (group,) = kv_cache_config.kv_cache_groups
+        index = arena_group(kv_cache_config, layers_of(config))
+        group = kv_cache_config.kv_cache_groups[index]
         layers = [
             config.compilation_config.static_forward_context[name] for name in group.layer_names
         ]
         flat, geometry = flat_view([layer.kv_cache for layer in layers])
         plans = plans_of(config, group.kv_cache_spec.block_size)
         planner = plans.own
+        width = group.kv_cache_spec.max_num_blocks_per_req(
+            config, config.model_config.max_model_len
+        )
         if geometry.block_size != planner.block_size:
             raise ValueError(
                 f"the attention kernel splits blocks of {planner.block_size} into "
                 f"{geometry.block_size}; start with --block-size {geometry.block_size}"
             )
-        if geometry.num_layers != planner.limits.num_layers:
-            raise ValueError(
-                f"{geometry.num_layers} layers share the pool but the model has "
-                f"{planner.limits.num_layers}, which is not supported with --kv-compression; "
-                "drop the flag for this model"
-            )
         first, dtype = layers[0], config.model_config.dtype
         cache_dtype = first.impl.kv_cache_dtype
         limits = TableLimits(
             rows=config.scheduler_config.max_num_seqs,
-            width=group.kv_cache_spec.max_num_blocks_per_req(
-                config, config.model_config.max_model_len
-            ),
+            width=width,
             tokens=config.scheduler_config.max_num_batched_tokens,
         )
         self._session = Session(
@@ -89,17 +87,19 @@ class ArenaWorker:
             dtype,
             partial(first.impl.make_tables, limits=limits, device=flat.device),
             limits,
+            index,
         )
-        for index, layer in enumerate(layers):
+        for number, layer in enumerate(layers):
             layer.impl.session = self._session
-            layer.impl.arena_layer = index
+            layer.impl.arena_layer = number
         request_ids = self._follow_runner()
-        for attn_group in self.model_runner.attn_groups[0]:
+        for attn_group in self.model_runner.attn_groups[index]:
             for builder in attn_group.metadata_builders:
                 assert isinstance(builder, ArenaBuilder), type(builder)
                 builder.session = self._session
                 builder.request_ids = request_ids
         _announce(planner, config.model_config.max_model_len, kv_cache_config.num_blocks)
+        _announce_others(config, planner.block_size)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """See vLLM's Worker; compresses the prompts that this step completed."""
@@ -171,6 +171,30 @@ def _follow_v2(runner: Any, session: Session) -> Callable[[int], Sequence[str]]:
     runner.model_state.prepare_attn = prepare_attn
     runner.gather_batch_req_state = gather_batch_req_state
     return lambda num_rows: batch[0][:num_rows]
+
+
+def arena_group(kv_cache_config: KVCacheConfig, layers: Layers) -> int:
+    """Return the index of the KV-cache group that is compressed.
+
+    Args:
+        kv_cache_config: vLLM's.
+        layers: What the model's config says; the scheduler has planned with it.
+
+    Raises:
+        ValueError: vLLM has grouped the layers otherwise.
+
+    """
+    groups = kv_cache_config.kv_cache_groups
+    found = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, ArenaSpec)]
+    sizes = [len(groups[i].layer_names) for i in found]
+    if sizes != [layers.compressed] or len(groups) != 1 + layers.side_groups:
+        raise ValueError(
+            f"vLLM has put the layers to be compressed into groups of {sizes} beside "
+            f"{len(groups) - len(found)} others, where the model's config says "
+            f"[{layers.compressed}] beside {layers.side_groups}, which is not supported with "
+            "--kv-compression; drop the flag for this model"
+        )
+    return found[0]
 
 
 def flat_view(caches: Sequence[Tensor]) -> tuple[Tensor, PageGeometry]:
@@ -248,3 +272,16 @@ def _announce(planner: Planner, max_model_len: int, num_blocks: int) -> None:
         planner.peak_blocks(max_model_len, max_model_len),
         num_blocks - 1,
     )
+
+
+def _announce_others(vllm_config: Any, block_size: int) -> None:
+    layers, longest = layers_of(vllm_config), vllm_config.model_config.max_model_len
+    if layers.side_groups:
+        logger.info(
+            "%d layers are compressed; %d groups of sliding-window layers are not and hold up to "
+            "%d blocks beside that while such a prompt is read, %d later",
+            layers.compressed,
+            layers.side_groups,
+            layers.side_blocks(block_size, longest, vllm_config.max_in_flight_tokens),
+            layers.side_blocks(block_size, longest, vllm_config.max_concurrent_batches),
+        )
