@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 
 from tests.test_refusals import SHAPE
-from vllm_kvcompress.engine.layers import Layers, layers_of
+from vllm_kvcompress.engine.layers import Layers, layers_of, pool_for_arena
 from vllm_kvcompress.engine.promises import Share
 from vllm_kvcompress.engine.side import SideGroups
 from vllm_kvcompress.engine.spec import ArenaSpec
@@ -137,6 +137,22 @@ def test_layers_are_grouped_as_vllm_does(kinds: str | None, layers: Layers) -> N
 
 def test_without_its_window_a_hybrid_is_none() -> None:
     assert layers_of(config_of("sssf", window=None)) == Layers(4)
+
+
+def test_one_request_leaves_room_for_its_windows() -> None:
+    config = config_of("sssssf" * 3)
+    config.model_config.max_model_len, config.max_in_flight_tokens = 2048, 512
+    # 127 tokens of the window and 512 of a step, wherever the first one lies in its block.
+    assert pool_for_arena(config, 300, 32) == 300 - 5 * (20 + 1)
+    config.model_config.max_model_len = 320
+    assert pool_for_arena(config, 300, 32) == 300 - 5 * 10
+    assert pool_for_arena(config_of_plain(), 300, 32) == 300
+
+
+def config_of_plain() -> Any:
+    config = config_of(None)
+    config.model_config.max_model_len, config.max_in_flight_tokens = 2048, 512
+    return config
 
 
 def test_other_groups_than_the_config_says_are_refused() -> None:
