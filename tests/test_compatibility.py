@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +16,17 @@ import torch
 import vllm
 from vllm.config import CUDAGraphMode, KVTransferConfig, ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from tests.test_refusals import (
     BERT,
+    CHUNKED,
+    GEMMA3,
     GEMMA3N,
     JAMBA,
     MAMBA,
     MLA,
+    MOSTLY_FULL,
     SHAPE,
     WHISPER,
     Layer,
@@ -33,6 +36,7 @@ from tests.test_refusals import (
     start,
 )
 from vllm_kvcompress.engine import checks
+from vllm_kvcompress.engine.backends.cpu_attn import ArenaCPUImpl
 from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.requests import check_request
 from vllm_kvcompress.engine.spec import ArenaSpec
@@ -131,8 +135,8 @@ class Said:
 
 def say_of_configs(said: Said, root: Path, patch: pytest.MonkeyPatch) -> None:
     """Models and options, as a user gives them."""
-    for model in (MLA, MAMBA, JAMBA, WHISPER, GEMMA3N, BERT):
-        said.note(lambda model=model: start(root, model=model))
+    for model in (MLA, MAMBA, JAMBA, WHISPER, GEMMA3N, MOSTLY_FULL, CHUNKED, BERT):
+        said.note(partial(start, root, model=model))
     options: list[dict[str, Any]] = [
         {
             "kv_transfer_config": KVTransferConfig(
@@ -146,9 +150,11 @@ def say_of_configs(said: Said, root: Path, patch: pytest.MonkeyPatch) -> None:
         {"attention_backend": "FLASHINFER"},
         {"worker_cls": "my.Worker"},
         {"scheduler_cls": "my.Scheduler"},
+        {"model": GEMMA3, "disable_hybrid_kv_cache_manager": True},
+        {"model": GEMMA3, "settings": {"method": "cake", "prefill": "cascade"}},
     ]
     for given in options:
-        said.note(lambda given=given: start(root, **given))
+        said.note(partial(start, root, **given))
     with patch.context() as other:
         other.setattr(vllm, "__version__", "0.31.2")
         said.note(lambda: start(root))
@@ -189,9 +195,11 @@ def say_of_layers(said: Said) -> None:
         str(refused_layer(same, layer_with(alibi_slopes=torch.ones(4)))),
         str(refused_layer(same, layer_with(num_heads=8))),
         str(refused_layer(ArenaSpec(**SHAPE, non_causal=True))),
-        str(refused_layer(SlidingWindowSpec(**SHAPE, sliding_window=128))),
+        str(refused_layer(SlidingWindowSpec(**{**SHAPE, "head_size": 128}, sliding_window=128))),
         str(refused_layer(ArenaSpec(**{**SHAPE, "head_size": 128}))),
     }
+    alone: dict[str, KVCacheSpec] = {"layers.0": SlidingWindowSpec(**SHAPE, sliding_window=128)}
+    said.note(lambda: checks.check_specs(alone, {"layers.0": Layer()}, ArenaCPUImpl))
 
 
 def say_of_requests(said: Said, root: Path) -> None:

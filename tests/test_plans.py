@@ -81,7 +81,7 @@ def test_decode_may_be_left_alone() -> None:
 
 
 def test_room_is_kept_for_what_has_left_the_window_by_the_first_decode_cut() -> None:
-    asked = {"kv_compression_keep": [0, 10, PROMPT - 8, PROMPT]}
+    asked: dict[str, Any] = {"kv_compression_keep": [0, 10, PROMPT - 8, PROMPT]}
     assert plans(ALL).terms(asked, PROMPT).keep_count(PROMPT) == 10
     assert plans(ALL, decode_budget=128).terms(asked, PROMPT).keep_count(PROMPT) == 18
     asked = {**asked, "kv_compression_decode": False}
@@ -164,6 +164,7 @@ def test_a_budget_of_nothing() -> None:
         (7, "must be a JSON object"),
         ({1: 2}, "must be a JSON object"),
         ("[" * 100_000, "must be a JSON object"),
+        ('{"gamma": "\ud800", "gamma": 1}', "must be a JSON object"),
         ('{"gamma": ' + "1" * 5000 + "}", "must be a JSON object"),
         ('{"gamma": 1' + "0" * 400 + "}", "'gamma' must be 0 or 1e-06 to 2147483647 in size"),
         ('{"gamma": Infinity}', "'gamma' must be 0 or 1e-06"),

@@ -68,7 +68,7 @@ def ids_between(ranges: Ranges, first: int, end: int) -> Tensor:
     parts = [
         torch.arange(max(start, first), min(stop, end))
         for start, stop in ranges
-        if start < end and stop > first
+        if max(start, first) < min(stop, end)
     ]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 

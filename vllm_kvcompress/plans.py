@@ -205,7 +205,7 @@ class Plans:
         value = asked.get(PARAMS_KEY, {})
         if isinstance(value, str):
             try:
-                value = json.loads(value)
+                value = json.loads(value.encode())  # what is no Unicode could not be sent on
             except (ValueError, RecursionError):  # a number may have too many digits
                 value = None
         if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,17 @@ pytestmark = pytest.mark.engine
 
 BUDGET = 128
 LAYERS = 6
+POOL: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20}
 METHODS: dict[str | None, int | None] = {None: None, "scatter": 1024, "cake": BUDGET}
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    """No more at a time than a test compares."""
+    made = Engines()
+    made.LIMIT = len(METHODS)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def three(engines: Engines, model: Path) -> dict[str | None, Engine]:
     """Plain vLLM, every token kept, and real compression."""
-    return {m: engines.get(m, budget, model=str(model)) for m, budget in METHODS.items()}
+    return {m: engines.get(m, b, model=str(model), **POOL) for m, b in METHODS.items()}
 
 
 def ask(engine: Engine, prompts: list[Any], params: Any, **options: Any) -> list[Any]:
@@ -116,6 +127,32 @@ def test_structured_output(three: dict[str | None, Engine], prose: list[int]) ->
     assert found["scatter"] == found[None]
 
 
+# --- the engine's life ---------------------------------------------------------------------------
+
+
+def test_the_prefix_cache_is_reset_under_running_requests(
+    three: dict[str | None, Engine], prose: list[int]
+) -> None:
+    """What vLLM offers for new weights: all requests are thrown out and replayed."""
+    engine = three["cake"]
+    expected = engine.generate([prose[:400], prose[100:420]], 20)
+    engine.add(prose[:400], 20)
+    engine.add(prose[100:420], 20)
+    for step, _ in enumerate(engine.steps(), start=1):
+        if step == 6:
+            assert engine.llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
+            break
+    assert sorted(engine.drain().values()) == sorted(expected)
+
+
+def test_pausing_and_going_on(three: dict[str | None, Engine], prose: list[int]) -> None:
+    engine = three["cake"]
+    expected = engine.generate([prose[:400]], 8)
+    engine.llm.sleep(level=0)
+    engine.llm.wake_up(tags=["scheduling"])
+    assert engine.generate([prose[:400]], 8) == expected
+
+
 # --- prompts -------------------------------------------------------------------------------------
 
 
@@ -123,7 +160,7 @@ def test_prompt_embeds_answer_as_tokens_do(engines: Engines, model: Path, prose:
     with safe_open(str(model / "model.safetensors"), "pt") as file:
         (name,) = (n for n in file.keys() if "embed_tokens" in n)  # noqa: SIM118 - not a dict
         table = file.get_tensor(name).float()
-    engine = engines.get("cake", BUDGET, model=str(model), enable_prompt_embeds=True)
+    engine = engines.get("cake", BUDGET, model=str(model), enable_prompt_embeds=True, **POOL)
     by_tokens = ask(engine, [prose[:400]], greedy(12))
     before = engine.stats["prompt_cuts"]
     embeds = {"prompt_embeds": table[torch.tensor(prose[:400])]}
@@ -160,7 +197,7 @@ def test_lora(engines: Engines, model: Path, prose: list[int], tmp_path: Path) -
 
     adapter = LoRARequest("random", 1, str(make_adapter(tmp_path / "adapter")))
     # With room for one adapter only, vLLM's CPU build gives it to requests without one, too.
-    lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
+    lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, **POOL}
     found = {}
     for method, budget in METHODS.items():
         engine = engines.get(method, budget, model=str(model), **lora)
@@ -172,8 +209,6 @@ def test_lora(engines: Engines, model: Path, prose: list[int], tmp_path: Path) -
         found[method] = pair
     assert found["scatter"] == found[None]
     assert found["cake"] != found[None]
-    bare = answers(ask(engines.get("cake", BUDGET, model=str(model)), [prose[:400]], params))
-    assert found["cake"][0][0][0] == bare[0][0][0]
 
 
 def quantize(source: Path, target: Path) -> Path:
@@ -210,7 +245,7 @@ def test_quantized_weights(engines: Engines, model: Path, prose: list[int], tmp_
     prompts = [prose[:400], prose[300:500]]
     found = {}
     for method, budget in METHODS.items():
-        engine = engines.get(method, budget, model=small, dtype="bfloat16")
+        engine = engines.get(method, budget, model=small, dtype="bfloat16", **POOL)
         found[method] = answers(ask(engine, prompts, greedy(12, logprobs=0)))
         worker = engine.core.model_executor.driver_worker.worker
         weight = worker.model_runner.model.model.layers[0].self_attn.qkv_proj.weight
@@ -268,50 +303,26 @@ def test_mixture_of_experts(model: Path, prose: list[int], tmp_path: Path) -> No
     assert cake[:-1] != plain[:-1]
 
 
-def test_compiled_model(
-    engines: Engines, model: Path, three: dict[str | None, Engine], prose: list[int]
-) -> None:
+def test_compiled_model(engines: Engines, model: Path, prose: list[int]) -> None:
     """As `vllm serve` starts without --enforce-eager: on the CPU a compiled model, no graphs."""
     from vllm.config import CompilationMode
 
+    prompts = [prose[:400], prose[300:364], prose[300:500]]
+    params = greedy(12, logprobs=0)
+    eager = engines.get("cake", BUDGET, model=str(model), **POOL)
+    expected = answers(ask(eager, prompts, params))
     found = {}
     for method, budget in METHODS.items():
-        engine = engines.get(method, budget, model=str(model), enforce_eager=False)
+        engine = engines.get(method, budget, model=str(model), enforce_eager=False, **POOL)
         assert engine.llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
-        prompts = [prose[:400], prose[300:364], prose[300:500]]
-        found[method] = answers(ask(engine, prompts, greedy(12, logprobs=0)))
+        found[method] = answers(ask(engine, prompts, params))
     assert found["scatter"] == found[None]
-    for compiled, eager in zip(
-        found["cake"], answers(ask(three["cake"], prompts, greedy(12, logprobs=0))), strict=True
-    ):
-        assert compiled[0][0] == eager[0][0]
-        assert compiled[0][1] == pytest.approx(eager[0][1], abs=1e-3)
+    for [(tokens, logprob)], [(same, near)] in zip(found["cake"], expected, strict=True):
+        assert tokens == same
+        assert logprob == pytest.approx(near, abs=1e-3)
 
 
-# --- the engine's life ---------------------------------------------------------------------------
-
-
-def test_the_prefix_cache_is_reset_under_running_requests(
-    three: dict[str | None, Engine], prose: list[int]
-) -> None:
-    """What vLLM offers for new weights: all requests are thrown out and replayed."""
-    engine = three["cake"]
-    expected = engine.generate([prose[:400], prose[100:420]], 20)
-    engine.add(prose[:400], 20)
-    engine.add(prose[100:420], 20)
-    for step, _ in enumerate(engine.steps(), start=1):
-        if step == 6:
-            assert engine.llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
-            break
-    assert sorted(engine.drain().values()) == sorted(expected)
-
-
-def test_pausing_and_going_on(three: dict[str | None, Engine], prose: list[int]) -> None:
-    engine = three["cake"]
-    expected = engine.generate([prose[:400]], 8)
-    engine.llm.sleep(level=0)
-    engine.llm.wake_up(tags=["scheduling"])
-    assert engine.generate([prose[:400]], 8) == expected
+# --- several engines ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow

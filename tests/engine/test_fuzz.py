@@ -121,14 +121,14 @@ def sound(draw: st.DrawFn, prompt: int) -> dict[str, Any]:
     """Settings that the server must take for a prompt of that many tokens."""
     method = draw(st.sampled_from([*sorted(PARAMS), "cake"]))
     asked: dict[str, Any] = {}
+    params: dict[str, Any] = {}
     if method != "cake" or draw(st.booleans()):
         asked["kv_compression"] = method
     if draw(st.integers(0, 9)) == 0:
         asked = {"kv_compression": "none"}
-        method, window, params = "none", 1, {}
+        method, window = "none", 1
     else:
         own = dict(PARAMS[method])
-        params = {}
         roles = draw(
             st.sampled_from([(), (), ("scorer",), ("allocator",), ("scorer", "allocator")])
         )
@@ -141,7 +141,7 @@ def sound(draw: st.DrawFn, prompt: int) -> dict[str, Any]:
         window = OWN_WINDOW.get(method, 32)
         if window < least or draw(st.booleans()):
             window = params["window"] = draw(st.integers(least, 32))
-        if params or draw(st.booleans()):
+        if draw(st.booleans()) or params:
             asked["kv_compression_config"] = json.dumps(params)
     room = BUDGET
     if method != "none" and draw(st.booleans()):
@@ -200,6 +200,12 @@ absurd = st.dictionaries(
 )
 
 
+def sendable(asked: dict[str, Any]) -> dict[str, Any]:
+    """Without what plain vLLM answers with 500: lone surrogates in entries that are not ours."""
+    ours = {k: v for k, v in asked.items() if k.startswith("kv_compression")}
+    return {k: v for k, v in asked.items() if k in ours or "\\ud" not in json.dumps({k: v})}
+
+
 @st.composite
 def asks(draw: st.DrawFn) -> Ask:
     """Any request."""
@@ -222,7 +228,7 @@ def asks(draw: st.DrawFn) -> Ask:
     else:
         body["prompt"] = [first + i * first % 7919 for i in range(prompt)]
     asked = {"sound": sound(prompt), "nearly": nearly(prompt)}.get(kind, absurd)
-    body["vllm_xargs"] = draw(asked)
+    body["vllm_xargs"] = sendable(draw(asked))
     text = json.dumps(body)
     if kind == "deep":
         text = text.replace('"n":', f'"vllm_xargs": {draw(deep)}, "m":')
@@ -241,7 +247,7 @@ def send(client: httpx.Client, ask: Ask) -> tuple[str, str]:
         with client.stream(
             "POST", ask.path, content=ask.body, headers=headers, timeout=timeout
         ) as answer:
-            if ask.abort == "read":
+            if ask.abort == "read" and answer.status_code < 500:
                 next(answer.iter_raw(), None)
                 return "aborted", ""
             text = answer.read().decode()
