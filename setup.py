@@ -21,6 +21,7 @@ EXTRAS = {
     ],
     "dev": [
         *INSPECT,
+        "httpx>=0.27",
         "hypothesis>=6.100",
         "mypy>=2.4,<3",
         "openai>=2.25",

@@ -283,7 +283,10 @@ def page_cascade(
     caps = np.minimum(full, own)
     if caps.sum() < pool:  # layers that hold little cannot make up for those that may not
         caps = full
-    least = max(method.floor(min(history), base), keep)
+    least = method.floor(min(history), base)
+    if keep:
+        # Where the pool is too small for all floors none of them would hold, so let them fit.
+        least = max(min(least, base), keep)
     wanted = -(-(method.window + least) // block_size)
     cascade = Cascade(
         method,

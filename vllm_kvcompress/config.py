@@ -146,11 +146,18 @@ class KVCompressionConfig:
         """
         return get_method(self.method, self.params)
 
-    def check_block_size(self, block_size: int) -> None:
+    def check_block_size(
+        self,
+        block_size: int,
+        name: str = "kv-compression-budget",
+        remedy: str = "raise the budget or lower --block-size",
+    ) -> None:
         """Refuse a budget that leaves no room beside the window.
 
         Args:
             block_size: Tokens per block.
+            name: Of the budget, for the message.
+            remedy: What to do about it, for the message.
 
         Raises:
             ValueError: A token budget below window + one block.
@@ -158,14 +165,13 @@ class KVCompressionConfig:
         """
         method = self.build_method()
         least = method.window + block_size
-        budgets = {"kv-compression-budget": self.budget, "decode_budget": self.decode_budget}
-        for name, budget in budgets.items():
+        budgets = {name: self.budget, "decode_budget": self.decode_budget}
+        for which, budget in budgets.items():
             if method.keeps_all or budget is None or isinstance(budget, float) or budget >= least:
                 continue
             raise ValueError(
-                f"{name} {budget} is too small: {self.method} needs at least "
-                f"{least} tokens per layer (window {method.window} + one block of {block_size}); "
-                "raise the budget or lower --block-size"
+                f"{which} {budget} is too small: {self.method} needs at least {least} tokens per "
+                f"layer (window {method.window} + one block of {block_size}); {remedy}"
             )
 
     def _check_streaming(self, method: Method) -> None:

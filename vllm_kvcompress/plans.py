@@ -175,6 +175,7 @@ class Plans:
         config = replace(
             self.own.config, method=asked.method, budget=asked.budget, params=asked.params
         )
+        config.check_block_size(self.own.block_size, BUDGET_KEY, "raise it or lower the window")
         planner = Planner(config, self.own.block_size, self.own.limits)
         if planner.token_by_token and not self.own.token_by_token and config.decode_budget:
             raise ValueError(

@@ -205,11 +205,15 @@ def greedy(max_tokens: int, **params: Any) -> Any:
 
 
 class Engines:
-    """Engines by their settings, those used last. An engine takes about a gigabyte."""
+    """Engines by their settings, those used last.
 
-    LIMIT = 5
+    Args:
+        limit: How many; one of the small model takes about a gigabyte.
 
-    def __init__(self) -> None:
+    """
+
+    def __init__(self, limit: int = 5) -> None:
+        self._limit = limit
         self._made: dict[str, Engine] = {}
 
     def __iter__(self) -> Iterator[Engine]:
@@ -249,7 +253,7 @@ class Engines:
         if key in self._made:
             self._made[key] = self._made.pop(key)  # the last one is the one used last
         else:
-            if len(self._made) == self.LIMIT:
+            if len(self._made) == self._limit:
                 self._close(next(iter(self._made)))
             from vllm_kvcompress import LLM
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,6 +36,14 @@ def text() -> list[int]:
     file = min((REPO / "scripts" / "data").glob("*.txt"))
     tokenizer = AutoTokenizer.from_pretrained(MODELS / HYBRID)
     return list(tokenizer(file.read_text(encoding="utf-8")[:40_000])["input_ids"])
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    """No more than two: this model takes three gigabytes."""
+    made = Engines(limit=2)
+    yield made
+    made.close()
 
 
 @pytest.fixture

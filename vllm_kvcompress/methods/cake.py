@@ -152,7 +152,8 @@ class Cake(Method):
         self, seen: Sequence[LayerScores], base: int, num_layers: int
     ) -> npt.NDArray[np.float64]:
         preferences = [s.stat("preference") for s in seen]
-        if not sum(preferences) > 0.0:  # the released code stops with an error here
+        # The released code stops with an error where the fp32 sum is 0, infinite or no number.
+        if not 0.0 < sum(preferences) <= float(np.finfo(np.float32).max):
             return np.zeros(len(seen))
         history = seen[0].tokens.shape[-1]
         budgets = released_cake.layer_budgets(preferences, base * num_layers, history)
