@@ -36,8 +36,7 @@ METHODS: dict[str | None, int | None] = {None: None, "scatter": 1024, "cake": BU
 @pytest.fixture(scope="module")
 def engines() -> Iterator[Engines]:
     """No more at a time than a test compares."""
-    made = Engines()
-    made.LIMIT = len(METHODS)
+    made = Engines(limit=len(METHODS))
     yield made
     made.close()
 
