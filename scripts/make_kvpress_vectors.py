@@ -6,9 +6,9 @@ weights, one layer after another, and writes inputs, scores and kept tokens to n
 of the tests: kvpress wants another version of transformers than vLLM, so it gets an environment of
 its own, which needs nothing of this repository:
 
-    python3 -m venv /tmp/kvpress
-    /tmp/kvpress/bin/pip install kvpress==0.5.5 torch
-    /tmp/kvpress/bin/python scripts/make_kvpress_vectors.py
+    python3 -m venv kvpress-env
+    kvpress-env/bin/pip install kvpress==0.5.5 torch
+    kvpress-env/bin/python scripts/make_kvpress_vectors.py
 
 The committed files come from kvpress 0.5.5 with torch 2.13 and transformers 5.2 on a CPU; versions
 and parameters are part of every file. tests/golden/README.md says what the arrays are.
