@@ -1,17 +1,25 @@
 """``kvcompress inspect`` up to the engine: arguments, prompts and refusals."""
 
 import argparse
+import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.engine.harness import MODELS, SMALL
+from tests.inspections import inspection
 from vllm_kvcompress.cli import build_parser, main
 from vllm_kvcompress.commands import CommandError
 from vllm_kvcompress.commands.inspect import make_job
 from vllm_kvcompress.commands.inspect_engine import cache_bytes, check_length, read_prompt
 from vllm_kvcompress.commands.plan_model import ModelFacts
+from vllm_kvcompress.inspection.chart import chart
+from vllm_kvcompress.inspection.page import page_data
+from vllm_kvcompress.inspection.store import save_arrays
+from vllm_kvcompress.layers import Layers
 
 
 @pytest.fixture
@@ -97,6 +105,8 @@ FACTS = ModelFacts(
     name="m",
     architecture="LlamaForCausalLM",
     layers=3,
+    groups=Layers(3),
+    compressed=(),
     heads=4,
     kv_heads=2,
     head_size=16,
@@ -134,6 +144,30 @@ def test_engine_gets_what_the_prompt_needs(words: list[str]) -> None:
     # Keys and values of 2 bytes: at least those of the prompt and of what it is compressed into.
     token = 2 * 2 * FACTS.layers * FACTS.kv_heads * FACTS.head_size
     assert (300 + 128) * token < cache_bytes(job, FACTS, 301) < 1000 * token
+
+
+def test_a_hybrids_cache_has_room_for_its_windows(words: list[str]) -> None:
+    job = make_job(parsed(words, "--budget", "128"))
+    hybrid = replace(FACTS, layers=9, groups=Layers(3, 1, 2, 64), compressed=(2, 5, 8))
+    # Of both groups of windows what they would hold without any; a block is as large as before.
+    page = 2 * 2 * job.block_size * FACTS.layers * FACTS.kv_heads * FACTS.head_size
+    more = cache_bytes(job, hybrid, 301) - cache_bytes(job, FACTS, 301)
+    assert more == 2 * (-(-301 // job.block_size) + 1) * page
+
+
+def test_layers_have_the_models_numbers_where_only_some_are_compressed(tmp_path: Path) -> None:
+    some = replace(inspection(layers=3), layers=(5, 11, 17))
+    figure = chart(some)
+    assert all(list(trace.y) == ["5", "11", "17"] for trace in figure.data)
+    assert figure.layout.yaxis.title.text == "compressed layer"
+    assert chart(inspection(layers=3)).layout.yaxis.title.text == "layer"
+    assert page_data(some)["numbers"] == (5, 11, 17)
+    assert page_data(inspection(layers=3))["numbers"] == (0, 1, 2)
+    save_arrays(some, tmp_path / "raw.npz")
+    meta = json.loads(str(np.load(tmp_path / "raw.npz")["meta"]))
+    assert meta["layers"] == [5, 11, 17]
+    with pytest.raises(ValueError, match=r"layers must be as many as a run has \(3\), got 2"):
+        replace(some, layers=(5, 11))
 
 
 def test_prompt_of_a_chat_is_the_templates_text(words: list[str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.harness import MODELS, SMALL, Engines
+from tests.engine.harness import HYBRID, MODELS, SMALL, Engines
 from vllm_kvcompress.cli import build_parser
 from vllm_kvcompress.commands.plan import make_report
 from vllm_kvcompress.commands.plan_engine import (
@@ -48,6 +48,70 @@ def test_an_engine_has_the_blocks_and_the_concurrency_of_its_plan(engines: Engin
     _, held = engine.run_counting([prompt], report.work.output)
     assert max(held) <= report.plain.after_prefill + report.compressed.after_prefill
     assert held[-2] == report.compressed.at_end
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_vllm_makes_of_a_hybrid_what_is_planned(device: str) -> None:
+    """Blocks, concurrency and the longest context, as vLLM's start-up works them out."""
+    from vllm.v1.core import kv_cache_utils
+
+    words = f"--device {device} --dtype float32 --block-size 32 --context 4096 --budget 256"
+    words += " --kv-cache-memory 100MiB --max-num-batched-tokens 512"
+    report = plan(MODELS / HYBRID, *words.split())
+    # The largest context that fits is neither the one asked for nor the model's.
+    assert 4096 < report.compressed.longest < report.plain.longest < 32768
+    for compressed, figures in ((False, report.plain), (True, report.compressed)):
+        config, specs = hybrid_specs(report, compressed=compressed)
+        (cache,) = kv_cache_utils.get_kv_cache_configs(config, [specs], [figures.memory])
+        assert cache.num_blocks == figures.blocks
+        concurrency = kv_cache_utils.get_max_concurrency_for_kv_cache_config
+        assert concurrency(config, cache) == figures.concurrency
+        # It starts with the longest context, and with none that is longer.
+        config.model_config.max_model_len = figures.longest
+        kv_cache_utils.get_kv_cache_configs(config, [specs], [figures.memory])
+        config.model_config.max_model_len = figures.longest + 1
+        with pytest.raises(ValueError, match="max seq len"):
+            kv_cache_utils.get_kv_cache_configs(config, [specs], [figures.memory])
+
+
+def hybrid_specs(report: Report, *, compressed: bool) -> tuple[Any, dict[str, Any]]:
+    """The planned server's configuration, and what its layers ask vLLM for."""
+    import torch
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+    from vllm_kvcompress.engine.plugin import register
+    from vllm_kvcompress.engine.spec import ArenaSpec
+
+    register()
+    settings = {"kv_compression": report.config.as_dict()} if compressed else {}
+    config = EngineArgs(
+        model=report.model.name,
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype="float32",
+        max_model_len=report.work.context,
+        block_size=report.engine.block_size,
+        max_num_batched_tokens=report.engine.max_num_batched_tokens,
+        additional_config=settings,
+    ).create_engine_config()
+    # The CPU platform turns asynchronous scheduling off, and leaves the layout to its backend.
+    config.scheduler_config.async_scheduling = bool(report.engine.lag)
+    config.cache_config.kv_cache_layout = "LBHNC"
+    model = config.model_config
+    shape: dict[str, Any] = {
+        "block_size": report.engine.block_size,
+        "num_kv_heads": model.get_num_kv_heads(config.parallel_config),
+        "head_size": model.get_head_size(),
+        "dtype": torch.float32,
+    }
+    local = SlidingWindowSpec(**shape, sliding_window=model.get_sliding_window())
+    full = (ArenaSpec if compressed else FullAttentionSpec)(**shape)
+    kinds = model.hf_text_config.layer_types
+    return config, {
+        f"layers.{number}": local if kind == "sliding_attention" else full
+        for number, kind in enumerate(kinds)
+    }
 
 
 def plain_cache(cache: Any) -> Any:

@@ -65,6 +65,7 @@ def inspect(job: Job) -> Inspection:
         pieces=prompt.pieces,
         runs=tuple(runs),
         question=job.question,
+        layers=model.compressed,
     )
 
 
@@ -144,9 +145,12 @@ def cache_bytes(job: Job, model: ModelFacts, max_model_len: int) -> int:
         max_model_len: Tokens of the context.
 
     """
-    shape = (model.layers, model.kv_heads, model.head_size)
-    # A prompt holds its own blocks and those that it is compressed into, which are fewer.
-    blocks = 2 * -(-max_model_len // job.block_size) + 8
+    pages = model.groups.pages_of_block(model.layers)
+    shape = (pages, model.kv_heads, model.head_size)
+    whole = -(-max_model_len // job.block_size)
+    # A prompt holds its own blocks and those that it is compressed into, which are fewer; of each
+    # group of sliding-window layers vLLM wants one more at most.
+    blocks = 2 * whole + 8 + model.groups.side_groups * (whole + 1)
     return blocks * block_bytes(*shape, job.block_size, model.dtype.itemsize)
 
 

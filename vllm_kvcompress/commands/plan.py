@@ -129,12 +129,13 @@ def make_report(args: argparse.Namespace) -> Report:
     from vllm_kvcompress.commands.plan_engine import beside_bytes
     from vllm_kvcompress.commands.plan_figures import (
         Pool,
+        Windows,
         block_bytes,
         compressed_figures,
         plain_figures,
     )
     from vllm_kvcompress.commands.plan_model import load_config, model_facts
-    from vllm_kvcompress.commands.plan_notes import gain_notes
+    from vllm_kvcompress.commands.plan_notes import gain_notes, window_notes
     from vllm_kvcompress.commands.plan_report import Report
 
     _check_combinations(args)
@@ -151,14 +152,16 @@ def make_report(args: argparse.Namespace) -> Report:
     if args.gpu_memory is not None:
         memory = _left_of_gpu(args, model, loaded, assumed)
     itemsize = 1 if args.kv_cache_dtype == "fp8" else model.dtype.itemsize
-    shape = (model.layers, model.kv_heads, model.head_size)
-    block = block_bytes(*shape, engine.block_size, itemsize)
-    pool = Pool(memory, block, engine.block_size)
+    size = engine.block_size
+    page = block_bytes(1, model.kv_heads, model.head_size, size, itemsize)
+    block = page * model.groups.pages_of_block(model.layers)
+    windows = Windows(model.groups, size, engine.in_flight, engine.lag)
+    pool = Pool(memory, block, size)
     # A pool sized by hand keeps its size; else the worker sets its own needs aside.
     less = beside if args.gpu_memory is not None else 0
-    smaller = Pool(max(memory - less, 0), block, engine.block_size)
-    plain = plain_figures(pool, work)
-    compressed = compressed_figures(smaller, work, planner)
+    smaller = Pool(max(memory - less, 0), block, size)
+    plain = plain_figures(pool, work, windows)
+    compressed = compressed_figures(smaller, work, planner, windows)
     assumed += _assumptions(args, model, loaded, engine, beside)
     return Report(
         model=model,
@@ -166,12 +169,15 @@ def make_report(args: argparse.Namespace) -> Report:
         work=work,
         config=settings,
         cache_dtype=args.kv_cache_dtype,
-        token_bytes=block // engine.block_size,
+        token_bytes=page * model.layers // size,
         plain=plain,
         compressed=compressed,
         beside=beside,
         assumed=assumed,
-        notes=gain_notes(plain, compressed, work, planner, engine),
+        notes=[
+            *gain_notes(plain, compressed, work, planner, engine),
+            *window_notes(model, work, windows),
+        ],
         shared_flags=_shared_flags(args, engine),
     )
 
@@ -244,8 +250,13 @@ def _engine(args: argparse.Namespace, context: int) -> EngineFacts:
 def _plans(settings: KVCompressionConfig, engine: EngineFacts, model: ModelFacts) -> Plans:
     from vllm_kvcompress.plans import Plans
 
+    if model.groups.side_groups and settings.prefill == "cascade":
+        raise CommandError(
+            "kv_compression: prefill cascade is not supported for models with sliding-window "
+            "layers, which need blocks for the whole prompt in that step; set prefill to auto"
+        )
     try:
-        return Plans(settings, engine.block_size, engine.limits(model.layers))
+        return Plans(settings, engine.block_size, engine.limits(model.groups))
     except ValueError as error:
         raise CommandError(str(error)) from None
 

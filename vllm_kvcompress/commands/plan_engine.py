@@ -7,6 +7,7 @@ engine/gpu_worker.py.
 from dataclasses import dataclass
 
 from vllm_kvcompress.commands.plan_model import ModelFacts
+from vllm_kvcompress.layers import Layers
 from vllm_kvcompress.planner import Limits
 from vllm_kvcompress.plans import Plans
 from vllm_kvcompress.tables import TableLimits
@@ -48,9 +49,15 @@ class EngineFacts:
     def lag(self) -> int:
         return int(self.device == "gpu")
 
-    def limits(self, layers: int) -> Limits:
+    @property
+    def in_flight(self) -> int:
+        """Most tokens that are scheduled and not processed: vLLM's max_in_flight_tokens."""
+        return (1 + self.lag) * self.max_num_batched_tokens
+
+    def limits(self, layers: Layers) -> Limits:
         """What the planner has to know, as engine/settings.py states it."""
-        return Limits(layers, self.max_num_batched_tokens, self.lag)
+        alone = not layers.side_groups
+        return Limits(layers.compressed, self.max_num_batched_tokens, self.lag, alone)
 
 
 def batch_defaults(device: str, gpu_memory: int | None) -> tuple[int, int]:
@@ -81,7 +88,11 @@ def beside_bytes(plans: Plans, model: ModelFacts, engine: EngineFacts) -> int:
     if engine.device != "gpu":
         return 0
     shape = ModelShape(
-        model.layers, model.heads, model.kv_heads, model.head_size, model.dtype.itemsize
+        model.groups.compressed,
+        model.heads,
+        model.kv_heads,
+        model.head_size,
+        model.dtype.itemsize,
     )
     planner, longest, size = plans.own, engine.max_model_len, engine.block_size
     limits = TableLimits(

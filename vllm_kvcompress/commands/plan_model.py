@@ -1,5 +1,6 @@
 """What a plan needs of a model, read from its configuration without its weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from vllm_kvcompress.commands import CommandError
+from vllm_kvcompress.layers import Layers, compressed_numbers, group_layers
 
 _LENGTHS = (
     "max_position_embeddings",
@@ -37,7 +39,9 @@ class ModelFacts:
     Attributes:
         name: What ``vllm serve`` is given: a folder or a hub id.
         architecture: Its class, or its type where the configuration names none.
-        layers: L, all with full attention.
+        layers: Of the whole model.
+        groups: Those of them with full attention, which are compressed, and the others.
+        compressed: Numbers of those that are compressed; empty: all.
         heads: Query heads H.
         kv_heads: KV heads N.
         head_size: D.
@@ -51,6 +55,8 @@ class ModelFacts:
     name: str
     architecture: str
     layers: int
+    groups: Layers
+    compressed: tuple[int, ...]
     heads: int
     kv_heads: int
     head_size: int
@@ -106,13 +112,17 @@ def model_facts(model: str, config: Any, dtype: str) -> ModelFacts:
     """
     text = config.get_text_config()
     check_supported(config, text)
-    heads = _number(text, "num_attention_heads")
+    heads, layers = _number(text, "num_attention_heads"), _number(text, "num_hidden_layers")
+    types = getattr(text, "layer_types", None) or ()
+    groups = _groups(text, types, layers)
     longest, default = _lengths(text)
     path = Path(model)
     return ModelFacts(
         name=str(path.parent) if path.is_file() else model,
         architecture=(getattr(config, "architectures", None) or [config.model_type])[0],
-        layers=_number(text, "num_hidden_layers"),
+        layers=layers,
+        groups=groups,
+        compressed=compressed_numbers(types, groups),
         heads=heads,
         kv_heads=_kv_heads(text, heads),
         head_size=getattr(text, "head_dim", None) or _number(text, "hidden_size") // heads,
@@ -137,8 +147,8 @@ def check_supported(config: Any, text: Any) -> None:
     for applies, what in _refusals(config, text):
         if applies:
             raise CommandError(
-                f"{what} not supported with --kv-compression; there is nothing to plan for "
-                f"{config.model_type}"
+                f"{what} not supported with --kv-compression, so {config.model_type} cannot be "
+                "compressed"
             )
 
 
@@ -147,7 +157,10 @@ def _refusals(config: Any, text: Any) -> list[tuple[bool, str]]:
         getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     )
     others = sorted(types - {"full_attention", "attention", "sliding_attention"})
-    sliding = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    # Without types of its own every layer has the window, if there is one.
+    local = types == {"sliding_attention"} or (
+        not types and bool(getattr(text, "use_sliding_window", True))
+    )
     names = getattr(config, "architectures", None) or ()
     return [
         (
@@ -174,11 +187,12 @@ def _refusals(config: Any, text: Any) -> list[tuple[bool, str]]:
             "models whose images see later tokens are",
         ),
         (
-            "chunked_attention" in types
-            or "sliding_attention" in types
-            or bool(not types and sliding)
-            or bool(getattr(text, "attention_chunk_size", None)),
-            "sliding-window and chunked models are",
+            "chunked_attention" in types or bool(getattr(text, "attention_chunk_size", None)),
+            "models with chunked local attention are",
+        ),
+        (
+            local and bool(getattr(text, "sliding_window", None)),
+            "models of sliding windows alone, with no layer that attends to the whole context, are",
         ),
         (bool(others), f"layers of type {', '.join(others)} are"),
         (
@@ -193,6 +207,17 @@ def _refusals(config: Any, text: Any) -> list[tuple[bool, str]]:
             "layers with KV caches of different shapes are",
         ),
     ]
+
+
+def _groups(text: Any, types: Sequence[str], layers: int) -> Layers:
+    """Which layers are compressed; refuses what engine/checks.py refuses of them."""
+    groups = group_layers(types, layers, getattr(text, "sliding_window", None))
+    if groups.full_groups > 1:
+        raise CommandError(
+            f"a model whose full-attention layers fill {groups.full_groups} KV-cache groups is "
+            f"not supported with --kv-compression, so {text.model_type} cannot be compressed"
+        )
+    return groups
 
 
 def _number(text: Any, name: str) -> int:

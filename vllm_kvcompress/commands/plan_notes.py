@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from vllm_kvcompress.commands.plan_engine import EngineFacts
-from vllm_kvcompress.commands.plan_figures import Figures, Workload
+from vllm_kvcompress.commands.plan_figures import Figures, Windows, Workload
+from vllm_kvcompress.commands.plan_model import ModelFacts
 from vllm_kvcompress.memory import format_bytes
 from vllm_kvcompress.planner import Planner
 
@@ -60,10 +61,12 @@ def gain_notes(
             "while a prompt is compressed, and one step longer under asynchronous scheduling."
         )
     if compressed.longest < plain.longest:
+        step = engine.max_num_batched_tokens
+        which = f" of more than {step:,} tokens (--max-num-batched-tokens)"
         notes.append(
-            f"The longest --max-model-len is shorter than plain vLLM's: a prompt of more than "
-            f"{engine.max_num_batched_tokens:,} tokens (--max-num-batched-tokens) is held whole, "
-            "with its survivors beside it, until it is compressed."
+            "The longest --max-model-len is shorter than plain vLLM's: a prompt"
+            f"{which if planner.can_cascade else ''} is held whole, with its survivors beside it, "
+            "until it is compressed."
         )
     if not compressed.starts:
         notes.append(
@@ -71,6 +74,29 @@ def gain_notes(
             f"needs {format_bytes(compressed.least_memory)} of KV cache."
         )
     return [*notes, *_prefill_notes(compressed, work, planner)]
+
+
+def window_notes(model: ModelFacts, work: Workload, windows: Windows) -> list[str]:
+    """What a model's sliding-window layers hold, with and without compression.
+
+    Args:
+        model: The model.
+        work: The requests.
+        windows: Of the layers that are not compressed.
+
+    """
+    groups = model.groups
+    if not groups.side_groups:
+        return []
+    many = "groups" if groups.side_groups > 1 else "group"
+    note = (
+        f"Only the {groups.compressed} full-attention layers of {model.layers} are compressed. The "
+        f"others, with windows of {groups.window:,} tokens, hold up to "
+        f"{windows.read(work.context):,} blocks of a request in {groups.side_groups} KV-cache "
+        f"{many} while its prompt is read and {windows.held(work.context):,} later, which both "
+        "columns count."
+    )
+    return [note]
 
 
 def _why_little(work: Workload, planner: Planner) -> str:

@@ -95,8 +95,9 @@ def show(report: Report, file: TextIO) -> None:
     )
     model = report.model
     console.print(model.name, soft_wrap=True)
+    which = f" ({model.groups.compressed} compressed)" if model.groups.side_groups else ""
     console.print(
-        f"{model.architecture}: {model.layers} layers, {model.kv_heads} KV heads of "
+        f"{model.architecture}: {model.layers} layers{which}, {model.kv_heads} KV heads of "
         f"{model.head_size}, {report.token_bytes:,} bytes of KV cache a token"
     )
     console.print(_table(report))

@@ -73,7 +73,7 @@ def chart(inspection: Inspection) -> go.Figure:
     )
     figure.update_annotations(font_size=12)  # the columns' titles
     for column in columns:
-        _draw(figure, column, edges_of(inspection))
+        _draw(figure, column, inspection)
     longest = max(int(run.lengths.max()) for run in inspection.runs)
     _set_axes(figure, inspection, columns, longest)
     return figure
@@ -88,9 +88,11 @@ def _title(column: _Column) -> str:
     return {"heat": HEAT_TITLE, "bars": BAR_TITLE}.get(column.kind, column.kind)
 
 
-def _draw(figure: go.Figure, column: _Column, edges: Ints) -> None:
-    run = column.run
-    layers = np.arange(run.num_layers)
+def _draw(figure: go.Figure, column: _Column, inspection: Inspection) -> None:
+    run, edges = column.run, edges_of(inspection)
+    # Numbers with gaps are names of categories, so that rows stay side by side.
+    numbers = inspection.layer_numbers
+    layers = [str(number) for number in numbers] if inspection.layers else np.arange(len(numbers))
     if column.kind == "heat":
         trace = go.Heatmap(
             x=edges,
@@ -144,7 +146,9 @@ def _set_axes(
 ) -> None:
     layers = inspection.num_layers
     figure.update_yaxes(range=[layers - 0.5, -0.5], zeroline=False, showgrid=False)
-    figure.update_yaxes(title_text="layer", col=1)
+    figure.update_yaxes(title_text=inspection.layer_title, col=1)
+    if inspection.layers:
+        figure.update_yaxes(type="category")
     heats = [column.number for column in columns if column.kind == "heat"]
     for column in columns:
         if column.kind == "heat":

@@ -149,9 +149,12 @@ class Inspection:
         pieces: Its text cut up by tokens, S strings.
         runs: One for each method, at least one.
         question: What was asked at the end of the prompt, or empty.
+        layers: Numbers in the model of the layers of the runs, where only some are compressed;
+            empty: all of them.
 
     Raises:
-        ValueError: No run, or one whose prompt or number of layers differs from the others'.
+        ValueError: No run, one whose prompt or number of layers differs from the others', or
+            layers of another number.
 
     """
 
@@ -161,6 +164,7 @@ class Inspection:
     pieces: tuple[str, ...]
     runs: tuple[Run, ...]
     question: str = field(default="")
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -175,6 +179,10 @@ class Inspection:
                     f"{run.method}: expected {self.prompt_len} tokens and {self.num_layers} "
                     f"layers, got {run.prompt_len} and {run.num_layers}"
                 )
+        if len(self.layers) not in (0, self.num_layers):
+            raise ValueError(
+                f"layers must be as many as a run has ({self.num_layers}), got {len(self.layers)}"
+            )
 
     @property
     def prompt_len(self) -> int:
@@ -185,6 +193,16 @@ class Inspection:
     def num_layers(self) -> int:
         """L."""
         return self.runs[0].num_layers
+
+    @property
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The number in the model of every layer of a run, L of them."""
+        return self.layers or tuple(range(self.num_layers))
+
+    @property
+    def layer_title(self) -> str:
+        """What the axis of layers is called."""
+        return "compressed layer" if self.layers else "layer"
 
     @property
     def budget_text(self) -> str:

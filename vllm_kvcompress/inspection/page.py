@@ -81,6 +81,7 @@ def levels(inspection: Inspection, run: Run) -> list[int]:
 def page_data(inspection: Inspection) -> dict[str, Any]:
     """What the page's script reads.
 
+    ``numbers``: of every layer its number in the model.
     ``columns``: of every bin of the heat maps its positions and text. ``runs``: of every method its
     title, its KV heads, the marks' strengths as digits of base 36, and ``counts``: the heads that
     keep each token in each layer, uint16 [L, S] little endian, zlib, base64.
@@ -88,6 +89,7 @@ def page_data(inspection: Inspection) -> dict[str, Any]:
     edges = edges_of(inspection).tolist()
     return {
         "layers": inspection.num_layers,
+        "numbers": inspection.layer_numbers,
         "columns": [_column(inspection, a, b) for a, b in pairwise(edges)],
         "runs": [
             {

@@ -183,9 +183,10 @@ def _draw_run(
     heat.pcolormesh(edges, rows, binned(run, edges), norm=_HEAT_NORM, cmap=HEAT.lower())
     _label(heat, HEAT_TITLE, "position in the prompt (tokens)")
     heat.xaxis.set_major_locator(MaxNLocator(6 if plan.heat_width < 6 else 10, integer=True))
-    _layer_axis(heat, run.num_layers, named=first)
+    inspection = plan.inspection
+    _layer_axis(heat, inspection, named=first)
     if first:
-        heat.set_ylabel("layer", fontsize=_LETTERS)
+        heat.set_ylabel(inspection.layer_title, fontsize=_LETTERS)
 
     left += plan.heat_width + _GAP
     bars = _axes(figure, plan, left, _TOP, _BARS, plan.rows_height)
@@ -194,7 +195,7 @@ def _draw_run(
     bars.set_xlim(0, longest * 1.05)
     bars.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     _label(bars, BAR_TITLE, f"tokens of a layer\n(dashed: mean, {run.mean_length:.0f})")
-    _layer_axis(bars, run.num_layers, named=False)
+    _layer_axis(bars, inspection, named=False)
 
     left += _BARS
     for symbol, values in run.profile.items():
@@ -204,7 +205,7 @@ def _draw_run(
         axes.set_xlim(0, 1.05)
         axes.set_xticks([0, 0.5, 1], ["0", "\u00bd", "1"])
         _label(axes, symbol, "")
-        _layer_axis(axes, run.num_layers, named=False)
+        _layer_axis(axes, inspection, named=False)
         left += _PROFILE
     if run.profile:
         span = len(run.profile) * (_PROFILE + _GAP) - _GAP
@@ -227,9 +228,13 @@ def _label(axes: Axes, title: str, unit: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _layer_axis(axes: Axes, layers: int, *, named: bool) -> None:
+def _layer_axis(axes: Axes, inspection: Inspection, *, named: bool) -> None:
+    layers, numbers = inspection.num_layers, inspection.layer_numbers
     axes.set_ylim(layers - 0.5, -0.5)
     axes.yaxis.set_major_locator(MaxNLocator(min(layers, 16), integer=True))
+    axes.yaxis.set_major_formatter(
+        lambda row, _: str(numbers[round(row)]) if 0 <= round(row) < layers else ""
+    )
     axes.tick_params(axis="y", labelleft=named, length=3 if named else 0)
 
 

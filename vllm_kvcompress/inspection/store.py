@@ -17,7 +17,7 @@ def save_arrays(inspection: Inspection, path: Path) -> None:
     ``r_kept`` int64 [N, sum of T_l] holds the kept ids of all layers one after another,
     ``r_lengths`` int64 [L] is T_l, ``r_weights`` fp64 [L] (empty if the method has none) and
     ``r_NAME`` fp64 [L] every number the allocator read. ``meta`` is a JSON text: model, budget,
-    question, and per run method, window and block size.
+    question, the layers' numbers in the model, and per run method, window and block size.
 
     Raises:
         OSError: The file cannot be written.
@@ -27,6 +27,7 @@ def save_arrays(inspection: Inspection, path: Path) -> None:
         "model": inspection.model,
         "budget": inspection.budget,
         "question": inspection.question,
+        "layers": inspection.layer_numbers,
         "runs": [
             {"method": run.method, "window": run.window, "block_size": run.block_size}
             for run in inspection.runs
