@@ -88,8 +88,8 @@ def test_both_parts_may_be_replaced() -> None:
 
 
 def test_a_method_may_lend_itself_a_part_with_other_parameters() -> None:
-    found = get_method("cake", {"gamma": 3.0, "scorer": {"method": "cake", "gamma": 0.0}})
-    assert found == compose(Cake(gamma=0.0), Cake(gamma=3.0))
+    found = get_method("cake", {"tau1": 3.0, "scorer": {"method": "cake", "gamma": 0.0}})
+    assert found == compose(Cake(gamma=0.0), Cake(tau1=3.0))
     assert found.name == "cake+cake"
 
 
@@ -131,6 +131,26 @@ GOES_ALONE = "it cannot be combined with the scorer or allocator of another meth
         ("cake", {"scorer": "tova", "faithful": True}, f"cake: {GOES_ALONE}"),
         ("tova", {"allocator": {"method": "dynamickv", "faithful": True}}, "dynamickv: it cannot"),
         ("tova", {"allocator": "cake"}, "cake: window must be an integer of at least 2, got 1"),
+        (
+            "cake",
+            {"gamma": 3.0, "scorer": "keydiff"},
+            "cake: gamma has no effect, as the scorer is replaced, got 3.0",
+        ),
+        (
+            "cake",
+            {"tau2": 3.0, "allocator": "pyramidkv"},
+            "cake: tau2 has no effect, as the allocator is replaced, got 3.0",
+        ),
+        (
+            "snapkv",
+            {"allocator": {"method": "cake", "kernel": 7}},
+            "cake: kernel has no effect, as only its allocator is used, got 7",
+        ),
+        (
+            "cake",
+            {"scorer": {"method": "pyramidkv", "beta": 7}},
+            "pyramidkv: beta has no effect, as only its scorer is used, got 7",
+        ),
         (
             "cake",
             {"scorer": "tova", "allocator": "uniform", "window": 8, "gamma": 1.0},

@@ -66,6 +66,16 @@ def test_parameters_of_the_server_go_with_its_method_only() -> None:
     assert (other.method, other.budget, dict(other.params)) == ("snapkv", 256, {})
 
 
+def test_parameters_of_the_server_that_a_replaced_part_would_read_are_left_out() -> None:
+    server = plans(ALL, gamma=7, tau1=2)
+    terms = server.terms({"kv_compression_config": '{"scorer": "keydiff"}'}, PROMPT)
+    assert terms.planner.config.params == {"tau1": 2, "scorer": "keydiff"}
+    terms = server.terms({"kv_compression_config": '{"allocator": "pyramidkv"}'}, PROMPT)
+    assert terms.planner.config.params == {"gamma": 7, "allocator": "pyramidkv"}
+    asked = {"kv_compression_config": '{"scorer": "keydiff", "gamma": 1}'}
+    assert "gamma has no effect, as the scorer is replaced" in refusal(server, asked)
+
+
 def test_none_leaves_a_request_alone() -> None:
     terms = plans().terms({"kv_compression": "none"}, PROMPT)
     assert terms.course(PROMPT) is None

@@ -154,8 +154,7 @@ class Plans:
                         f"{key} needs a {METHOD_KEY} that compresses, and this request has {OFF}"
                     )
         check_budget(budget, BUDGET_KEY)
-        base = self.own.config.params if method == self.own.config.method else {}
-        merged = {**base, **params}
+        merged = {**self._inherited(method, params), **params}
         key = repr((method, budget, sorted(merged.items())))
         if key == self._own_key:
             return self.own
@@ -165,6 +164,18 @@ class Plans:
         if PARAMS_KEY in asked:
             self._check_window(planner)
         return planner
+
+    def _inherited(self, method: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The server's parameters that hold for a request, too: of its method, of parts it keeps."""
+        own = self.own.config
+        if method != own.method:
+            return {}
+        whole, idle = get_method(method, {}), set()
+        if "scorer" in params:
+            idle |= whole.scorer_params
+        if "allocator" in params:
+            idle |= whole.allocator_params
+        return {name: value for name, value in own.params.items() if name not in idle}
 
     @property
     def _own_key(self) -> str:

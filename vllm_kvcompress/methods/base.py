@@ -149,6 +149,11 @@ class Method(ABC):
     keeps_all: ClassVar[bool] = False
     """Nothing is ever evicted: the engine only moves tokens about and never calls ``score``."""
 
+    scorer_params: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that only the scorer reads: refused where another method scores."""
+    allocator_params: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that only the allocator reads: refused where another method allocates."""
+
     window: int = 32
 
     def __post_init__(self) -> None:

@@ -50,6 +50,8 @@ class Cake(Method):
 
     name: ClassVar[str] = "cake"
     needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
+    scorer_params: ClassVar[frozenset[str]] = frozenset({"gamma", "kernel"})
+    allocator_params: ClassVar[frozenset[str]] = frozenset({"tau1", "tau2", "every"})
     allocator_needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
 
     tau1: float = 1.0

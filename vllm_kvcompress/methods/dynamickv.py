@@ -44,6 +44,8 @@ class DynamicKV(Method):
 
     name: ClassVar[str] = "dynamickv"
     needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
+    scorer_params: ClassVar[frozenset[str]] = frozenset({"kernel", "pooling", "reduce"})
+    allocator_params: ClassVar[frozenset[str]] = frozenset({"r_max", "every", "min_tokens"})
 
     kernel: int = 7
     pooling: Literal["avg", "max"] = "avg"

@@ -34,6 +34,7 @@ class PyramidKV(SnapKV):
     """
 
     name: ClassVar[str] = "pyramidkv"
+    allocator_params: ClassVar[frozenset[str]] = frozenset({"beta"})
 
     beta: int = 20
 

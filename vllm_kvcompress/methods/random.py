@@ -23,6 +23,7 @@ class Random(EqualShares):
 
     name: ClassVar[str] = "random"
     needs: ClassVar[frozenset[Need]] = frozenset()
+    scorer_params: ClassVar[frozenset[str]] = frozenset({"seed"})
 
     seed: int = 0
 

@@ -110,7 +110,10 @@ def get_method(name: str, params: Mapping[str, object]) -> Method:
             f"{name}: {idle[0]} has no effect, as scorer and allocator are both replaced and only "
             f"the window is shared, got {own[idle[0]]!r}"
         )
-    parts = {role: _part(whole, role, given) for role, given in replaced.items()}
+    parts = {}
+    for role, given in replaced.items():
+        _check_idle(whole, own, role, f"the {role} is replaced")
+        parts[role] = _part(whole, role, given)
     return Composed(
         window=whole.window,
         scorer=parts.get("scorer", whole),
@@ -132,7 +135,17 @@ def _part(whole: Method, role: str, given: object) -> Method:
             f"{whole.name}: {role} must not have a window, as all parts share the method's window "
             f"of {whole.window}, got {own['window']!r}"
         )
-    return _build(name, {"window": whole.window, **own}, part=True)
+    part = _build(name, {"window": whole.window, **own}, part=True)
+    (other,) = set(ROLES) - {role}
+    _check_idle(part, own, other, f"only its {role} is used")
+    return part
+
+
+def _check_idle(method: Method, given: Mapping[str, object], role: str, reason: str) -> None:
+    """ValueError if a parameter is given that only an unused part of the method reads."""
+    idle = method.scorer_params if role == "scorer" else method.allocator_params
+    for name in sorted(idle & given.keys()):
+        raise ValueError(f"{method.name}: {name} has no effect, as {reason}, got {given[name]!r}")
 
 
 def _build(name: str, params: Mapping[str, object], *, part: bool = False) -> Method:

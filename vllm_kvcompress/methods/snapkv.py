@@ -30,6 +30,7 @@ class SnapKV(EqualShares):
 
     name: ClassVar[str] = "snapkv"
     needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
+    scorer_params: ClassVar[frozenset[str]] = frozenset({"kernel", "pooling", "reduce"})
 
     kernel: int = 5
     pooling: Literal["avg", "max"] = "avg"

@@ -29,6 +29,7 @@ class StreamingLLM(EqualShares):
 
     name: ClassVar[str] = "streamingllm"
     needs: ClassVar[frozenset[Need]] = frozenset()
+    scorer_params: ClassVar[frozenset[str]] = frozenset({"sinks", "variant"})
 
     sinks: int = 4
     variant: Literal["recent", "first"] = "recent"

@@ -26,6 +26,7 @@ class Uniform(EqualShares):
 
     name: ClassVar[str] = "uniform"
     needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
+    scorer_params: ClassVar[frozenset[str]] = frozenset({"kernel"})
 
     kernel: int = 5
 
