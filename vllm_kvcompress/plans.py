@@ -166,11 +166,12 @@ class Plans:
         return planner
 
     def _inherited(self, method: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The server's parameters that hold for a request, too: of its method, of parts it keeps."""
+        """The server's parameters that a request shares: of its method, of the parts it keeps."""
         own = self.own.config
         if method != own.method:
             return {}
-        whole, idle = get_method(method, {}), set()
+        whole = get_method(method, {})
+        idle: frozenset[str] = frozenset()
         if "scorer" in params:
             idle |= whole.scorer_params
         if "allocator" in params:

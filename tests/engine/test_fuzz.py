@@ -7,7 +7,7 @@ valid by construction must be answered, and the server must be whole when all is
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tests.engine.cut_model import cut_model
 from tests.engine.harness import MODELS, SMALL
 from tests.engine.server import NAME, Server, serve
+from vllm_kvcompress.methods import get_method
 
 pytestmark = pytest.mark.engine
 
@@ -103,13 +104,24 @@ LEAST_WINDOW = {"cake": 2}
 OWN_WINDOW = {"tova": 1}
 
 
+def read_by(name: str, roles: Sequence[str]) -> dict[str, st.SearchStrategy[Any]]:
+    """Parameters of a method of which only some parts are used."""
+    whole = get_method(name, {})
+    idle: set[str] = set()
+    if "scorer" not in roles:
+        idle |= whole.scorer_params
+    if "allocator" not in roles:
+        idle |= whole.allocator_params
+    return {key: value for key, value in PARAMS[name].items() if key not in idle}
+
+
 @st.composite
-def part(draw: st.DrawFn) -> Any:
+def part(draw: st.DrawFn, role: str) -> Any:
     """A method to take a scorer or an allocator from."""
     name = draw(st.sampled_from(sorted(PARAMS)))
     if draw(st.booleans()):
         return name
-    return {"method": name, **draw(st.fixed_dictionaries({}, optional=PARAMS[name]))}
+    return {"method": name, **draw(st.fixed_dictionaries({}, optional=read_by(name, [role])))}
 
 
 def named(value: Any) -> str:
@@ -128,13 +140,14 @@ def sound(draw: st.DrawFn, prompt: int) -> dict[str, Any]:
         asked = {"kv_compression": "none"}
         method, window = "none", 1
     else:
-        own = dict(PARAMS[method])
         roles = draw(
             st.sampled_from([(), (), ("scorer",), ("allocator",), ("scorer", "allocator")])
         )
         for role in roles:
-            params[role] = draw(part())
-        if len(roles) < 2:
+            params[role] = draw(part(role))
+        left_over = [role for role in ("scorer", "allocator") if role not in roles]
+        if left_over:
+            own = read_by(method, left_over)
             params.update(draw(st.fixed_dictionaries({}, optional=own)))
         used = [method, *(named(params[role]) for role in roles)]
         least = max(LEAST_WINDOW.get(name, 1) for name in used)
