@@ -190,7 +190,7 @@ def nearly(draw: st.DrawFn, prompt: int) -> dict[str, Any]:
         params = json.loads(asked.get("kv_compression_config", "{}"))
         known = sorted({name for names in PARAMS.values() for name in names})
         name = draw(st.sampled_from([*known, "window", "scorer", "allocator", "faithful"]) | texts)
-        params[name] = draw(part() | tree)
+        params[name] = draw(part("scorer") | tree)
         asked["kv_compression_config"] = json.dumps(params)
     elif key == "config":
         asked["kv_compression_config"] = draw(
