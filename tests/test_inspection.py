@@ -130,6 +130,7 @@ def test_a_methods_record_becomes_a_run() -> None:
             scores,
             [ids[head : head + 1] for ids in kept],
             request_id="a",
+            number=1,
             prompt_len=tokens,
             block_size=8,
             capacity=32,

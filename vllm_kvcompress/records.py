@@ -13,15 +13,17 @@ from vllm_kvcompress.methods import LayerScores, Method, settled
 
 @dataclass(frozen=True)
 class CutRecord:
-    """One prompt's compression.
+    """One compression of a request.
 
     Attributes:
         request_id: vLLM's id of the request.
+        number: Of the cut, from 1. Until the first one a token lies where it stands in the text.
         method: Name of the method.
-        prompt_len: Prompt tokens S.
+        prompt_len: Tokens S of the text before the cut: the prompt's, for the cut at its end.
         block_size: Tokens per block.
-        window: Tokens at the prompt's end that are always kept.
-        kept: Per layer int64 [N, T_l], token positions, ascending for every KV head.
+        window: Tokens at the end that are always kept.
+        kept: Per layer int64 [N, T_l], where kept tokens lay, ascending for every KV head: for the
+            first cut positions in the text, for a later one places in what the layer held.
         stats: Per layer what the method's allocator read beside the scores; for CAKE
             ``log_entropy`` and ``log_shift``, natural logarithms.
         weights: fp64 [L], the allocator's weights of the layers, which sum to 1; None if it gives
@@ -30,6 +32,7 @@ class CutRecord:
     """
 
     request_id: str
+    number: int
     method: str
     prompt_len: int
     block_size: int
@@ -45,6 +48,7 @@ def make_record(
     kept: Sequence[Tensor],
     *,
     request_id: str,
+    number: int,
     prompt_len: int,
     block_size: int,
     capacity: int,
@@ -54,9 +58,10 @@ def make_record(
     Args:
         method: That made it.
         scores: Of all layers, stats on any device.
-        kept: Per layer int [N, T_l], token positions in any order.
+        kept: Per layer int [N, T_l], where kept tokens lay, in any order.
         request_id: vLLM's id of the request.
-        prompt_len: Prompt tokens.
+        number: Of the cut, from 1.
+        prompt_len: Tokens of the text before the cut.
         block_size: Tokens per block.
         capacity: Tokens that an average layer keeps, window included.
 
@@ -68,6 +73,7 @@ def make_record(
     alike = not weights.sum() > 0.0 or bool((weights == weights[0]).all())
     return CutRecord(
         request_id=request_id,
+        number=number,
         method=method.name,
         prompt_len=prompt_len,
         block_size=block_size,

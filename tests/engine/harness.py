@@ -103,7 +103,7 @@ class Engine:
         return [o.outputs[0] for o in outputs]
 
     def record_kept(self) -> list[list[list[list[int]]]]:
-        """Return a list that from now on gets, per compressed request and layer, what heads keep.
+        """Return a list that from now on gets, per cut and layer, what heads keep.
 
         Requests whose method keeps everything are not noted.
         """

@@ -21,7 +21,7 @@ from vllm_kvcompress.engine.ledger import Entry
 from vllm_kvcompress.engine.report import Report
 from vllm_kvcompress.engine.scorer import Held, Scorer
 from vllm_kvcompress.keep import ids_between
-from vllm_kvcompress.methods import LayerScores, Method, settled
+from vllm_kvcompress.methods import LayerScores, settled
 from vllm_kvcompress.planner import Planner
 from vllm_kvcompress.plans import Plans
 from vllm_kvcompress.records import CutRecord, make_record
@@ -58,7 +58,7 @@ class Compressor:
 
     Attributes:
         seconds: Time spent so far, by phase.
-        records: Descriptions of prompts' compressions, appended to; None: none are made.
+        records: Descriptions of compressions, appended to; None: none are made.
         report: What has been measured; whoever takes it away leaves a new one.
 
     """
@@ -113,8 +113,8 @@ class Compressor:
                 dealt=None if cut.moves else dealt,
                 pinned=pinned,
             )
-            if self.records is not None and entry.cuts == 0:
-                self._record(request_id, method, plan, found, kept)
+            if self.records is not None:
+                self._record(request_id, entry, plan, found, kept)
         entry.advance()
         if pinned is not None:
             self._follow(entry, cut, pinned, kept, held.lengths)
@@ -265,7 +265,7 @@ class Compressor:
         clock.lap("move")
         plan, stored = run.layers.plan, run.layers.stored()
         if len(run.scores) == self._num_layers:
-            self._record(request_id, entry.terms.planner.method, plan, run.scores, stored)
+            self._record(request_id, entry, plan, run.scores, stored)
         cut, held = Cut(plan.prompt_len, plan.arena_blocks), [plan.prompt_len] * self._num_layers
         pinned = self._pinned(entry, cut, self._held_in_step(plan, entry, []))
         entry.advance()
@@ -329,7 +329,7 @@ class Compressor:
     def _record(
         self,
         request_id: str,
-        method: Method,
+        entry: Entry,
         plan: ArenaPlan,
         found: Sequence[LayerScores],
         kept: Sequence[Tensor],
@@ -337,10 +337,11 @@ class Compressor:
         assert self.records is not None
         self.records.append(
             make_record(
-                method,
+                entry.terms.planner.method,
                 found,
                 kept,
                 request_id=request_id,
+                number=entry.cuts + 1,
                 prompt_len=plan.prompt_len,
                 block_size=plan.block_size,
                 capacity=plan.arena_blocks * plan.block_size,

@@ -179,7 +179,7 @@ class Session:
 
     @property
     def records(self) -> list[CutRecord] | None:
-        """Descriptions of prompts' compressions, appended to; None: none are made."""
+        """Descriptions of compressions, appended to; None: none are made."""
         return self._compressor.records
 
     @records.setter

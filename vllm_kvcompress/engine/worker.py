@@ -123,7 +123,7 @@ class ArenaWorker:
         return {**session.stats, **session.books, "in_arena": len(session.arena)}
 
     def kv_compression_record(self, on: bool) -> None:
-        """For collective_rpc: begin to describe what is kept of each prompt, or stop."""
+        """For collective_rpc: begin to describe what is kept at each cut, or stop."""
         self._session.records = [] if on else None
 
     def kv_compression_records(self) -> list[CutRecord]:
