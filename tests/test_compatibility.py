@@ -18,7 +18,7 @@ from vllm.config import CUDAGraphMode, KVTransferConfig, ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from tests.test_refusals import (
+from tests.refusals import (
     BERT,
     CHUNKED,
     GEMMA3,

@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.flash_attn import FlashAttentionMetadata
 from vllm.v1.worker.gpu_worker import Worker
 
-from tests.test_refusals import LLAMA
+from tests.refusals import LLAMA
 from vllm_kvcompress.engine.backends import BACKENDS
 from vllm_kvcompress.engine.backends.flash_attn import ArenaFlashImpl
 from vllm_kvcompress.engine.checks import WORKERS

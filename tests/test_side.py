@@ -10,7 +10,7 @@ import pytest
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 
-from tests.test_refusals import SHAPE
+from tests.refusals import SHAPE
 from vllm_kvcompress.engine.layers import Layers, layers_of, pool_for_arena
 from vllm_kvcompress.engine.promises import Share
 from vllm_kvcompress.engine.side import SideGroups
