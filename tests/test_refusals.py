@@ -66,9 +66,13 @@ def test_models_that_cannot_be_served(root: Path, model: dict[str, Any], names: 
 
 
 def test_a_sliding_window_hybrid_is_served(root: Path) -> None:
-    start(root, model=GEMMA3)
+    config = start(root, model=GEMMA3)
+    assert config.parallel_config.worker_cls.startswith("vllm_kvcompress.")
     # Without its window it is a model like any other.
-    start(root, model=GEMMA3, disable_sliding_window=True, disable_hybrid_kv_cache_manager=True)
+    config = start(
+        root, model=GEMMA3, disable_sliding_window=True, disable_hybrid_kv_cache_manager=True
+    )
+    assert config.parallel_config.worker_cls.startswith("vllm_kvcompress.")
 
 
 def test_what_a_sliding_window_hybrid_does_not_get(root: Path) -> None:

@@ -263,7 +263,9 @@ class Compressor:
             # As if compressed after the step: the same numbers are added in the same order.
             self._codec.rewrite(pages, run.layers.in_order(layer), pages)
         clock.lap("move")
-        plan, stored = run.layers.plan, run.layers.stored()
+        plan, stored = run.layers.plan, []
+        if run.scores or entry.keepsakes is not None:  # nobody else asks, and it is work
+            stored = run.layers.stored()
         if len(run.scores) == self._num_layers:
             self._record(request_id, entry, plan, run.scores, stored)
         cut, held = Cut(plan.prompt_len, plan.arena_blocks), [plan.prompt_len] * self._num_layers
