@@ -9,7 +9,17 @@ KERNELS = "kvcompress_kernels"
 
 VLLM = "vllm>=0.32,<0.33"
 INSPECT = ["jinja2>=3.1", "matplotlib>=3.8", "plotly>=6"]
+EVAL = [
+    "matplotlib>=3.8",
+    # RULER's own generators run on these.
+    "nltk>=3.9",
+    "pyyaml>=6",
+    "scipy>=1.11",
+    "tenacity>=8",
+    "wonderwords>=3",
+]
 EXTRAS = {
+    "eval": EVAL,
     "gpu": ["triton>=3.4", "xformers>=0.0.35"],
     "inspect": INSPECT,
     "ray": ["ray>=2.48"],
@@ -20,6 +30,7 @@ EXTRAS = {
         "transformers>=5.16",
     ],
     "dev": [
+        *EVAL,
         *INSPECT,
         "httpx>=0.27",
         "hypothesis>=6.100",

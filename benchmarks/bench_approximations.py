@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 
 from benchmarks.forced import ForcedTokens, forcing, nll
-from tests.ruler import TOKENS_TO_GENERATE, Needle, match, niah_single_2
+from vllm_kvcompress.evaluation.tasks.haystack import TOKENS_TO_GENERATE, Needle, match, niah_single_2
 from vllm_kvcompress import LLM
 
 REPO = Path(__file__).resolve().parents[1]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.ruler import niah_single_2
+from vllm_kvcompress.evaluation.tasks.haystack import niah_single_2
 from vllm_kvcompress.methods import Cake, LayerInput, LayerScores
 
 pytestmark = pytest.mark.engine

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.ruler import Needle, match, niah_single_2
+from vllm_kvcompress.evaluation.tasks.haystack import Needle, match, niah_single_2
 
 pytestmark = pytest.mark.engine
 

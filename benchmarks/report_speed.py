@@ -1,0 +1,91 @@
+"""Section of docs/results.md on speed and memory, as the benchmarks measured them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.report_data import Results, Speed
+from benchmarks.report_quality import missing
+from vllm_kvcompress.evaluation import tables
+from vllm_kvcompress.evaluation.document import Document
+
+RATIO, SPREAD, ROUNDS = "ratio", "spread", "ratio_rounds"
+
+HEADINGS = {
+    "engine": "One engine: decode steps and time to first token",
+    "capacity": "How many requests fit, and the throughput that follows",
+}
+
+FASTER, SLOWER, NOISE = "pays", "does not pay", "within the spread"
+
+
+def speed(document: Document, results: Results) -> None:
+    """Every file as a table, with a verdict on each of its ratios."""
+    document.heading(2, "Speed and memory")
+    if not results.speed:
+        missing(document, "benchmarks/results/engine*.csv, capacity*.csv or bench*.csv")
+        return
+    document.add(
+        "Every row is compression against plain vLLM with the same settings, the two taking turns. "
+        "A ratio above 1 means that compression is faster: less time, or more tokens a second. "
+        "Columns are named as in the files in benchmarks/results; those that are equal in all rows "
+        "stand above the table."
+    )
+    for file in results.speed:
+        document.heading(3, HEADINGS.get(file.name, file.name))
+        _add(document, file)
+
+
+def verdict(row: Mapping[str, str]) -> str:
+    """Whether a row's ratio is above 1, in all of its runs where their spread is known."""
+    low, high = _ends(row)
+    if low > 1:
+        return FASTER
+    return SLOWER if high < 1 else NOISE
+
+
+def _runs(row: Mapping[str, str]) -> str:
+    """What a reader has to know of a row without a spread."""
+    return "" if row.get(SPREAD) or len(row.get(ROUNDS, "").split()) > 1 else ", one run"
+
+
+def _add(document: Document, file: Speed) -> None:
+    columns = [name for name in file.rows[0] if any(row[name] for row in file.rows)]
+    same = [name for name in columns if len({row[name] for row in file.rows}) == 1]
+    shown = [name for name in columns if len(file.rows) == 1 or name not in same]
+    if len(file.rows) > 1 and same:
+        document.add(", ".join(f"{_words(name)} {file.rows[0][name]}" for name in same) + ".")
+    rated = [row for row in file.rows if row.get(RATIO)]
+    head = [*map(_words, shown), *(["compression"] if rated else [])]
+    lines = []
+    for row in sorted(file.rows, key=lambda row: _place(file.rows, row)):
+        line = [row[name] for name in shown]
+        if rated:
+            line.append(verdict(row) + _runs(row) if row.get(RATIO) else tables.MISSING)
+        lines.append(line)
+    document.add(tables.table(head, lines))
+    if rated:
+        words = [verdict(row) for row in rated]
+        document.add(
+            f"Compression {FASTER} in {words.count(FASTER)} of {len(words)} rows, {SLOWER} in "
+            f"{words.count(SLOWER)}; in {words.count(NOISE)} the spread of the runs includes 1."
+        )
+
+
+def _place(rows: Sequence[Mapping[str, str]], row: Mapping[str, str]) -> int:
+    """Where the first run of the same case stands, so that runs of a case lie together."""
+    keys = ("case", "model", "what")
+    return next(i for i, r in enumerate(rows) if all(r.get(k) == row.get(k) for k in keys))
+
+
+def _ends(row: Mapping[str, str]) -> tuple[float, float]:
+    """Least and greatest ratio: of a spread such as ``0.956-1.135``, of the rounds, or the one."""
+    low, _, high = row.get(SPREAD, "").partition("-")
+    if low and high:
+        return float(low), float(high)
+    ratios = [float(word) for word in (row.get(ROUNDS) or row[RATIO]).split()]
+    return min(ratios), max(ratios)
+
+
+def _words(column: str) -> str:
+    return column.replace("_", " ")

@@ -1,0 +1,55 @@
+"""Colours, marks and lines of settings, the same in every picture of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vllm_kvcompress.evaluation.panels import Panel, Row
+from vllm_kvcompress.inspection.style import BAR, MARK, MEAN, PROFILE
+
+COLORS = (BAR, MEAN, PROFILE["V"], PROFILE["P"], MARK, PROFILE["H"], "#7F7F7F", "#8C510A")
+"""Okabe and Ito's colours without the yellow that is too faint on white, then grey and brown."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)))
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a setting is drawn.
+
+    Attributes:
+        color: Of line and mark.
+        marker: matplotlib's.
+        line: matplotlib's line style.
+        hollow: Whether the mark is not filled: another's implementation.
+
+    """
+
+    color: str
+    marker: str
+    line: str | tuple[int, tuple[float, ...]]
+    hollow: bool
+
+
+def looks_of(panels: Iterable[Panel]) -> dict[Row, Look]:
+    """A look for every compressed row; settings of one label share colour and marker.
+
+    Colours repeat after eight labels, markers then do not: each pair of both is another label's up
+    to 64.
+    """
+    rows = list(dict.fromkeys(row for panel in panels for row in panel.rows if not row.full))
+    labels = list(dict.fromkeys(row.label for row in rows))
+    looks = {}
+    for row in rows:
+        number = labels.index(row.label)
+        turn, place = divmod(number, len(COLORS))
+        looks[row] = Look(
+            COLORS[place],
+            MARKERS[(place + turn) % len(MARKERS)],
+            LINES[turn % 2] if row.ours else LINES[2],
+            not row.ours,
+        )
+    return looks

@@ -1,0 +1,47 @@
+"""The tasks, and the names by which the command line finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from vllm_kvcompress.evaluation.task import EvaluationError, Task
+from vllm_kvcompress.evaluation.tasks import likelihood, longbench, needle, ruler
+
+NLL_PREFIX = "nll/"
+"""Before a task's name: the likelihood of its right answer instead of the score of the model's."""
+
+
+def all_tasks() -> Mapping[str, Task]:
+    """Every task by name."""
+    tasks: dict[str, Task] = {}
+    for module in (ruler, needle, longbench, likelihood):
+        tasks.update(module.tasks())
+    return tasks
+
+
+def find(names: Iterable[str]) -> list[Task]:
+    """Tasks by name, in order, each once.
+
+    Args:
+        names: Names of tasks; what stands before the slash, such as ``ruler``, for all of a suite;
+            ``nll/`` before either for the likelihood of the right answers.
+
+    Raises:
+        EvaluationError: There is no such task.
+
+    """
+    known = all_tasks()
+    found: dict[str, Task] = {}
+    for name in names:
+        inner = name.removeprefix(NLL_PREFIX)
+        matching = [known[n] for n in known if n == inner or n.startswith(f"{inner}/")]
+        if not matching:
+            suites = sorted({n.split("/")[0] for n in known})
+            members = [n for n in known if n.startswith(f"{inner.split('/')[0]}/")]
+            raise EvaluationError(
+                f"there is no task {name!r}: known are {', '.join(members or suites)}"
+            )
+        for task in matching:
+            chosen = likelihood.AnswerLikelihood(task) if inner != name else task
+            found[chosen.name] = chosen
+    return list(found.values())
