@@ -16,13 +16,15 @@ import csv
 import datetime
 import gc
 import os
-import platform
 import random
 import statistics
-import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from vllm_kvcompress.benchmarking.machine import processor
+from vllm_kvcompress.benchmarking.measure import Queue, Subject, run_queue
+from vllm_kvcompress.benchmarking.pairs import take_turns
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -31,30 +33,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results" / "capacity.csv"
-
-
-@dataclass
-class Run:
-    """One engine's way through all requests.
-
-    Attributes:
-        seconds: Of the whole run.
-        decode_seconds: Of steps that run no prompt.
-        decode_tokens: Tokens generated in those.
-        tokens: All generated tokens.
-        most_running: Most requests past their prefill in one step.
-        peak_blocks: Most blocks out of the pool.
-        preemptions: Requests thrown out and computed again.
-
-    """
-
-    seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_tokens: int = 0
-    tokens: int = 0
-    most_running: int = 0
-    peak_blocks: int = 0
-    preemptions: int = 0
 
 
 @dataclass
@@ -109,6 +87,7 @@ def main() -> None:
     }
     for case in args.cases.split(","):
         _save(_case(args, case, pools[case]))
+        gc.collect()  # the engines' memory, before the next ones start
 
 
 def _case(args: argparse.Namespace, case: str, blocks: int) -> Row:
@@ -128,31 +107,29 @@ def _case(args: argparse.Namespace, case: str, blocks: int) -> Row:
         "kv_cache_memory_bytes": blocks * _block_bytes(args),
         "enable_prefix_caching": False,
     }
-    plain = LLM(args.model, **common)
-    compressed = LLM(
-        args.model, kv_compression=args.method, kv_compression_budget=args.budget, **common
+    plain = Subject(LLM(args.model, **common))
+    compressed = Subject(
+        LLM(args.model, kv_compression=args.method, kv_compression_budget=args.budget, **common)
     )
     dice = random.Random(0)
-    vocabulary = plain.llm_engine.model_config.get_vocab_size()
+    vocabulary = plain.engine.model_config.get_vocab_size()
     prompts = [
         [dice.randrange(100, vocabulary - 100) for _ in range(args.prompt)]
         for _ in range(args.requests)
     ]
-    for llm in (plain, compressed):
-        _run(llm, prompts[:1], 8)  # warm up
-    runs = []
-    for index in range(args.rounds):
-        order = (plain, compressed) if index % 2 else (compressed, plain)
-        both = {id(llm): _run(llm, prompts, args.generate) for llm in order}
-        runs.append((both[id(plain)], both[id(compressed)]))
-    manager = _core(compressed).scheduler._arena
+    for subject in (plain, compressed):
+        run_queue(subject, prompts[:1], 8)  # warm up
+    runs = take_turns(
+        args.rounds,
+        lambda: run_queue(plain, prompts, args.generate),
+        lambda: run_queue(compressed, prompts, args.generate),
+    )
+    manager = compressed.scheduler._arena
     taken = {p: manager.counts[f"prefills_{p}"] for p in ("full", "cascade")}
     row = _row(args, case, blocks, runs, taken)
     row.torch, row.vllm = torch.__version__, vllm.__version__
-    for llm in (plain, compressed):
-        llm.llm_engine.engine_core.shutdown()
-    del plain, compressed
-    gc.collect()
+    for subject in (plain, compressed):
+        subject.close()
     return row
 
 
@@ -164,63 +141,25 @@ def _block_bytes(args: argparse.Namespace) -> int:
     return int(hf.num_hidden_layers * hf.num_key_value_heads * head * 2 * 2 * args.block_size)
 
 
-def _core(llm: Any) -> Any:
-    return llm.llm_engine.engine_core.engine_core
-
-
-def _run(llm: Any, prompts: list[list[int]], generate: int) -> Run:
-    from vllm import SamplingParams
-
-    engine, scheduler = llm.llm_engine, _core(llm).scheduler
-    pool = scheduler.kv_cache_manager.block_pool
-    params = SamplingParams(temperature=0, max_tokens=generate, ignore_eos=True)
-    for index, prompt in enumerate(prompts):
-        engine.add_request(str(index), {"prompt_token_ids": prompt}, params)
-    result = Run(tokens=len(prompts) * generate)
-    requests = list(scheduler.requests.values())
-    begin = time.perf_counter()
-    while engine.has_unfinished_requests():
-        before = sum(r.num_output_tokens for r in requests)
-        # Those that were thrown out compute their prompts again.
-        waiting = [r for r in requests if r.num_computed_tokens < r.num_prompt_tokens]
-        start_of = [r.num_computed_tokens for r in waiting]
-        start = time.perf_counter()
-        engine.step()
-        seconds = time.perf_counter() - start
-        made = sum(r.num_output_tokens for r in requests) - before
-        running = [r for r in scheduler.running if r.num_output_tokens]
-        result.most_running = max(result.most_running, len(running))
-        free = pool.get_num_free_blocks()
-        result.peak_blocks = max(result.peak_blocks, pool.num_gpu_blocks - 1 - free)
-        if made and start_of == [r.num_computed_tokens for r in waiting]:
-            result.decode_seconds += seconds
-            result.decode_tokens += made
-    result.seconds = time.perf_counter() - begin
-    result.preemptions = sum(r.num_preemptions for r in requests)
-    return result
-
-
 def _row(
     args: argparse.Namespace,
     case: str,
     blocks: int,
-    runs: list[tuple[Run, Run]],
+    runs: list[tuple[Queue, Queue]],
     taken: dict[str, int],
 ) -> Row:
     plain, compressed = ([pair[i] for pair in runs] for i in (0, 1))
     ratios = [p.seconds / c.seconds for p, c in runs]
 
-    def rate(group: list[Run]) -> float:
+    def rate(group: list[Queue]) -> float:
         return statistics.median(r.tokens / r.seconds for r in group)
 
-    def decode_rate(group: list[Run]) -> float:
+    def decode_rate(group: list[Queue]) -> float:
         return statistics.median(r.decode_tokens / r.decode_seconds for r in group)
 
-    with Path("/proc/cpuinfo").open() as info:
-        names = [s.split(":")[1].strip() for s in info if s.startswith("model name")]
     return Row(
         date=datetime.date.today().isoformat(),
-        device=f"{names[0] if names else platform.processor()} x{os.cpu_count()}",
+        device=processor(),
         torch="",
         vllm="",
         model=Path(args.model).name,

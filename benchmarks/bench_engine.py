@@ -12,12 +12,15 @@ import argparse
 import csv
 import datetime
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from vllm_kvcompress.benchmarking.bounds import decode_bound
+from vllm_kvcompress.benchmarking.machine import processor
+from vllm_kvcompress.benchmarking.pairs import Paired, take_turns
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -97,34 +100,22 @@ def _decode_steps(llm: Any, prompts: list[list[int]], steps: int) -> list[float]
     return seconds[:steps]
 
 
-def _alternate(
-    rounds: int, plain: Callable[[], float], compressed: Callable[[], float]
-) -> tuple[float, float, list[float]]:
-    """Medians of both, and the ratio of each round's pair."""
+def _alternate(rounds: int, plain: Callable[[], float], compressed: Callable[[], float]) -> Paired:
     plain(), compressed()  # warm up
-    pairs = []
-    for index in range(rounds):
-        # Whoever goes second finds warmer caches, so they take turns.
-        first, second = (plain, compressed) if index % 2 else (compressed, plain)
-        values = {first: first(), second: second()}
-        pairs.append((values[plain], values[compressed]))
-    ratios = [p / c for p, c in pairs]
-    return (
-        statistics.median(p for p, _ in pairs),
-        statistics.median(c for _, c in pairs),
-        ratios,
-    )
+    pairs = take_turns(rounds, plain, compressed)
+    return Paired(tuple(p for p, _ in pairs), tuple(c for _, c in pairs))
 
 
-def _row(case: str, what: str, result: tuple[float, float, list[float]], **more: Any) -> dict:  # type: ignore[type-arg]
-    plain, compressed, ratios = result
+def _row(case: str, what: str, result: Paired, **more: Any) -> dict[str, Any]:
+    plain, compressed = result.medians
+    low, high = result.spread
     return {
         "case": case,
         "what": what,
         "plain_ms": f"{plain * 1e3:.2f}",
         "compressed_ms": f"{compressed * 1e3:.2f}",
-        "ratio": f"{statistics.median(ratios):.3f}",
-        "spread": f"{min(ratios):.3f}-{max(ratios):.3f}",
+        "ratio": f"{result.ratio:.3f}",
+        "spread": f"{low:.3f}-{high:.3f}",
         **more,
     }
 
@@ -155,7 +146,7 @@ def _decode(args: argparse.Namespace) -> list[dict[str, Any]]:
         lambda: statistics.median(_decode_steps(compressed, prompts, 24)),
     )
     weights, full, kept = _bytes(plain, args)
-    bound = (weights + full) / (weights + kept)
+    bound = decode_bound(weights, full, kept)
     note = f"bytes a step: weights {weights >> 20} MiB, KV {full >> 20} / {kept >> 20} MiB"
     what = f"decode step, {args.requests} x {args.context} tokens, budget {args.budget}"
     return [_row("decode", what, result, bound=f"{bound:.2f}", note=note)]
@@ -199,11 +190,9 @@ def _save(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     import torch
     import vllm
 
-    with Path("/proc/cpuinfo").open() as info:
-        names = [s.split(":")[1].strip() for s in info if s.startswith("model name")]
     facts = {
         "date": datetime.date.today().isoformat(),
-        "device": f"{names[0] if names else platform.processor()} x{os.cpu_count()}",
+        "device": processor(),
         "torch": torch.__version__,
         "vllm": vllm.__version__,
         "model": Path(args.model).name,

@@ -9,7 +9,7 @@ from typing import NoReturn
 from vllm_kvcompress import __version__
 from vllm_kvcompress.commands import CommandError
 
-COMMANDS = ("inspect", "plan")
+COMMANDS = ("bench", "eval", "inspect", "plan")
 """Modules of :mod:`vllm_kvcompress.commands`, in the order in which --help lists them."""
 
 USAGE_ERROR = 2

@@ -45,7 +45,7 @@ class DynamicKV(Method):
     name: ClassVar[str] = "dynamickv"
     needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
     scorer_params: ClassVar[frozenset[str]] = frozenset({"kernel", "pooling", "reduce"})
-    allocator_params: ClassVar[frozenset[str]] = frozenset({"r_max", "every", "min_tokens"})
+    allocator_params: ClassVar[frozenset[str]] = frozenset({"r_max", "every", "min_tokens", "r_min", "compare"})
 
     kernel: int = 7
     pooling: Literal["avg", "max"] = "avg"
@@ -53,6 +53,8 @@ class DynamicKV(Method):
     r_max: float = 10.0
     every: int = 4
     min_tokens: int = 0
+    r_min: float = 0.0
+    compare: Literal["mass", "share"] = "mass"
     faithful: bool = False
 
     def __post_init__(self) -> None:
@@ -116,6 +118,8 @@ class DynamicKV(Method):
         if self.faithful:
             return self._released_weights(seen, base, num_layers)
         scores = [s.tokens for s in seen]
+        if self.compare == "share":
+            scores = [s / s.sum().clamp_min(1e-30) for s in scores]
         heads = scores[0].shape[0]
         return winners_per_layer(scores, base * heads * len(seen)).astype(np.float64)
 
@@ -123,7 +127,7 @@ class DynamicKV(Method):
         return min(history, int(self.r_max * base))
 
     def floor(self, history: int, base: int) -> int:
-        return min(self.min_tokens, history)
+        return min(max(self.min_tokens, int(self.r_min * base)), history)
 
     def _released_weights(
         self, seen: Sequence[LayerScores], base: int, num_layers: int

@@ -1,0 +1,42 @@
+"""Where and with what a figure was taken."""
+
+import datetime
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from vllm_kvcompress import __version__
+
+FACTS = ("date", "device", "vllm", "torch", "vllm_kvcompress", "python", "command")
+
+
+def processor() -> str:
+    """Name of the CPU and the number of cores that this machine has."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()} x{os.cpu_count()}"
+
+
+def device() -> str:
+    """Name of what vLLM runs on; imports vLLM."""
+    from vllm.platforms import current_platform
+
+    return processor() if current_platform.is_cpu() else str(current_platform.get_device_name())
+
+
+def facts() -> dict[str, str]:
+    """Values of :data:`FACTS`; imports vLLM."""
+    values = (
+        datetime.date.today().isoformat(),
+        device(),
+        version("vllm"),
+        version("torch"),
+        __version__,
+        platform.python_version(),
+        shlex.join(["kvcompress", *sys.argv[1:]]),
+    )
+    return dict(zip(FACTS, values, strict=True))
