@@ -10,6 +10,8 @@ KERNELS = "kvcompress_kernels"
 VLLM = "vllm>=0.32,<0.33"
 INSPECT = ["jinja2>=3.1", "matplotlib>=3.8", "plotly>=6"]
 EVAL = [
+    # LongBench's prompts and metrics.
+    "lm_eval[longbench]>=0.4.13,<0.5",
     "matplotlib>=3.8",
     # RULER's own generators run on these.
     "nltk>=3.9",
@@ -40,6 +42,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",
+        "types-PyYAML>=6",
         # Triton's interpreter runs the kernels and vLLM's second model runner without a GPU.
         "triton>=3.4; platform_system == 'Linux'",
     ],

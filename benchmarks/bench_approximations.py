@@ -27,8 +27,13 @@ from transformers import AutoTokenizer
 from vllm import SamplingParams
 
 from benchmarks.forced import ForcedTokens, forcing, nll
-from vllm_kvcompress.evaluation.tasks.haystack import TOKENS_TO_GENERATE, Needle, match, niah_single_2
 from vllm_kvcompress import LLM
+from vllm_kvcompress.evaluation.tasks.haystack import (
+    TOKENS_TO_GENERATE,
+    Needle,
+    match,
+    niah_single_2,
+)
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results" / "approximations.csv"

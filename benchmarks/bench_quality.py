@@ -37,9 +37,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import AutoTokenizer  # noqa: E402
 from vllm import SamplingParams  # noqa: E402
 
-from vllm_kvcompress.evaluation.tasks.haystack import TOKENS_TO_GENERATE, Needle, match, niah_single_2  # noqa: E402
 from vllm_kvcompress import LLM  # noqa: E402
 from vllm_kvcompress.config import KVCompressionConfig, parse_budget  # noqa: E402
+from vllm_kvcompress.evaluation.tasks.haystack import (  # noqa: E402
+    TOKENS_TO_GENERATE,
+    Needle,
+    match,
+    niah_single_2,
+)
 from vllm_kvcompress.planner import Planner  # noqa: E402
 
 FULL = "full"

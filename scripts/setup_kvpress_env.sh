@@ -20,6 +20,8 @@ PACKAGES=(
 )
 # What this package needs besides, and its tests.
 PACKAGES+=('rich>=13' 'tqdm>=4.66' 'pytest==9.2.0')
+# What makes RULER's prompts and draws the plots.
+PACKAGES+=('matplotlib>=3.9' 'nltk>=3.9' 'pyyaml>=6' 'scipy>=1.13' 'tenacity>=9' 'wonderwords>=3')
 
 say() { printf 'setup_kvpress_env: %s\n' "$1" >&2; }
 

@@ -254,12 +254,13 @@ def test_dynamickv_spends_pool_exactly(every, history):
 
 def test_minimum_tokens_are_honoured():
     layers = [LayerScores(torch.full((1, 500), float(layer == 3))) for layer in range(4)]
-    starved = token_budgets(DynamicKV(window=8), layers, base=50, num_layers=4)
-    fed = token_budgets(DynamicKV(window=8, min_tokens=20), layers, base=50, num_layers=4)
+    starving, feeding = (DynamicKV(window=8, compare="mass", min_tokens=m) for m in (0, 20))
+    starved = token_budgets(starving, layers, base=50, num_layers=4)
+    fed = token_budgets(feeding, layers, base=50, num_layers=4)
     assert starved.tolist() == [0, 0, 0, 200]
     assert fed.tolist() == [20, 20, 20, 140]
     pages = page_budgets(
-        DynamicKV(window=8, min_tokens=20),
+        feeding,
         layers,
         pages_per_layer=4,
         block_size=16,

@@ -300,7 +300,7 @@ def test_only_budgets_that_no_score_changes_are_known_beforehand(method: Method)
         page_budgets(
             method,
             score(seed, 6, 112, ties=False),
-            pages_per_layer=4,
+            pages_per_layer=2,
             block_size=16,
             lengths=112 + method.window,
         ).tolist()

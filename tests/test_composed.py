@@ -327,7 +327,9 @@ def test_what_is_missing_is_named_after_the_part_or_the_composition() -> None:
 
 
 def test_dynamickv_counts_winners_among_the_scorers_tokens() -> None:
-    method = get_method("dynamickv", {"window": 8, "scorer": "knorm", "every": 2})
+    method = get_method(
+        "dynamickv", {"window": 8, "scorer": "knorm", "every": 2, "compare": "mass"}
+    )
     found = score_all(method)
     entries = torch.stack([layer.tokens for layer in found])
     limit = entries.flatten().topk(24 * KV_HEADS * LAYERS).values[-1]

@@ -82,7 +82,7 @@ def test_budgets_that_no_score_changes_are_known_beforehand(method: Method) -> N
         page_budgets(
             method,
             score(seed, 6, 112, ties=False),
-            pages_per_layer=4,
+            pages_per_layer=3,
             block_size=16,
             lengths=112 + method.window,
         ).tolist()

@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import numpy as np
@@ -124,6 +124,7 @@ BAD = [
     ("dynamickv", "r_max", 0.5, "a number of at least 1"),
     ("dynamickv", "every", 0, "an integer of at least 1"),
     ("dynamickv", "min_tokens", -1, "an integer of at least 0"),
+    ("dynamickv", "compare", "share", "one of typical, mass"),
     ("dynamickv", "faithful", "yes", "true or false"),
     ("snapkv", "kernel", 2, "an odd integer of at least 1"),
     ("snapkv", "pooling", "sum", "one of avg, max"),
@@ -304,17 +305,53 @@ def test_dynamickv_reductions():
 
 
 def test_dynamickv_counts_as_many_entries_as_the_layers_seen_may_keep():
-    seen = score_all(DynamicKV(window=8))[:4]
-    weights = DynamicKV(window=8).weights(seen, base=24, num_layers=6)
+    method = DynamicKV(window=8, compare="mass")
+    seen = score_all(method)[:4]
+    weights = method.weights(seen, base=24, num_layers=6)
     entries = torch.stack([layer.tokens for layer in seen]).flatten()
     threshold = entries.topk(24 * 2 * 4).values[-1]
     assert weights.tolist() == [float((layer.tokens >= threshold).sum()) for layer in seen]
     assert weights.sum() == 24 * 2 * 4
 
 
+def test_dynamickv_counts_entries_by_how_far_they_stand_out():
+    seen = score_all(DynamicKV(window=8))[:4]
+    weights = DynamicKV(window=8).weights(seen, base=24, num_layers=6)
+    entries = torch.stack([s.tokens / s.tokens.median(dim=1, keepdim=True).values for s in seen])
+    threshold = entries.flatten().topk(24 * 2 * 4).values[-1]
+    assert weights.tolist() == [float((layer >= threshold).sum()) for layer in entries]
+    # What a layer's scores are measured in does not matter, as it does for the published count.
+    louder = [replace(s, tokens=s.tokens * 2.0**i) for i, s in enumerate(seen)]
+    assert DynamicKV().weights(louder, base=24, num_layers=6).tolist() == weights.tolist()
+    by_mass = DynamicKV(compare="mass")
+    assert (
+        by_mass.weights(louder, base=24, num_layers=6).tolist()
+        != by_mass.weights(seen, base=24, num_layers=6).tolist()
+    )
+
+
+def test_dynamickv_gives_a_sharp_layer_what_a_flat_one_takes_by_mass():
+    # The same mass: spread over all tokens, or on 30 of them beside a sink that has most of it.
+    flat = torch.linspace(0.9, 1.1, 400)[None] / 400
+    sharp = torch.full((1, 400), 0.05 / 369)
+    sharp[0, 0], sharp[0, 1:31] = 0.9, 0.05 / 30
+    layers = [LayerScores(flat), LayerScores(sharp)]
+    by_mass = DynamicKV(compare="mass").weights(layers, base=30, num_layers=2)
+    assert by_mass.tolist() == [59, 1]
+    assert DynamicKV().weights(layers, base=30, num_layers=2).tolist() == [29, 31]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.0])
+def test_dynamickv_compares_rows_without_a_middle(value):
+    flat = LayerScores(torch.full((2, 50), value))
+    spike = LayerScores(torch.nn.functional.one_hot(torch.tensor([3, 9]), 50).float())
+    assert DynamicKV().weights([flat, spike], base=1, num_layers=2).tolist()[1] == 2
+    assert DynamicKV().weights([flat, flat], base=10, num_layers=2).sum() == 40
+
+
 def test_dynamickv_caps_a_dominant_layer():
     layers = [LayerScores(torch.full((1, 900), float(i == 2))) for i in range(8)]
-    method = DynamicKV(window=8, r_max=3.0)
+    method = DynamicKV(window=8, r_max=3.0, compare="mass")
     budgets = token_budgets(method, layers, base=50, num_layers=8)
     assert budgets[2] == 150
     assert budgets.sum() == 400

@@ -179,7 +179,7 @@ def _backend(args: argparse.Namespace, max_model_len: int) -> Backend:
                 f"--backend kvpress runs in an environment of its own, which "
                 f"scripts/setup_kvpress_env.sh makes: {error}"
             ) from error
-        return KvpressBackend(args.model, args.dtype, args.block_size)
+        return KvpressBackend(args.model, dtype=args.dtype, block_size=args.block_size)
     from vllm_kvcompress.evaluation.vllm_backend import EngineOptions, VllmBackend
 
     return VllmBackend(

@@ -25,7 +25,7 @@ ENVIRONMENT = {
 }
 """What vLLM is told where the user's environment says nothing else."""
 
-MOST_AT_ONCE = 64
+MOST_AT_ONCE = 96
 
 
 @dataclass(frozen=True)
@@ -106,37 +106,39 @@ class VllmBackend(Backend):
         settings: Sequence[Setting],
         wanted: Callable[[Case, Setting], bool],
     ) -> Iterator[tuple[Case, Setting, Answer]]:
-        """See the base class: all cases of a chunk at once, setting by setting."""
-        for setting in settings:
-            asked = [case for case in cases if wanted(case, setting)]
-            for case, output in self._generate(asked, setting):
+        """See the base class: the first setting prefills, all others then share one queue."""
+        asked = [[(case, s) for case in cases if wanted(case, s)] for s in settings]
+        asked = [pairs for pairs in asked if pairs]
+        for pairs in (asked[0], [pair for later in asked[1:] for pair in later]) if asked else ():
+            for case, setting, output in self._generate(pairs):
                 yield case, setting, self._answer(case, setting, output)
 
     def close(self) -> None:
         """Stop the engine."""
         self._llm.llm_engine.engine_core.shutdown()
 
-    def _generate(self, cases: Sequence[Case], setting: Setting) -> Iterator[tuple[Case, Any]]:
-        """Run the engine until all cases have their output, each stopped where its score is
-        settled."""
+    def _generate(
+        self, pairs: Sequence[tuple[Case, Setting]]
+    ) -> Iterator[tuple[Case, Setting, Any]]:
+        """Run the engine until all have their output, each stopped where its score is settled."""
         engine = self._llm.llm_engine
-        running: dict[str, Case] = {}
-        for case in cases:
+        running: dict[str, tuple[Case, Setting]] = {}
+        for case, setting in pairs:
             self._count += 1
             name = f"eval-{self._count}"
             engine.add_request(
                 name, {"prompt_token_ids": list(case.token_ids)}, sampling(case, setting)
             )
-            running[name] = case
+            running[name] = (case, setting)
         while running:
             for output in engine.step():
-                case = running[output.request_id]
+                case, setting = running[output.request_id]
                 if not output.finished and not self._is_settled(case, output):
                     continue
                 if not output.finished:
                     engine.abort_request([output.request_id])
                 del running[output.request_id]
-                yield case, output
+                yield case, setting, output
 
     def _is_settled(self, case: Case, output: Any) -> bool:
         if case.measured_ids or not case.prompt.metric:

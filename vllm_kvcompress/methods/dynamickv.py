@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from kvcompress_kernels.selection import group_mean, grouped, winners_per_layer
@@ -28,24 +29,33 @@ class DynamicKV(Method):
     layers seen are counted, as many as the budget of those layers, and the pool is shared in
     proportion to the counts. No layer keeps more than ``r_max`` times the average.
 
+    Attention that is spread evenly and attention that goes to a few tokens do not compare as they
+    are: of raw mass, a flat layer has many middling entries that beat all but the few best of a
+    sharp one, and takes its pages although none of its tokens stands out. So an entry counts by how
+    far it is above the typical one, the median, of its layer and KV head.
+
     ``window``: protected tokens, and the queries that are looked at; the default 32 is that of the
     other methods here, for fair comparison (the authors' scripts use 8 for this method and 32 for
     most of its rivals). ``kernel``: width of the pooling, odd. ``pooling``: "avg" or "max".
     ``reduce``: how the query heads of a KV group vote, "mean" or "max". ``r_max``: at least 1, in
     units of the average history budget. ``every``: layers between two cuts, at least 1.
-    ``min_tokens``: history tokens each layer is given first. ``faithful``: scores in the model's
-    dtype and the released integer budgets, counted per query head, with their known bias towards
-    the last layer; the cache still holds KV heads, not one copy per query head as in the release.
+    ``min_tokens``: history tokens each layer is given first. ``compare``: how entries of different
+    layers are compared, "typical" as said above or by "mass" as published. ``faithful``: scores in
+    the model's dtype, compared by mass, and the released integer budgets, counted per query head,
+    with their known bias towards the last layer; the cache still holds KV heads, not one copy per
+    query head as in the release.
 
     Differences from the released code (DynamicKV, dynamic_v11) unless ``faithful``: KV heads
-    instead of query heads, exact proportional division, always a cut after the last layer, no
-    token twice, ties to the lower id.
+    instead of query heads, entries compared with their layer's typical one, exact proportional
+    division, always a cut after the last layer, no token twice, ties to the lower id.
     """
 
     name: ClassVar[str] = "dynamickv"
     needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
     scorer_params: ClassVar[frozenset[str]] = frozenset({"kernel", "pooling", "reduce"})
-    allocator_params: ClassVar[frozenset[str]] = frozenset({"r_max", "every", "min_tokens", "r_min", "compare"})
+    allocator_params: ClassVar[frozenset[str]] = frozenset(
+        {"r_max", "every", "min_tokens", "compare"}
+    )
 
     kernel: int = 7
     pooling: Literal["avg", "max"] = "avg"
@@ -53,8 +63,7 @@ class DynamicKV(Method):
     r_max: float = 10.0
     every: int = 4
     min_tokens: int = 0
-    r_min: float = 0.0
-    compare: Literal["mass", "share"] = "mass"
+    compare: Literal["typical", "mass"] = "typical"
     faithful: bool = False
 
     def __post_init__(self) -> None:
@@ -65,6 +74,7 @@ class DynamicKV(Method):
         self._check_number("r_max", 1)
         self._check_int("every", 1)
         self._check_int("min_tokens", 0)
+        self._check_choice("compare", ("typical", "mass"))
         self._check_bool("faithful")
 
     @property
@@ -118,8 +128,8 @@ class DynamicKV(Method):
         if self.faithful:
             return self._released_weights(seen, base, num_layers)
         scores = [s.tokens for s in seen]
-        if self.compare == "share":
-            scores = [s / s.sum().clamp_min(1e-30) for s in scores]
+        if self.compare == "typical":
+            scores = [_above_typical(s) for s in scores]
         heads = scores[0].shape[0]
         return winners_per_layer(scores, base * heads * len(seen)).astype(np.float64)
 
@@ -127,7 +137,7 @@ class DynamicKV(Method):
         return min(history, int(self.r_max * base))
 
     def floor(self, history: int, base: int) -> int:
-        return min(max(self.min_tokens, int(self.r_min * base)), history)
+        return min(self.min_tokens, history)
 
     def _released_weights(
         self, seen: Sequence[LayerScores], base: int, num_layers: int
@@ -137,3 +147,19 @@ class DynamicKV(Method):
             [score[None] for score in scores], base=base, r_max=self.r_max, num_layers=num_layers
         )
         return np.maximum(np.array(budgets, dtype=np.float64), 0.0)
+
+
+LEAST_TYPICAL = 1e-6
+"""Of a row's mean magnitude: a median below it says that most entries are nothing."""
+
+
+def _above_typical(scores: Tensor) -> Tensor:
+    """How far each of [N, S'] is above the median of its row, in medians; fp32, new.
+
+    Rows keep their order whatever the sign of their scores, which other methods may have given.
+    """
+    scores = scores.float()
+    typical = scores.median(dim=1, keepdim=True).values
+    least = LEAST_TYPICAL * scores.abs().mean(dim=1, keepdim=True)
+    unit = torch.maximum(typical.abs(), least).clamp_min(torch.finfo(scores.dtype).tiny)
+    return (scores - typical) / unit
