@@ -210,7 +210,7 @@ class KvpressBackend(Backend):
 
     def cases_at_once(self, longest: int) -> int:
         """As many as share a decoding step well and whose caches do not fill the memory."""
-        return 4 if longest <= 4096 else 2 if longest <= 16384 else 1
+        return max(1, min(16, 16384 // longest))
 
     def run(
         self,

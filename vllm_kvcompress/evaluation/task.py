@@ -22,6 +22,7 @@ class Prompt:
         index: Of the prompt among those of its task, length and seed.
         context: What is compressed in both protocols.
         question: What follows the context, up to where the answer begins; may be empty.
+        opening: End of ``question`` with which the answer is begun for the model; may be empty.
         references: Right answers, or parts of it; the metric says which.
         max_tokens: Most tokens that the answer may have.
         metric: Name in :data:`vllm_kvcompress.evaluation.metrics.METRICS`; empty where only the
@@ -36,6 +37,7 @@ class Prompt:
     index: int
     context: str
     question: str = ""
+    opening: str = ""
     references: tuple[str, ...] = ()
     max_tokens: int = 1
     metric: str = ""

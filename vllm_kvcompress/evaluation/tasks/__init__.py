@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from vllm_kvcompress.evaluation.task import EvaluationError, Task
-from vllm_kvcompress.evaluation.tasks import likelihood, longbench, needle, ruler
+from vllm_kvcompress.evaluation.tasks import chat, likelihood, longbench, needle, ruler
 
 NLL_PREFIX = "nll/"
 """Before a task's name: the likelihood of its right answer instead of the score of the model's."""
@@ -24,7 +24,8 @@ def find(names: Iterable[str]) -> list[Task]:
 
     Args:
         names: Names of tasks; what stands before the slash, such as ``ruler``, for all of a suite;
-            ``nll/`` before either for the likelihood of the right answers.
+            ``chat/`` before either for the model's chat template around it, and ``nll/`` before
+            all for the likelihood of the right answers.
 
     Raises:
         EvaluationError: There is no such task.
@@ -33,7 +34,8 @@ def find(names: Iterable[str]) -> list[Task]:
     known = all_tasks()
     found: dict[str, Task] = {}
     for name in names:
-        inner = name.removeprefix(NLL_PREFIX)
+        chatting = name.removeprefix(NLL_PREFIX)
+        inner = chatting.removeprefix(chat.PREFIX)
         matching = [known[n] for n in known if n == inner or n.startswith(f"{inner}/")]
         if not matching:
             suites = sorted({n.split("/")[0] for n in known})
@@ -42,6 +44,7 @@ def find(names: Iterable[str]) -> list[Task]:
                 f"there is no task {name!r}: known are {', '.join(members or suites)}"
             )
         for task in matching:
-            chosen = likelihood.AnswerLikelihood(task) if inner != name else task
+            chosen = chat.Chat(task) if inner != chatting else task
+            chosen = likelihood.AnswerLikelihood(chosen) if chatting != name else chosen
             found[chosen.name] = chosen
     return list(found.values())

@@ -17,6 +17,7 @@ DEPTHS = (0, 11, 22, 33, 44, 56, 67, 78, 89, 100)
 
 MAX_TOKENS = 32
 QUESTION = "\nWhat is the special magic number"
+OPENING = " The special magic number for"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def _prompt(index: int, needle: haystack.Needle) -> Prompt:
         index=index,
         context=needle.prompt[:cut],
         question=needle.prompt[cut:],
+        opening=needle.prompt[needle.prompt.rfind(OPENING) :],
         references=needle.answers,
         max_tokens=MAX_TOKENS,
         metric="match_all",

@@ -97,10 +97,17 @@ def _prompt(config: Mapping[str, Any], line: Mapping[str, Any]) -> Prompt:
         index=line["index"],
         context=text[:cut],
         question=text[cut:],
+        opening=_opening(config["answer_prefix"], text),
         references=tuple(line["outputs"]),
         max_tokens=config["tokens_to_generate"],
         metric="match_part" if config["task"] == "qa" else "match_all",
     )
+
+
+def _opening(prefix: str, text: str) -> str:
+    """The answer prefix as it stands at the end of a prompt, where its fields are filled in."""
+    start = text.rfind(prefix.partition("{")[0]) if prefix else -1
+    return text[start:] if start >= 0 else ""
 
 
 @lru_cache(maxsize=32)
@@ -124,7 +131,8 @@ def _config(folder: Path, subtask: str) -> Mapping[str, Any]:
     path = folder / "long_context_eval" / "data" / "synthetic" / "constants.py"
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), constants)
     base = constants["TASKS"][custom["task"]]
-    return {**custom, **base, "template": base["template"] + base.get("answer_prefix", "")}
+    prefix = base.get("answer_prefix", "")
+    return {**custom, **base, "template": base["template"] + prefix, "answer_prefix": prefix}
 
 
 def _generated(
