@@ -22,7 +22,6 @@ class Prompt:
         index: Of the prompt among those of its task, length and seed.
         context: What is compressed in both protocols.
         question: What follows the context, up to where the answer begins; may be empty.
-        opening: End of ``question`` with which the answer is begun for the model; may be empty.
         references: Right answers, or parts of it; the metric says which.
         max_tokens: Most tokens that the answer may have.
         metric: Name in :data:`vllm_kvcompress.evaluation.metrics.METRICS`; empty where only the
@@ -31,19 +30,20 @@ class Prompt:
         measured: A continuation whose likelihood is measured instead of an answer's score; None: an
             answer is generated.
         labels: What plots group by, such as the depth of a needle.
+        opening: End of ``question`` with which the answer is begun for the model; may be empty.
 
     """
 
     index: int
     context: str
     question: str = ""
-    opening: str = ""
     references: tuple[str, ...] = ()
     max_tokens: int = 1
     metric: str = ""
     stop: tuple[str, ...] = ()
     measured: str | None = None
     labels: Mapping[str, str | int | float] = field(default_factory=lambda: MappingProxyType({}))
+    opening: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Runs everything that docs/results.md stands on, and writes it.
+
+    python -m benchmarks.run_report --dry-run      says how long it will take
+    python -m benchmarks.run_report                runs what is missing
+    python -m benchmarks.run_report --only qwen-1k
+
+Ctrl-C stops it, and the same command goes on from there: every answer is on disk when the next one
+begins. Records lie in out/report; what is committed is packed into benchmarks/results/quality.
+Before: scripts/setup_env.sh, scripts/setup_kvpress_env.sh, scripts/fetch_model.py for both models
+and scripts/fetch_ruler.py. The tables of speed are written by `kvcompress bench` and the other
+benchmarks, see benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from benchmarks import write_report  # noqa: E402
+from benchmarks.report_runs import RUNS, Run  # noqa: E402
+from vllm_kvcompress.evaluation.packed import pack  # noqa: E402
+from vllm_kvcompress.evaluation.record import read  # noqa: E402
+
+RECORDS = Path("out") / "report"
+RESULTS = Path("benchmarks") / "results"
+PACE = RESULTS / "pace.csv"
+COLUMNS = ("run", "answers", "seconds")
+UNKNOWN_PACE = 1.0
+"""Seconds of an answer of a run that has never been made."""
+
+STOPPED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run, pack and write; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be run, and stop")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="names of runs")
+    parser.add_argument("--pack", action="store_true", help="run nothing: pack what is there")
+    parser.add_argument("--kvpress", type=Path, default=Path(".venv-kvpress"), metavar="VENV")
+    args = parser.parse_args(argv)
+    os.chdir(ROOT)
+    known = {run.name: run for run in RUNS}
+    strange = [name for name in args.only or () if name not in known]
+    if strange:
+        parser.error(f"there is no run {strange[0]!r}: known are {', '.join(known)}")
+    chosen = [known[name] for name in args.only or known]
+    show(chosen, Console(width=120))
+    if args.dry_run:
+        return 0
+    for run in chosen:
+        if not args.pack and missing(run):
+            status = execute(run, args.kvpress)
+            if status:
+                return status
+        keep(run)
+    return write_report.main([])
+
+
+def folder(run: Run) -> Path:
+    """Where its records lie."""
+    return RECORDS / run.name
+
+
+def done(run: Run) -> int:
+    """Answers on disk."""
+    path = folder(run) / "results.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def missing(run: Run) -> int:
+    """Answers that are not."""
+    return max(run.answers - done(run), 0)
+
+
+def show(runs: Sequence[Run], console: Console) -> None:
+    """Print what there is to do, and how long it took on the machine that was here before."""
+    paces = read_paces()
+    table = Table("run", "answers", "missing", "hours", title="Runs of the report")
+    total = 0.0
+    for run in runs:
+        pace = paces.get(run.name)
+        hours = missing(run) * (UNKNOWN_PACE if pace is None else pace) / 3600
+        total += hours
+        shown = f"{hours:.1f}" if pace is not None or not missing(run) else f"? {hours:.1f}"
+        table.add_row(run.name, str(run.answers), str(missing(run)), shown)
+    table.add_row("all", "", "", f"{total:.1f}")
+    console.print(table)
+    console.print(
+        f"Hours by {PACE}: one core of a Xeon with AMX a run. A question mark: never measured, "
+        f"{UNKNOWN_PACE:.0f} s an answer."
+    )
+
+
+def execute(run: Run, kvpress: Path) -> int:
+    """Answer what is missing; the exit status of ``kvcompress eval``."""
+    venv = kvpress if run.backend == "kvpress" else Path(sys.prefix)
+    command = [str(venv / "bin" / "kvcompress"), *run.arguments(str(folder(run)))]
+    print(f"{run.name}: {' '.join(command)}", flush=True)
+    environment = {"HF_HUB_OFFLINE": "1", **os.environ}
+    # Ctrl-C reaches the child as well, which ends in its own time.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(
+            command, env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, before)
+        )
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def keep(run: Run) -> None:
+    """Pack the records of a run for the repository, and note how long they took.
+
+    Overwrites its file in benchmarks/results/quality, and its line in pace.csv.
+    """
+    records = list(read(folder(run) / "results.jsonl"))
+    if not records:
+        return
+    lines = (folder(run) / "runs.jsonl").read_text(encoding="utf-8").splitlines()
+    calls = [json.loads(line) for line in lines]
+    versions = ", ".join(f"{name} {version}" for name, version in calls[-1]["versions"].items())
+    notes = {
+        **run.notes,
+        "command": f"python -m benchmarks.run_report --only {run.name}",
+        "versions": versions,
+    }
+    path = RESULTS / "quality" / f"{run.name}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pack(records, path, notes)
+    paces = _read_rows()
+    paces[run.name] = (sum(c["answers"] for c in calls), sum(c["seconds"] for c in calls))
+    with PACE.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for name, (answers, seconds) in sorted(paces.items()):
+            writer.writerow([name, answers, round(seconds)])
+
+
+def read_paces() -> Mapping[str, float]:
+    """Seconds of an answer by run, as measured."""
+    return {name: seconds / answers for name, (answers, seconds) in _read_rows().items()}
+
+
+def _read_rows() -> dict[str, tuple[int, float]]:
+    if not PACE.is_file():
+        return {}
+    with PACE.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {row["run"]: (int(row["answers"]), float(row["seconds"])) for row in rows}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
