@@ -133,6 +133,41 @@ def test_right_answers_are_measured(source: Source) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "opening"),
+    [
+        ("needle", " The special magic number for"),
+        ("ruler/niah_multiquery", " The special magic numbers for"),
+        ("ruler/vt", " Answer: According to the chain(s) of variable assignment in the text"),
+    ],
+)
+def test_a_chat_has_the_template_around_the_question_and_opens_the_answer(
+    source: Source, name: str, opening: str
+) -> None:
+    plain_task, chat_task = tasks.find([name, f"chat/{name}"])
+    (plain,) = plain_task.prompts(source, length=1024, count=1, seed=7)
+    (made,) = chat_task.prompts(source, length=1024, count=1, seed=7)
+    assert chat_task.name == f"chat/{name}"
+    assert plain.opening.startswith(opening)
+    assert plain.question.endswith(plain.opening)
+    asked = plain.question.removesuffix(plain.opening)
+    message = [{"role": "user", "content": plain.context + asked}]
+    text = source.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert made.context + made.question == text + plain.opening
+    assert made.references == plain.references
+    (measured,) = tasks.find([f"nll/chat/{name}"])
+    assert measured.name == f"nll/chat/{name}"
+
+
+def test_a_chat_needs_a_template(source: Source) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source.model)
+    tokenizer.chat_template = None
+    (task,) = tasks.find(["chat/needle"])
+    bare = Source(source.model, tokenizer, source.data, source.cache)
+    with pytest.raises(EvaluationError, match=r"chat/ tasks need a chat template, which .* lacks"):
+        task.prompts(bare, length=512, count=1, seed=0)
+
+
+@pytest.mark.parametrize(
     ("text", "all_of", "any_of"), [("a B", 2 / 3, 1.0), ("", 0.0, 0.0), ("cab", 1.0, 1.0)]
 )
 def test_rulers_metrics(text: str, all_of: float, any_of: float) -> None:

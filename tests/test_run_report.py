@@ -1,0 +1,95 @@
+"""The report's runs: what they come to, how long they take, and what is kept of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks import run_report
+from benchmarks.report_runs import RUNS, Run
+from tests.eval_records import record
+from vllm_kvcompress.cli import build_parser
+from vllm_kvcompress.commands.eval import settings_of, split
+from vllm_kvcompress.evaluation import tasks
+from vllm_kvcompress.evaluation.packed import read_notes, unpack
+
+RUN = Run(
+    *("small", "models/m", ("needle",), 512, 3),
+    methods=("full", "cake"),
+    variants={"cake, even": {"method": "cake", "gamma": 0}},
+    budgets=("0.25", "64"),
+    notes={"about": "A few."},
+)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: str(run.name))
+def test_every_run_is_a_command_that_is_understood(run: Run) -> None:
+    args = build_parser().parse_args(run.arguments("out/x"))
+    assert len(settings_of(args)) == run.settings
+    assert len(tasks.find(split(args.tasks))) == len(run.tasks)
+    # Methods were tuned on smaller ones.
+    assert args.seeds == str(run.seed)
+    assert run.seed >= 100
+    labels = [label for label, *_ in ((s.label, s.method) for s in settings_of(args))]
+    assert run.notes.get("reference", labels[0]) in labels
+
+
+def test_names_are_used_once_and_ablations_say_what_they_are() -> None:
+    names = [run.name for run in RUNS]
+    assert len(names) == len(set(names))
+    for run in RUNS:
+        assert run.name.startswith("ablation") == ("about" in run.notes)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(run_report, "RECORDS", tmp_path / "out")
+    monkeypatch.setattr(run_report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run_report, "PACE", tmp_path / "results" / "pace.csv")
+    return tmp_path
+
+
+def shown(run: Run) -> list[str]:
+    console = Console(width=120, record=True, quiet=False, file=None)
+    with console.capture() as capture:
+        run_report.show([run], console)
+    (row,) = [line for line in capture.get().splitlines() if "small" in line]
+    return row.replace("│", " ").split()
+
+
+def test_a_run_that_was_stopped_is_kept_as_far_as_it_went_and_timed(place: Path) -> None:
+    assert RUN.answers == 3 * (1 + 2 * 2)
+    assert shown(RUN) == ["small", "15", "15", "?", "0.0"]
+    folder = run_report.folder(RUN)
+    folder.mkdir(parents=True)
+    records = [record(index=index, score=1.0) for index in range(3)]
+    text = "".join(json.dumps(vars(r) | {"labels": {}}) + "\n" for r in records)
+    (folder / "results.jsonl").write_text(text)
+    calls = [{"answers": 2, "seconds": 1800, "versions": {"vllm": "0.32.0"}}]
+    calls.append({"answers": 1, "seconds": 900, "versions": {"vllm": "0.32.1"}})
+    (folder / "runs.jsonl").write_text("".join(json.dumps(call) + "\n" for call in calls))
+    run_report.keep(RUN)
+    path = place / "results" / "quality" / "small.csv"
+    assert read_notes(path) == {
+        "about": "A few.",
+        "command": "python -m benchmarks.run_report --only small",
+        "versions": "vllm 0.32.1",
+    }
+    assert [r.score for r in unpack(path)] == [1.0, 1.0, 1.0]
+    assert run_report.missing(RUN) == 12
+    # A quarter of an hour each.
+    assert shown(RUN) == ["small", "15", "12", "3.0"]
+
+
+def test_a_run_without_an_answer_leaves_nothing(place: Path) -> None:
+    run_report.keep(RUN)
+    assert list(place.iterdir()) == []
+
+
+def test_a_run_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_report.main(["--dry-run", "--only", "qwen-9k"])
+    assert "there is no run 'qwen-9k': known are qwen-1k," in capsys.readouterr().err
