@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -44,7 +44,7 @@ WINDOW_32: Mapping[str, Mapping[str, Any]] = {
     "snapkv, window 32": {"method": "snapkv", "window_size": 32},
 }
 """kvpress's default is 64."""
-KVPRESS = ("streamingllm", "expected_attention", "keydiff")
+OTHERS = ("streamingllm", "expected_attention", "keydiff")
 
 
 @dataclass(frozen=True)
@@ -103,28 +103,143 @@ class Run:
         return words if self.backend == "kvpress" else [*words, "--cache-mib", "1500"]
 
 
-def _ablation(name: str, about: str, reference: str, **variants: Mapping[str, Any]) -> Run:
-    """At 1024 tokens and the two smallest budgets, where parts show."""
-    labels = {label.replace("_", " "): entry for label, entry in variants.items()}
-    return Run(
-        f"ablation-{name}",
-        QWEN,
-        FEW,
-        1024,
-        50,
-        methods=(),
-        variants=labels,
-        budgets=SMALL,
-        notes={"about": about, "reference": reference},
+def _kvpress(run: Run, methods: Sequence[str], prompts: int, **variants: Mapping[str, Any]) -> Run:
+    """The same prompts, the first of them, under kvpress's methods."""
+    name = f"{run.name}-kvpress" + ("" if "snapkv" in methods else "-more")
+    return replace(
+        run, name=name, prompts=prompts, methods=methods, variants=variants, backend="kvpress"
     )
 
 
-RUNS: tuple[Run, ...] = (
-    Run("qwen-1k", QWEN, ESSAYS, 1024, 50, variants=FAITHFUL),
-    Run(
-        *("qwen-1k-kvpress", QWEN, ESSAYS, 1024, 50),
-        methods=("full", "snapkv"),
-        variants=WINDOW_32,
-        backend="kvpress",
+def _ablation(
+    name: str,
+    about: str,
+    variants: Mapping[str, Mapping[str, Any]],
+    budgets: Sequence[str] = SMALL,
+    length: int = 1024,
+    prompts: int = 50,
+) -> Run:
+    """On a task of each kind; the first variant is what the others are compared with."""
+    return Run(
+        *(f"ablation-{name}", QWEN, FEW, length, prompts),
+        methods=(),
+        variants=variants,
+        budgets=budgets,
+        notes={"about": about, "reference": next(iter(variants))},
+    )
+
+
+def _of(method: str, **params: Any) -> Mapping[str, Any]:
+    return {"method": method, **params}
+
+
+MAIN = ("full", "cake", "dynamickv", "snapkv", "pyramidkv")
+
+QWEN_1K = Run("qwen-1k", QWEN, ESSAYS, 1024, 50, variants=FAITHFUL)
+QWEN_2K = Run("qwen-2k", QWEN, WITH_QA_1, 2048, 20, methods=MAIN)
+QWEN_4K = Run("qwen-4k", QWEN, ALL, 4096, 20, methods=MAIN)
+QWEN_8K = Run("qwen-8k", QWEN, FEW, 8192, 10, methods=MAIN)
+SMOL_1K = Run("smol-1k", SMOL, ESSAYS, 1024, 50, methods=MAIN)
+SMOL_2K = Run("smol-2k", SMOL, WITH_QA_1, 2048, 20, methods=MAIN)
+SMOL_4K = Run("smol-4k", SMOL, FEW, 4096, 20, methods=MAIN)
+SMOL_8K = Run("smol-8k", SMOL, FEW, 8192, 10, methods=MAIN)
+BOTH = ("full", "snapkv")
+
+QUALITY: tuple[Run, ...] = (
+    QWEN_1K,
+    _kvpress(QWEN_1K, BOTH, 50, **WINDOW_32),
+    SMOL_1K,
+    _kvpress(SMOL_1K, BOTH, 50, **WINDOW_32),
+    QWEN_4K,
+    _kvpress(replace(QWEN_4K, tasks=FEW), BOTH, 20, **WINDOW_32),
+    QWEN_2K,
+    _kvpress(replace(QWEN_2K, tasks=FEW), (*BOTH, "pyramidkv"), 20, **WINDOW_32),
+    _kvpress(QWEN_1K, OTHERS, 20),
+    QWEN_8K,
+    _kvpress(QWEN_8K, BOTH, 10),
+    SMOL_2K,
+    SMOL_4K,
+    SMOL_8K,
+    Run("qwen-1k-chat", QWEN, tuple(f"chat/{t}" for t in FEW), 1024, 50, methods=MAIN),
+    Run("qwen-1k-agnostic", QWEN, FEW, 1024, 50, methods=MAIN, protocol="query-agnostic"),
+    _kvpress(
+        Run("qwen-1k-agnostic", QWEN, FEW, 1024, 50, protocol="query-agnostic"),
+        *(("full", "snapkv", "expected_attention", "keydiff"), 20),
+    ),
+    *(
+        Run(f"qwen-needle-{n}", QWEN, ("needle",), n, 40, methods=MAIN, budgets=("0.125",))
+        for n in (512, 1024, 2048, 4096)
+    ),
+    Run("qwen-1k-nll", QWEN, tuple(f"nll/{t}" for t in FEW), 1024, 25, methods=MAIN),
+    Run("qwen-2k-perplexity", QWEN, ("perplexity",), 2048, 50, methods=MAIN),
+    Run(*("qwen-1k-plain", QWEN, ESSAYS, 1024, 50), methods=("full",), backend="plain"),
+)
+
+ABLATIONS: tuple[Run, ...] = (
+    _ablation(
+        "cake",
+        "What CAKE's parts are worth: its shares of the layers against equal ones, its score of a "
+        "token (mean and variance) against the mean, entropy and variance alone, and the released "
+        "arithmetic.",
+        {
+            "cake": _of("cake"),
+            "equal shares": _of("cake", allocator="uniform"),
+            "mean instead of indicator": _of("cake", gamma=0),
+            "equal shares, mean": _of("uniform"),
+            "shares by entropy alone": _of("cake", tau2=1e6),
+            "shares by variance alone": _of("cake", tau1=1e6),
+            "faithful": _of("cake", faithful=True, window=32),
+        },
+    ),
+    _ablation(
+        "dynamickv",
+        "What entries of different layers are compared by decides; the cuts (every), the cap "
+        "(r_max), a floor and pooling do not mend the comparison by mass, as published.",
+        {
+            "dynamickv": _of("dynamickv"),
+            "by mass": _of("dynamickv", compare="mass"),
+            "by mass, window 8": _of("dynamickv", compare="mass", window=8),
+            "by mass, floor of 24": _of("dynamickv", compare="mass", min_tokens=24),
+            "by mass, r_max 2": _of("dynamickv", compare="mass", r_max=2),
+            "by mass, max pooling": _of("dynamickv", compare="mass", pooling="max"),
+            "every 1": _of("dynamickv", every=1),
+            "every 24": _of("dynamickv", every=24),
+            "r_max 1.5": _of("dynamickv", r_max=1.5),
+            "max pooling": _of("dynamickv", pooling="max"),
+            "equal shares": _of("dynamickv", allocator="uniform"),
+            "faithful, window 8": _of("dynamickv", faithful=True, window=8),
+        },
+    ),
+    *(
+        _ablation(
+            f"window-{length}",
+            "The window takes its room from the budget, and looks for what is kept.",
+            {
+                f"{method}, window {window}": _of(method, window=window)
+                for method in ("cake", "dynamickv", "snapkv")
+                for window in (32, 8, 16, 64)
+            },
+            budgets=("0.125", "0.25"),
+            length=length,
+            prompts=prompts,
+        )
+        for length, prompts in ((1024, 50), (4096, 10))
+    ),
+    _ablation(
+        "pooling",
+        "Neighbours of a good token are kept with it.",
+        {
+            "cake, average of 5": _of("cake"),
+            "cake, none": _of("cake", kernel=1),
+            "cake, average of 13": _of("cake", kernel=13),
+            "dynamickv, average of 7": _of("dynamickv"),
+            "dynamickv, none": _of("dynamickv", kernel=1),
+            "dynamickv, largest of 7": _of("dynamickv", pooling="max"),
+            "snapkv": _of("snapkv"),
+            "snapkv, largest of 7": _of("snapkv", pooling="max", kernel=7),
+        },
+        budgets=("0.125",),
     ),
 )
+
+RUNS = (*QUALITY, *ABLATIONS)

@@ -48,7 +48,8 @@ def add_parser(subparsers: Any) -> None:
         "--tasks",
         default="ruler",
         help="tasks or suites, with commas: ruler, ruler/vt, needle, longbench/qasper, perplexity; "
-        "nll/ before one for the likelihood of its right answers (default: %(default)s)",
+        "chat/ before one for the model's chat template around it, nll/ for the likelihood of its "
+        "right answers (default: %(default)s)",
     )
     asked.add_argument("--lengths", default="4096", help="tokens (default: %(default)s)")
     asked.add_argument("--prompts", type=_count, default=50, help="of a task, length and seed")
@@ -61,6 +62,11 @@ def add_parser(subparsers: Any) -> None:
     )
     asked.add_argument(
         "--data", type=Path, default=Path("models"), help="folder with ruler/ and longbench/"
+    )
+    asked.add_argument(
+        "--longbench-hub",
+        metavar="NAME",
+        help="dataset for datasets.load_dataset instead of the files in longbench/",
     )
     compared = parser.add_argument_group("what is compared")
     compared.add_argument("--methods", default=DEFAULT_METHODS, help="(default: %(default)s)")

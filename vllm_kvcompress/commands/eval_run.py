@@ -73,7 +73,7 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
         Cell(task, length, protocol, seed, args.prompts)
         for length in numbers(args.lengths, "lengths", 1)
         for protocol in _protocols(args.protocol)
-        for task in tasks.find(split(args.tasks))
+        for task in tasks.find(split(args.tasks), args.longbench_hub)
         for seed in numbers(args.seeds, "seeds")
     ]
     source = Source(args.model, _tokenizer(args.model), args.data, args.output / "prompts")

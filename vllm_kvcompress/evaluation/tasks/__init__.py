@@ -11,27 +11,35 @@ NLL_PREFIX = "nll/"
 """Before a task's name: the likelihood of its right answer instead of the score of the model's."""
 
 
-def all_tasks() -> Mapping[str, Task]:
-    """Every task by name."""
+def all_tasks(longbench_hub: str | None = None) -> Mapping[str, Task]:
+    """Every task by name.
+
+    Args:
+        longbench_hub: Where LongBench is read from instead of its files, as in
+            :class:`~vllm_kvcompress.evaluation.tasks.longbench.LongBench`.
+
+    """
     tasks: dict[str, Task] = {}
-    for module in (ruler, needle, longbench, likelihood):
-        tasks.update(module.tasks())
+    for found in (ruler.tasks(), needle.tasks(), longbench.tasks(longbench_hub)):
+        tasks.update(found)
+    tasks.update(likelihood.tasks())
     return tasks
 
 
-def find(names: Iterable[str]) -> list[Task]:
+def find(names: Iterable[str], longbench_hub: str | None = None) -> list[Task]:
     """Tasks by name, in order, each once.
 
     Args:
         names: Names of tasks; what stands before the slash, such as ``ruler``, for all of a suite;
             ``chat/`` before either for the model's chat template around it, and ``nll/`` before
             all for the likelihood of the right answers.
+        longbench_hub: As for :func:`all_tasks`.
 
     Raises:
         EvaluationError: There is no such task.
 
     """
-    known = all_tasks()
+    known = all_tasks(longbench_hub)
     found: dict[str, Task] = {}
     for name in names:
         chatting = name.removeprefix(NLL_PREFIX)
