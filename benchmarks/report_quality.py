@@ -58,12 +58,7 @@ def ruler(document: Document, results: Results) -> None:
 def against_kvpress(document: Document, results: Results) -> None:
     """CAKE and DynamicKV minus kvpress's SnapKV on the same prompts at every budget."""
     document.heading(2, "CAKE and DynamicKV against kvpress's SnapKV")
-    references = {
-        id(panel): reference
-        for panel in results.panels
-        if not panel.likelihood and (reference := _reference(panel)) is not None
-    }
-    panels = [panel for panel in results.panels if id(panel) in references]
+    panels = [panel for panel in results.panels if not panel.likelihood and _references(panel)]
     if not panels:
         missing(document, "SnapKV as kvpress has it")
         return
@@ -79,9 +74,10 @@ def against_kvpress(document: Document, results: Results) -> None:
         lines = [
             line
             for panel in group
-            for line in _against(panel, references[id(panel)], budgets, words)
+            for reference in _references(panel)
+            for line in _against(panel, reference, budgets, words)
         ]
-        head = ["tokens, setting, pairs", *map(tables.budget_text, budgets)]
+        head = ["tokens", "ours", "theirs", "pairs", *map(tables.budget_text, budgets)]
         document.add(tables.table(head, lines))
         document.add("\n".join(_tally(name, found) for name, found in words.items()))
 
@@ -240,13 +236,20 @@ def _families(file: Packed) -> dict[str, set[str]]:
     return families
 
 
-def _reference(panel: Panel) -> Row | None:
-    """kvpress's SnapKV, whether its method is called that or SnapKVPress."""
-    for cell in panel.cells:
-        method = cell.method.rpartition("/")[2].lower().removesuffix("press")
-        if cell.source.lower().startswith("kvpress") and method == "snapkv" and not cell.full:
-            return Row(cell.label, cell.source, cell.block_size, full=False)
-    return None
+def _references(panel: Panel) -> list[Row]:
+    """kvpress's SnapKV, with its defaults and with other parameters."""
+    return list(
+        dict.fromkeys(
+            Row(cell.label, cell.source, cell.block_size, full=False)
+            for cell in panel.cells
+            if cell.source.lower().startswith("kvpress") and not cell.full and _is_snapkv(cell)
+        )
+    )
+
+
+def _is_snapkv(cell: Cell) -> bool:
+    """Whether its method is called that or SnapKVPress."""
+    return cell.method.rpartition("/")[2].lower().removesuffix("press") == "snapkv"
 
 
 def _against(
@@ -266,12 +269,15 @@ def _against(
                 continue
             pairs.add(difference.pairs)
             word = verdict(difference)
-            words.setdefault(panel.names[row], []).append(word)
+            name = f"{panel.names[row]} against {panel.names[reference]}"
+            words.setdefault(name, []).append(word)
             text = f"{tables.signed(difference.estimate)} {word}"
             line.append(text + _other_bytes(panel, row, reference, budget))
         if pairs:
             counts = " to ".join(str(count) for count in sorted({min(pairs), max(pairs)}))
-            lines.append([f"{panel.length}, {panel.names[row]}, {counts}", *line])
+            lines.append(
+                [str(panel.length), panel.names[row], panel.names[reference], counts, *line]
+            )
     return lines
 
 

@@ -127,6 +127,15 @@ def test_looks_tell_settings_apart() -> None:
     assert (first.hollow, theirs.hollow) == (False, True)
 
 
+def test_variants_of_a_setting_share_its_colour() -> None:
+    records = list(answers([1], label="cake")) + list(answers([1], label="cake, faithful"))
+    records += list(answers([1], label="snapkv", source=KVPRESS))
+    cake, faithful, theirs = looks_of(panels(records)).values()
+    assert cake.color == faithful.color != theirs.color
+    assert cake.marker != faithful.marker
+    assert (cake.hatch, faithful.hatch, theirs.hatch) == (None, "xx", "////")
+
+
 def crowded() -> list[Record]:
     records: list[Record] = []
     for length in (1024, 2048, 4096, 8192):

@@ -15,6 +15,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 LINES = ("-", (0, (5, 1.5)), (0, (1, 1.2)))
 
+HATCHES = ("", "xx", "..", "++")
+OTHERS_HATCH = "////"
+
 
 @dataclass(frozen=True)
 class Look:
@@ -25,6 +28,7 @@ class Look:
         marker: matplotlib's.
         line: matplotlib's line style.
         hollow: Whether the mark is not filled: another's implementation.
+        hatch: matplotlib's hatch of bars, None without one.
 
     """
 
@@ -32,24 +36,35 @@ class Look:
     marker: str
     line: str | tuple[int, tuple[float, ...]]
     hollow: bool
+    hatch: str | None
 
 
 def looks_of(panels: Iterable[Panel]) -> dict[Row, Look]:
     """A look for every compressed row; settings of one label share colour and marker.
 
-    Colours repeat after eight labels, markers then do not: each pair of both is another label's up
-    to 64.
+    Labels that are the same up to a comma, "cake" and "cake, faithful", share the colour. Colours
+    repeat after eight such labels, markers then do not: each pair of both is another label's up to
+    64.
     """
     rows = list(dict.fromkeys(row for panel in panels for row in panel.rows if not row.full))
-    labels = list(dict.fromkeys(row.label for row in rows))
+    families: dict[str, list[str]] = {}
+    for label in dict.fromkeys(row.label for row in rows):
+        families.setdefault(_family(label), []).append(label)
     looks = {}
     for row in rows:
-        number = labels.index(row.label)
-        turn, place = divmod(number, len(COLORS))
+        family = _family(row.label)
+        again, place = divmod(list(families).index(family), len(COLORS))
+        turn = again + families[family].index(row.label)
+        hatch = HATCHES[turn % len(HATCHES)] + ("" if row.ours else OTHERS_HATCH)
         looks[row] = Look(
             COLORS[place],
             MARKERS[(place + turn) % len(MARKERS)],
             LINES[turn % 2] if row.ours else LINES[2],
             not row.ours,
+            hatch or None,
         )
     return looks
+
+
+def _family(label: str) -> str:
+    return label.partition(",")[0]

@@ -107,7 +107,7 @@ def task_figure(panel: Panel, budget: str, looks: Looks | None = None) -> Figure
                 [_scaled(panel, estimate.value) for _, estimate in spots],
                 width * 0.92,
                 color=look.color,
-                hatch="////" if look.hollow else None,
+                hatch=look.hatch,
                 edgecolor="white",
                 linewidth=0,
                 yerr=_errors(panel, [estimate for _, estimate in spots]),
