@@ -86,7 +86,7 @@ def test_sections(committed: Path) -> None:
     against = section(text, "CAKE and DynamicKV against kvpress's SnapKV")
     # Of 4 prompts of a task and seed CAKE has 2.5, SnapKV 1.
     assert "| 1024 | cake | snapkv (kvpress) | 16 | +37.5 [" in against
-    assert "* cake: 4 ahead, 0 level, 0 behind of 4." in against
+    assert "* cake against snapkv (kvpress): 4 ahead, 0 level, 0 behind of 4." in against
     ablation = section(text, "Ablations")
     assert "### gamma\n\nWhat the variance is worth." in ablation
     assert "| cake | +33.3 [" in ablation
