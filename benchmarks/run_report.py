@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,7 +33,7 @@ from rich.table import Table  # noqa: E402
 
 from benchmarks import write_report  # noqa: E402
 from benchmarks.report_runs import RUNS, Run  # noqa: E402
-from vllm_kvcompress.evaluation.packed import pack  # noqa: E402
+from vllm_kvcompress.evaluation.packed import pack, unpack  # noqa: E402
 from vllm_kvcompress.evaluation.record import read  # noqa: E402
 
 RECORDS = Path("out") / "report"
@@ -53,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be run, and stop")
     parser.add_argument("--only", nargs="+", metavar="RUN", help="names of runs")
     parser.add_argument("--pack", action="store_true", help="run nothing: pack what is there")
+    parser.add_argument(
+        "--from-committed",
+        action="store_true",
+        help="take answers that are committed as given, where out/report has none of a run",
+    )
     parser.add_argument("--kvpress", type=Path, default=Path(".venv-kvpress"), metavar="VENV")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
@@ -61,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if strange:
         parser.error(f"there is no run {strange[0]!r}: known are {', '.join(known)}")
     chosen = [known[name] for name in args.only or known]
+    if args.from_committed:
+        for run in chosen:
+            take_committed(run)
     show(chosen, Console(width=120))
     if args.dry_run:
         return 0
@@ -108,6 +117,22 @@ def show(runs: Sequence[Run], console: Console) -> None:
     )
 
 
+def take_committed(run: Run) -> None:
+    """Write the records that are committed where a run goes on from them; their texts are lost."""
+    path = folder(run) / "results.jsonl"
+    packed = committed(run)
+    if path.exists() or not packed.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(asdict(record), default=dict) for record in unpack(packed)]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def committed(run: Run) -> Path:
+    """Where its records are packed for the repository."""
+    return RESULTS / "quality" / f"{run.name}.csv"
+
+
 def execute(run: Run, kvpress: Path) -> int:
     """Answer what is missing; the exit status of ``kvcompress eval``."""
     venv = kvpress if run.backend == "kvpress" else Path(sys.prefix)
@@ -133,15 +158,17 @@ def keep(run: Run) -> None:
     records = list(read(folder(run) / "results.jsonl"))
     if not records:
         return
-    lines = (folder(run) / "runs.jsonl").read_text(encoding="utf-8").splitlines()
-    calls = [json.loads(line) for line in lines]
+    log = folder(run) / "runs.jsonl"
+    if not log.is_file():  # nothing but what was committed
+        return
+    calls = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     versions = ", ".join(f"{name} {version}" for name, version in calls[-1]["versions"].items())
     notes = {
         **run.notes,
         "command": f"python -m benchmarks.run_report --only {run.name}",
         "versions": versions,
     }
-    path = RESULTS / "quality" / f"{run.name}.csv"
+    path = committed(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     pack(records, path, notes)
     paces = _read_rows()

@@ -14,7 +14,8 @@ from tests.eval_records import record
 from vllm_kvcompress.cli import build_parser
 from vllm_kvcompress.commands.eval import settings_of, split
 from vllm_kvcompress.evaluation import tasks
-from vllm_kvcompress.evaluation.packed import read_notes, unpack
+from vllm_kvcompress.evaluation.packed import pack, read_notes, unpack
+from vllm_kvcompress.evaluation.record import Store, read
 
 RUN = Run(
     *("small", "models/m", ("needle",), 512, 3),
@@ -82,6 +83,27 @@ def test_a_run_that_was_stopped_is_kept_as_far_as_it_went_and_timed(place: Path)
     assert run_report.missing(RUN) == 12
     # A quarter of an hour each.
     assert shown(RUN) == ["small", "15", "12", "3.0"]
+
+
+def test_a_run_goes_on_from_what_is_committed(place: Path) -> None:
+    folder = run_report.folder(RUN)
+    made = [record(index=0, score=0.5), record(index=1, score=1.0, labels={"depth": 11})]
+    path = run_report.committed(RUN)
+    path.parent.mkdir(parents=True)
+    pack(made, path)
+    run_report.take_committed(RUN)
+    store = Store(folder / "results.jsonl")
+    assert len(store) == 2
+    assert all(r.key in store for r in made)
+    again = list(read(folder / "results.jsonl"))
+    assert [(r.score, r.labels) for r in again] == [(0.5, {}), (1.0, {"depth": 11})]
+    # What was answered here comes first, and without a new answer nothing is packed again.
+    (folder / "results.jsonl").write_text("")
+    run_report.take_committed(RUN)
+    assert (folder / "results.jsonl").read_text() == ""
+    before = path.read_bytes()
+    run_report.keep(RUN)
+    assert path.read_bytes() == before
 
 
 def test_a_run_without_an_answer_leaves_nothing(place: Path) -> None:
