@@ -5,42 +5,14 @@ decodes, but is made to choose the given token at each step; the log-probability
 unchanged logits, so the compressed cache is what is measured.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from vllm import SamplingParams
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-_KEY = "forced_tokens"
+from vllm_kvcompress.engine.forcing import FORCED_KEY, ForcedTokens
 
-
-class ForcedTokens(AdapterLogitsProcessor):
-    """Give to ``LLM(logits_processors=[ForcedTokens])``."""
-
-    def is_argmax_invariant(self) -> bool:
-        """See the base class."""
-        return False
-
-    @classmethod
-    def validate_params(cls, params: SamplingParams) -> None:
-        """See the base class."""
-
-    def new_req_logits_processor(
-        self, params: SamplingParams
-    ) -> Callable[[list[int], Tensor], Tensor] | None:
-        """See the base class; None for requests that choose for themselves."""
-        tokens = (params.extra_args or {}).get(_KEY)
-        if tokens is None:
-            return None
-
-        def force(output_ids: list[int], logits: Tensor) -> Tensor:
-            chosen = tokens[min(len(output_ids), len(tokens) - 1)]
-            logits.fill_(float("-inf"))
-            logits[chosen] = 0.0
-            return logits
-
-        return force
+__all__ = ["ForcedTokens", "forcing", "nll"]
 
 
 def forcing(tokens: Sequence[int]) -> SamplingParams:
@@ -50,7 +22,7 @@ def forcing(tokens: Sequence[int]) -> SamplingParams:
         max_tokens=len(tokens),
         ignore_eos=True,
         logprobs=0,
-        extra_args={_KEY: list(tokens)},
+        extra_args={FORCED_KEY: list(tokens)},
     )
 
 

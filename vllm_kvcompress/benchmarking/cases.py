@@ -10,12 +10,12 @@ from vllm_kvcompress.benchmarking.job import DECODE, TTFT, Case, Job, Setup
 from vllm_kvcompress.benchmarking.measure import (
     Decoding,
     Queue,
-    Subject,
     first_token,
     run_queue,
 )
 from vllm_kvcompress.benchmarking.pairs import Paired, take_turns
 from vllm_kvcompress.benchmarking.rows import Row
+from vllm_kvcompress.engine.stepped import Subject
 
 Tell = Callable[[str], object]
 Pair = tuple[Subject, Subject]

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.benchmarking.job import Case, Job, Setup, check_memory
-from vllm_kvcompress.benchmarking.measure import Subject
 from vllm_kvcompress.commands import CommandError
+from vllm_kvcompress.engine.stepped import Subject
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",

@@ -190,7 +190,7 @@ def sampling(case: Case, setting: Setting) -> Any:
     """vLLM's sampling parameters for a case: greedy, under its setting, forced where it says so."""
     from vllm import SamplingParams
 
-    from vllm_kvcompress.evaluation.forcing import FORCED_KEY
+    from vllm_kvcompress.engine.forcing import FORCED_KEY
 
     extra: dict[str, Any] = {}
     if not setting.is_full:
@@ -222,7 +222,7 @@ def _start(options: EngineOptions) -> Any:
     }
     if options.cache_mib is not None:
         settings["kv_cache_memory_bytes"] = options.cache_mib << 20
-    from vllm_kvcompress.evaluation.forcing import ForcedTokens
+    from vllm_kvcompress.engine.forcing import ForcedTokens
 
     settings["logits_processors"] = [ForcedTokens]
     if options.plain:
