@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.engine.harness import MODELS, REPO, SMALL, Engine
 from vllm_kvcompress.evaluation import tasks
@@ -34,6 +33,8 @@ PATIENCE = 240.0
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     return Source(MODEL, tokenizer, REPO / "models", tmp_path_factory.mktemp("prompts"))
 
@@ -58,6 +59,8 @@ def _books_add_up(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
 
 

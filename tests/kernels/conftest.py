@@ -5,6 +5,7 @@ Nothing here may import vLLM: the suite also runs on GPU machines that have only
 
 import importlib
 import os
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,11 @@ def _import_interpreted() -> None:
     Triton looks at the variable when a kernel is decorated, that is at import. Engines that other
     tests start in this process must not see it.
     """
+    if "triton" in sys.modules:
+        raise RuntimeError(
+            "Triton was imported before the kernels' tests were: a test module under tests/engine "
+            "must import vllm, transformers' models and the like in its tests, not at its top"
+        )
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
