@@ -1,9 +1,7 @@
 """A `vllm serve` on this machine that is always gone when the `with` block ends."""
 
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from vllm_kvcompress.benchmarking.server import free_port, last_complaint
+
+__all__ = ["Server", "ServerError", "free_port", "healthy", "serve", "stop"]
 
 
 class ServerError(Exception):
@@ -31,20 +33,6 @@ class Server:
         with self.log.open("rb") as file:
             file.seek(since)
             return file.read().decode(errors="replace").splitlines()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def last_complaint(log: Path) -> str:
-    """The last line of the log that looks like an error's message."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
-    complaints = [line for line in lines if re.search(r"rror: \S", line)]
-    return (complaints or [line for line in lines if line] or ["it wrote nothing"])[-1]
 
 
 def healthy(url: str) -> bool:
