@@ -33,7 +33,7 @@ from rich.table import Table  # noqa: E402
 
 from benchmarks import write_report  # noqa: E402
 from benchmarks.report_runs import RUNS, Run  # noqa: E402
-from vllm_kvcompress.evaluation.packed import pack, unpack  # noqa: E402
+from vllm_kvcompress.evaluation.packed import pack, read_notes, unpack  # noqa: E402
 from vllm_kvcompress.evaluation.record import read  # noqa: E402
 
 RECORDS = Path("out") / "report"
@@ -163,12 +163,13 @@ def keep(run: Run) -> None:
         return
     calls = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     versions = ", ".join(f"{name} {version}" for name, version in calls[-1]["versions"].items())
+    path = committed(run)
     notes = {
         **run.notes,
         "command": f"python -m benchmarks.run_report --only {run.name}",
         "versions": versions,
+        "device": ", ".join(dict.fromkeys([*_devices(path), *(c["device"] for c in calls)])),
     }
-    path = committed(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     pack(records, path, notes)
     paces = _read_rows()
@@ -178,6 +179,12 @@ def keep(run: Run) -> None:
         writer.writerow(COLUMNS)
         for name, (answers, seconds) in sorted(paces.items()):
             writer.writerow([name, answers, round(seconds)])
+
+
+def _devices(packed: Path) -> list[str]:
+    """Where answers were made that are committed, and may have been gone on from."""
+    note = read_notes(packed).get("device", "") if packed.is_file() else ""
+    return note.split(", ") if note else []
 
 
 def read_paces() -> Mapping[str, float]:

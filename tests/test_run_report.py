@@ -69,8 +69,10 @@ def test_a_run_that_was_stopped_is_kept_as_far_as_it_went_and_timed(place: Path)
     records = [record(index=index, score=1.0) for index in range(3)]
     text = "".join(json.dumps(vars(r) | {"labels": {}}) + "\n" for r in records)
     (folder / "results.jsonl").write_text(text)
-    calls = [{"answers": 2, "seconds": 1800, "versions": {"vllm": "0.32.0"}}]
-    calls.append({"answers": 1, "seconds": 900, "versions": {"vllm": "0.32.1"}})
+    calls = [
+        {"answers": 2, "seconds": 1800, "versions": {"vllm": "0.32.0"}, "device": "A x2"},
+        {"answers": 1, "seconds": 900, "versions": {"vllm": "0.32.1"}, "device": "B x4"},
+    ]
     (folder / "runs.jsonl").write_text("".join(json.dumps(call) + "\n" for call in calls))
     run_report.keep(RUN)
     path = place / "results" / "quality" / "small.csv"
@@ -78,11 +80,16 @@ def test_a_run_that_was_stopped_is_kept_as_far_as_it_went_and_timed(place: Path)
         "about": "A few.",
         "command": "python -m benchmarks.run_report --only small",
         "versions": "vllm 0.32.1",
+        "device": "A x2, B x4",
     }
     assert [r.score for r in unpack(path)] == [1.0, 1.0, 1.0]
     assert run_report.missing(RUN) == 12
     # A quarter of an hour each.
     assert shown(RUN) == ["small", "15", "12", "3.0"]
+    # Answers of another machine that were gone on from stay counted as its own.
+    (folder / "runs.jsonl").write_text(json.dumps({**calls[1], "device": "C x8"}) + "\n")
+    run_report.keep(RUN)
+    assert read_notes(path)["device"] == "A x2, B x4, C x8"
 
 
 def test_a_run_goes_on_from_what_is_committed(place: Path) -> None:

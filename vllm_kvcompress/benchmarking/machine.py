@@ -28,6 +28,13 @@ def device() -> str:
     return processor() if current_platform.is_cpu() else str(current_platform.get_device_name())
 
 
+def hardware() -> str:
+    """The GPU that torch computes on, or the CPU where it has none."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
+
+
 def facts() -> dict[str, str]:
     """Values of :data:`FACTS`; imports vLLM."""
     values = (

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vllm_kvcompress.benchmarking.machine import hardware
 from vllm_kvcompress.commands import CommandError
 from vllm_kvcompress.commands.eval import PROTOCOLS, STOPPED, numbers, split
 from vllm_kvcompress.evaluation import tasks
@@ -164,7 +165,7 @@ def _log(path: Path, batch: Batch, answers: int, seconds: float, words: Sequence
         "seconds": round(seconds, 1),
         "command": _command(words),
         "versions": versions(),
-        "machine": f"{platform.machine()} {platform.system()}",
+        "device": hardware(),
     }
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
