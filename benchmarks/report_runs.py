@@ -27,12 +27,12 @@ ESSAYS = tuple(
     )
 )
 """RULER's tasks that can be made at 1024 tokens."""
-WITH_QA_1 = (*ESSAYS, "ruler/qa_1")
-"""At 2048."""
-ALL = (*WITH_QA_1, "ruler/qa_2")
+ALL = (*ESSAYS, "ruler/qa_1", "ruler/qa_2")
 """From 4096."""
 FEW = tuple(f"ruler/{name}" for name in ("niah_single_2", "niah_multikey_1", "vt", "fwe"))
 """One of each kind."""
+FEW_WITH_QA = (*FEW, "ruler/qa_1")
+"""From 2048."""
 
 OURS = ("full", "cake", "dynamickv", "snapkv", "pyramidkv", "streamingllm", "uniform", "random")
 FAITHFUL: Mapping[str, Mapping[str, Any]] = {
@@ -136,43 +136,47 @@ def _of(method: str, **params: Any) -> Mapping[str, Any]:
 MAIN = ("full", "cake", "dynamickv", "snapkv", "pyramidkv")
 
 QWEN_1K = Run("qwen-1k", QWEN, ESSAYS, 1024, 50, variants=FAITHFUL)
-QWEN_2K = Run("qwen-2k", QWEN, WITH_QA_1, 2048, 20, methods=MAIN)
-QWEN_4K = Run("qwen-4k", QWEN, ALL, 4096, 20, methods=MAIN)
-QWEN_8K = Run("qwen-8k", QWEN, FEW, 8192, 10, methods=MAIN)
-SMOL_1K = Run("smol-1k", SMOL, ESSAYS, 1024, 50, methods=MAIN)
-SMOL_2K = Run("smol-2k", SMOL, WITH_QA_1, 2048, 20, methods=MAIN)
-SMOL_4K = Run("smol-4k", SMOL, FEW, 4096, 20, methods=MAIN)
-SMOL_8K = Run("smol-8k", SMOL, FEW, 8192, 10, methods=MAIN)
+QWEN_2K = Run("qwen-2k", QWEN, FEW_WITH_QA, 2048, 10, methods=MAIN)
+QWEN_4K = Run("qwen-4k", QWEN, ALL, 4096, 10, methods=MAIN)
+QWEN_8K = Run("qwen-8k", QWEN, FEW, 8192, 5, methods=MAIN)
+SMOL_1K = Run("smol-1k", SMOL, ESSAYS, 1024, 20, methods=MAIN)
+SMOL_2K = Run("smol-2k", SMOL, FEW, 2048, 10, methods=MAIN)
+SMOL_4K = Run("smol-4k", SMOL, FEW, 4096, 10, methods=MAIN)
+SMOL_8K = Run("smol-8k", SMOL, FEW, 8192, 5, methods=MAIN)
 BOTH = ("full", "snapkv")
 
 QUALITY: tuple[Run, ...] = (
     QWEN_1K,
     _kvpress(QWEN_1K, BOTH, 50, **WINDOW_32),
     SMOL_1K,
-    _kvpress(SMOL_1K, BOTH, 50, **WINDOW_32),
+    _kvpress(replace(SMOL_1K, tasks=FEW), BOTH, 20, **WINDOW_32),
     QWEN_4K,
-    _kvpress(replace(QWEN_4K, tasks=FEW), BOTH, 20, **WINDOW_32),
+    _kvpress(replace(QWEN_4K, tasks=FEW), BOTH, 10, **WINDOW_32),
     QWEN_2K,
-    _kvpress(replace(QWEN_2K, tasks=FEW), (*BOTH, "pyramidkv"), 20, **WINDOW_32),
-    _kvpress(QWEN_1K, OTHERS, 20),
+    _kvpress(replace(QWEN_2K, tasks=FEW), (*BOTH, "pyramidkv"), 10, **WINDOW_32),
+    _kvpress(replace(QWEN_1K, tasks=FEW), OTHERS, 20),
     QWEN_8K,
-    _kvpress(QWEN_8K, BOTH, 10),
+    _kvpress(QWEN_8K, BOTH, 5),
     SMOL_2K,
     SMOL_4K,
     SMOL_8K,
-    Run("qwen-1k-chat", QWEN, tuple(f"chat/{t}" for t in FEW), 1024, 50, methods=MAIN),
-    Run("qwen-1k-agnostic", QWEN, FEW, 1024, 50, methods=MAIN, protocol="query-agnostic"),
+    Run(
+        *("qwen-1k-chat", QWEN, tuple(f"chat/{t}" for t in FEW), 1024, 25),
+        methods=MAIN,
+        budgets=("0.125", "0.25"),
+    ),
+    Run("qwen-1k-agnostic", QWEN, FEW, 1024, 20, methods=MAIN, protocol="query-agnostic"),
     _kvpress(
-        Run("qwen-1k-agnostic", QWEN, FEW, 1024, 50, protocol="query-agnostic"),
-        *(("full", "snapkv", "expected_attention", "keydiff"), 20),
+        Run("qwen-1k-agnostic", QWEN, FEW, 1024, 20, protocol="query-agnostic"),
+        *(("full", "snapkv", "expected_attention", "keydiff"), 10),
     ),
     *(
         Run(f"qwen-needle-{n}", QWEN, ("needle",), n, 40, methods=MAIN, budgets=("0.125",))
         for n in (512, 1024, 2048, 4096)
     ),
     Run("qwen-1k-nll", QWEN, tuple(f"nll/{t}" for t in FEW), 1024, 25, methods=MAIN),
-    Run("qwen-2k-perplexity", QWEN, ("perplexity",), 2048, 50, methods=MAIN),
-    Run(*("qwen-1k-plain", QWEN, ESSAYS, 1024, 50), methods=("full",), backend="plain"),
+    Run("qwen-2k-perplexity", QWEN, ("perplexity",), 2048, 25, methods=MAIN),
+    Run(*("qwen-1k-plain", QWEN, ESSAYS, 1024, 10), methods=("full",), backend="plain"),
 )
 
 ABLATIONS: tuple[Run, ...] = (
@@ -190,6 +194,7 @@ ABLATIONS: tuple[Run, ...] = (
             "shares by variance alone": _of("cake", tau1=1e6),
             "faithful": _of("cake", faithful=True, window=32),
         },
+        prompts=25,
     ),
     _ablation(
         "dynamickv",
@@ -209,6 +214,8 @@ ABLATIONS: tuple[Run, ...] = (
             "equal shares": _of("dynamickv", allocator="uniform"),
             "faithful, window 8": _of("dynamickv", faithful=True, window=8),
         },
+        budgets=("0.125",),
+        prompts=25,
     ),
     *(
         _ablation(
@@ -219,11 +226,11 @@ ABLATIONS: tuple[Run, ...] = (
                 for method in ("cake", "dynamickv", "snapkv")
                 for window in (32, 8, 16, 64)
             },
-            budgets=("0.125", "0.25"),
+            budgets=("0.125",),
             length=length,
             prompts=prompts,
         )
-        for length, prompts in ((1024, 50), (4096, 10))
+        for length, prompts in ((1024, 25), (4096, 10))
     ),
     _ablation(
         "pooling",
@@ -239,7 +246,40 @@ ABLATIONS: tuple[Run, ...] = (
             "snapkv, largest of 7": _of("snapkv", pooling="max", kernel=7),
         },
         budgets=("0.125",),
+        prompts=25,
     ),
 )
 
 RUNS = (*QUALITY, *ABLATIONS)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One call of ``kvcompress bench``.
+
+    Attributes:
+        name: Of its file, which begins with ``bench``.
+        model: Folder.
+        words: Further arguments.
+
+    """
+
+    name: str
+    model: str
+    words: Sequence[str]
+
+    def arguments(self, output: str) -> list[str]:
+        """Words after ``kvcompress``."""
+        return ["bench", "--model", self.model, *self.words, "--output", output]
+
+
+BENCHES = (
+    Bench("bench-qwen", QWEN, ("--budget", "512", "--cases", "ttft,decode", "--rounds", "5")),
+    Bench("bench-smol", SMOL, ("--budget", "512", "--lengths", "1024,4096", "--rounds", "3")),
+    Bench(
+        "bench-smol-short",
+        SMOL,
+        ("--budget", "512", "--lengths", "256", "--cases", "ttft,decode", "--rounds", "5"),
+    ),
+)
+"""They want a machine that does nothing else."""

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.report_data import Results, Speed
 from benchmarks.report_quality import missing
+from vllm_kvcompress.benchmarking.report import LEGEND
+from vllm_kvcompress.benchmarking.rows import COLUMNS, NOTHING, title_of
+from vllm_kvcompress.benchmarking.rows import HEADINGS as BENCH_HEADINGS
 from vllm_kvcompress.evaluation import tables
 from vllm_kvcompress.evaluation.document import Document
 
@@ -33,7 +36,7 @@ def speed(document: Document, results: Results) -> None:
     )
     for file in results.speed:
         document.heading(3, HEADINGS.get(file.name, file.name))
-        _add(document, file)
+        (_add_bench if set(COLUMNS) <= set(file.rows[0]) else _add)(document, file)
 
 
 def verdict(row: Mapping[str, str]) -> str:
@@ -70,6 +73,45 @@ def _add(document: Document, file: Speed) -> None:
             f"Compression {FASTER} in {words.count(FASTER)} of {len(words)} rows, {SLOWER} in "
             f"{words.count(SLOWER)}; in {words.count(NOISE)} the spread of the runs includes 1."
         )
+
+
+def _add_bench(document: Document, file: Speed) -> None:
+    """What ``kvcompress bench`` wrote, as its own page shows it."""
+    facts = [name for name in file.rows[0] if name not in COLUMNS and file.rows[0][name]]
+    document.add(LEGEND)
+    document.add("\n".join(f"* {_words(name)}: `{file.rows[0][name]}`" for name in facts))
+    lines = []
+    for row in file.rows:
+        low, high = (float(row[name]) for name in ("ratio_min", "ratio_max"))
+        spread = "" if len(row[ROUNDS].split()) == 1 else f" ({low:.2f}-{high:.2f})"
+        lines.append(
+            [
+                _title(row),
+                *(f"{row[name]} {row['unit']}" for name in ("plain", "compressed")),
+                f"{float(row[RATIO]):.2f}{spread}",
+                f"{float(row['byte_bound']):.2f}" if row["byte_bound"] else NOTHING,
+                *(_both(row, name) for name in ("blocks", "running")),
+                row["verdict"] if low > 1 else f"**{row['verdict']}**",
+            ]
+        )
+    document.add(tables.table(BENCH_HEADINGS, lines))
+    notes: dict[str, list[str]] = {}
+    for row in file.rows:
+        for note in filter(None, row["notes"].split("; ")):
+            notes.setdefault(note, []).append(_title(row))
+    document.add("\n".join(f"* {'; '.join(names)}: {note}" for note, names in notes.items()))
+
+
+def _title(row: Mapping[str, str]) -> str:
+    prompt, requests, generated = (
+        int(row[name]) if row[name] else None for name in ("prompt", "requests", "generated")
+    )
+    return title_of(row["case"], prompt, requests, generated, row["pool"])
+
+
+def _both(row: Mapping[str, str], name: str) -> str:
+    plain, compressed = row[f"{name}_plain"], row[f"{name}_compressed"]
+    return f"{plain} -> {compressed}" if plain else NOTHING
 
 
 def _place(rows: Sequence[Mapping[str, str]], row: Mapping[str, str]) -> int:

@@ -8,8 +8,8 @@
 Ctrl-C stops it, and the same command goes on from there: every answer is on disk when the next one
 begins. Records lie in out/report; what is committed is packed into benchmarks/results/quality.
 Before: scripts/setup_env.sh, scripts/setup_kvpress_env.sh, scripts/fetch_model.py for both models
-and scripts/fetch_ruler.py. The tables of speed are written by `kvcompress bench` and the other
-benchmarks, see benchmarks/README.md.
+and scripts/fetch_ruler.py. The runs of speed come last and want the machine for themselves; remove
+their files from benchmarks/results to measure again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks import write_report  # noqa: E402
-from benchmarks.report_runs import RUNS, Run  # noqa: E402
+from benchmarks.report_runs import BENCHES, RUNS, Bench, Run  # noqa: E402
 from vllm_kvcompress.evaluation.packed import pack, read_notes, unpack  # noqa: E402
 from vllm_kvcompress.evaluation.record import read  # noqa: E402
 
@@ -42,6 +43,8 @@ PACE = RESULTS / "pace.csv"
 COLUMNS = ("run", "answers", "seconds")
 UNKNOWN_PACE = 1.0
 """Seconds of an answer of a run that has never been made."""
+UNKNOWN_BENCH = 1800.0
+"""Seconds of a benchmark that has never been made."""
 
 STOPPED = 130
 
@@ -62,58 +65,79 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kvpress", type=Path, default=Path(".venv-kvpress"), metavar="VENV")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
-    known = {run.name: run for run in RUNS}
+    known: dict[str, Run | Bench] = {run.name: run for run in (*RUNS, *BENCHES)}
     strange = [name for name in args.only or () if name not in known]
     if strange:
         parser.error(f"there is no run {strange[0]!r}: known are {', '.join(known)}")
     chosen = [known[name] for name in args.only or known]
     if args.from_committed:
         for run in chosen:
-            take_committed(run)
+            if isinstance(run, Run):
+                take_committed(run)
     show(chosen, Console(width=120))
     if args.dry_run:
         return 0
     for run in chosen:
         if not args.pack and missing(run):
+            start = time.perf_counter()
             status = execute(run, args.kvpress)
             if status:
                 return status
-        keep(run)
+            if isinstance(run, Bench):
+                keep_speed(run, time.perf_counter() - start)
+        if isinstance(run, Run):
+            keep(run)
     return write_report.main([])
 
 
-def folder(run: Run) -> Path:
+def folder(run: Run | Bench) -> Path:
     """Where its records lie."""
     return RECORDS / run.name
 
 
-def done(run: Run) -> int:
-    """Answers on disk."""
+def speed_file(bench: Bench) -> Path:
+    """Where its rows are committed."""
+    return RESULTS / f"{bench.name}.csv"
+
+
+def done(run: Run | Bench) -> int:
+    """Answers on disk; a benchmark counts as one."""
+    if isinstance(run, Bench):
+        return int(speed_file(run).is_file())
     path = folder(run) / "results.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
+    if not path.is_file():
+        return 0
+    # More prompts may be there than are asked for now.
+    return sum(record.index < run.prompts for record in read(path))
 
 
-def missing(run: Run) -> int:
+def wanted(run: Run | Bench) -> int:
+    """Answers in all; a benchmark counts as one."""
+    return run.answers if isinstance(run, Run) else 1
+
+
+def missing(run: Run | Bench) -> int:
     """Answers that are not."""
-    return max(run.answers - done(run), 0)
+    return max(wanted(run) - done(run), 0)
 
 
-def show(runs: Sequence[Run], console: Console) -> None:
+def show(runs: Sequence[Run | Bench], console: Console) -> None:
     """Print what there is to do, and how long it took on the machine that was here before."""
     paces = read_paces()
     table = Table("run", "answers", "missing", "hours", title="Runs of the report")
     total = 0.0
     for run in runs:
         pace = paces.get(run.name)
-        hours = missing(run) * (UNKNOWN_PACE if pace is None else pace) / 3600
+        guess = UNKNOWN_PACE if isinstance(run, Run) else UNKNOWN_BENCH
+        hours = missing(run) * (guess if pace is None else pace) / 3600
         total += hours
         shown = f"{hours:.1f}" if pace is not None or not missing(run) else f"? {hours:.1f}"
-        table.add_row(run.name, str(run.answers), str(missing(run)), shown)
+        table.add_row(run.name, str(wanted(run)), str(missing(run)), shown)
     table.add_row("all", "", "", f"{total:.1f}")
     console.print(table)
     console.print(
-        f"Hours by {PACE}: one core of a Xeon with AMX a run. A question mark: never measured, "
-        f"{UNKNOWN_PACE:.0f} s an answer."
+        f"Hours of one core by {PACE}, as measured last. A question mark: never measured, "
+        f"taken as {UNKNOWN_PACE:.0f} s an answer and {UNKNOWN_BENCH / 60:.0f} min a benchmark."
     )
 
 
@@ -133,10 +157,15 @@ def committed(run: Run) -> Path:
     return RESULTS / "quality" / f"{run.name}.csv"
 
 
-def execute(run: Run, kvpress: Path) -> int:
-    """Answer what is missing; the exit status of ``kvcompress eval``."""
-    venv = kvpress if run.backend == "kvpress" else Path(sys.prefix)
-    command = [str(venv / "bin" / "kvcompress"), *run.arguments(str(folder(run)))]
+def execute(run: Run | Bench, kvpress: Path) -> int:
+    """Answer or measure what is missing; the exit status of ``kvcompress``."""
+    other = isinstance(run, Run) and run.backend == "kvpress"
+    output = folder(run)
+    if isinstance(run, Bench):
+        output.mkdir(parents=True, exist_ok=True)
+        output /= run.name
+    venv = kvpress if other else Path(sys.prefix)
+    command = [str(venv / "bin" / "kvcompress"), *run.arguments(str(output))]
     print(f"{run.name}: {' '.join(command)}", flush=True)
     environment = {"HF_HUB_OFFLINE": "1", **os.environ}
     # Ctrl-C reaches the child as well, which ends in its own time.
@@ -172,13 +201,28 @@ def keep(run: Run) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     pack(records, path, notes)
+    _note_pace(run.name, sum(c["answers"] for c in calls), sum(c["seconds"] for c in calls))
+
+
+def keep_speed(bench: Bench, seconds: float) -> None:
+    """Take the rows of a benchmark into the repository, and note how long it took.
+
+    Overwrites its file in benchmarks/results, and its line in pace.csv.
+    """
+    rows = (folder(bench) / f"{bench.name}.csv").read_text(encoding="utf-8")
+    speed_file(bench).parent.mkdir(parents=True, exist_ok=True)
+    speed_file(bench).write_text(rows, encoding="utf-8")
+    _note_pace(bench.name, 1, seconds)
+
+
+def _note_pace(name: str, answers: int, seconds: float) -> None:
     paces = _read_rows()
-    paces[run.name] = (sum(c["answers"] for c in calls), sum(c["seconds"] for c in calls))
+    paces[name] = (answers, seconds)
     with PACE.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for name, (answers, seconds) in sorted(paces.items()):
-            writer.writerow([name, answers, round(seconds)])
+        for row, (count, spent) in sorted(paces.items()):
+            writer.writerow([row, count, round(spent)])
 
 
 def _devices(packed: Path) -> list[str]:

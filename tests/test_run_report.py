@@ -9,9 +9,10 @@ import pytest
 from rich.console import Console
 
 from benchmarks import run_report
-from benchmarks.report_runs import RUNS, Run
+from benchmarks.report_runs import BENCHES, RUNS, Bench, Run
 from tests.eval_records import record
 from vllm_kvcompress.cli import build_parser
+from vllm_kvcompress.commands.bench import make_job
 from vllm_kvcompress.commands.eval import settings_of, split
 from vllm_kvcompress.evaluation import tasks
 from vllm_kvcompress.evaluation.packed import pack, read_notes, unpack
@@ -38,8 +39,15 @@ def test_every_run_is_a_command_that_is_understood(run: Run) -> None:
     assert run.notes.get("reference", labels[0]) in labels
 
 
+@pytest.mark.parametrize("bench", BENCHES, ids=lambda bench: str(bench.name))
+def test_every_benchmark_is_a_command_that_is_understood(bench: Bench) -> None:
+    args = build_parser().parse_args(bench.arguments("out/x"))
+    assert make_job(args).setups()
+    assert bench.name.startswith("bench")  # write_report finds it by that
+
+
 def test_names_are_used_once_and_ablations_say_what_they_are() -> None:
-    names = [run.name for run in RUNS]
+    names = [run.name for run in (*RUNS, *BENCHES)]
     assert len(names) == len(set(names))
     for run in RUNS:
         assert run.name.startswith("ablation") == ("about" in run.notes)
@@ -53,7 +61,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def shown(run: Run) -> list[str]:
+def shown(run: Run | Bench) -> list[str]:
     console = Console(width=120, record=True, quiet=False, file=None)
     with console.capture() as capture:
         run_report.show([run], console)
@@ -111,6 +119,32 @@ def test_a_run_goes_on_from_what_is_committed(place: Path) -> None:
     before = path.read_bytes()
     run_report.keep(RUN)
     assert path.read_bytes() == before
+
+
+def test_a_benchmark_is_run_once_and_its_rows_are_kept(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench("bench-small", "models/m", ("--rounds", "1"))
+    monkeypatch.setattr(run_report, "BENCHES", (bench,))
+    monkeypatch.setattr(run_report, "RUNS", ())
+    monkeypatch.setattr(run_report.write_report, "main", lambda _: 0)
+    calls = []
+
+    def call(run: Run | Bench, _: Path) -> int:
+        calls.append(run)
+        assert isinstance(run, Bench)
+        output = run_report.folder(run)
+        output.mkdir(parents=True)
+        (output / "bench-small.csv").write_text("case,ratio\nttft,0.9\n")
+        return 0
+
+    monkeypatch.setattr(run_report, "execute", call)
+    assert shown(bench)[3:] == ["?", "0.5"]
+    assert run_report.main([]) == run_report.main([]) == 0
+    assert calls == [bench]
+    kept = place / "results" / "bench-small.csv"
+    assert kept.read_text() == "case,ratio\nttft,0.9\n"
+    assert run_report.read_paces().keys() == {"bench-small"}
 
 
 def test_a_run_without_an_answer_leaves_nothing(place: Path) -> None:

@@ -10,6 +10,9 @@ from benchmarks import report_quality, report_speed, write_report
 from benchmarks.report_data import read_results
 from benchmarks.report_papers import QUOTED
 from tests.eval_records import answers, measured, needle_grid, small_run
+from vllm_kvcompress.benchmarking.pairs import Paired
+from vllm_kvcompress.benchmarking.report import Report
+from vllm_kvcompress.benchmarking.rows import Row
 from vllm_kvcompress.evaluation.cells import make_cells, paired
 from vllm_kvcompress.evaluation.packed import pack, read_notes, unpack
 from vllm_kvcompress.evaluation.record import AGNOSTIC
@@ -111,6 +114,26 @@ def test_speed_says_where_compression_does_not_pay(committed: Path) -> None:
     ]
     assert any(line.startswith("Compression pays in 1 of 3 rows, does not") for line in lines)
     assert "| serve | 1.2 | pays, one run |" in lines
+
+
+def test_rows_of_kvcompress_bench_look_as_on_its_own_page(tmp_path: Path) -> None:
+    rows = [
+        Row("decode step", "ms", Paired((4.0, 6.0), (2.0, 2.0)), 4096, 8, bound=2.5, blocks=(9, 3)),
+        Row("throughput", "tokens/s", Paired((4.0,), (3.0,), True), 512, 4, 16, "bound",
+            notes=("two preemptions",)),
+    ]  # fmt: skip
+    report = Report(tmp_path / "bench-tiny", {"device": "A x2", "config": ""})
+    for row in rows:
+        report.add(row)
+    text = section(write_report.build(read_results(tmp_path), "results").text(), "Speed and memory")
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    own = report.markdown.read_text().splitlines()
+    assert [line for line in own if line.startswith("| ")][2:] == table[2:]
+    assert table[0].startswith("| case | plain |")
+    assert len(table) == 4
+    assert "* device: `A x2`" in text
+    assert "config" not in text
+    assert "* throughput, 4 x 512 + 16 tokens, bound pool: two preemptions" in text
 
 
 @pytest.mark.parametrize(

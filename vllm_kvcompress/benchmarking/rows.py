@@ -59,13 +59,7 @@ class Row:
     @property
     def title(self) -> str:
         """The case with its sizes."""
-        sizes = "" if self.prompt is None else f"{self.prompt:,}"
-        if sizes and self.requests is not None:
-            sizes = f"{self.requests} x {sizes}"
-        if sizes and self.generated is not None:
-            sizes += f" + {self.generated}"
-        words = [self.case, f"{sizes} tokens" if sizes else "", f"{self.pool} pool"]
-        return ", ".join(words[: 3 if self.pool else 2]).removesuffix(", ")
+        return title_of(self.case, self.prompt, self.requests, self.generated, self.pool)
 
     def cells(self) -> tuple[str, ...]:
         """Text under each of :data:`HEADINGS`."""
@@ -112,6 +106,19 @@ class Row:
             both = getattr(self, name) or (None, None)
             values[f"{name}_plain"], values[f"{name}_compressed"] = both
         return {name: "" if values[name] is None else values[name] for name in COLUMNS}
+
+
+def title_of(
+    case: str, prompt: int | None, requests: int | None, generated: int | None, pool: str
+) -> str:
+    """Name a case with its sizes, each as in :class:`Row`."""
+    sizes = "" if prompt is None else f"{prompt:,}"
+    if sizes and requests is not None:
+        sizes = f"{requests} x {sizes}"
+    if sizes and generated is not None:
+        sizes += f" + {generated}"
+    words = [case, f"{sizes} tokens" if sizes else "", f"{pool} pool"]
+    return ", ".join(words[: 3 if pool else 2]).removesuffix(", ")
 
 
 def figure(value: float) -> str:
