@@ -17,6 +17,7 @@ from vllm_kvcompress.evaluation.cells import make_cells, paired
 from vllm_kvcompress.evaluation.packed import pack, read_notes, unpack
 from vllm_kvcompress.evaluation.record import AGNOSTIC
 from vllm_kvcompress.evaluation.report import write_results
+from vllm_kvcompress.evaluation.tables import MISSING
 from vllm_kvcompress.evaluation.task import EvaluationError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,6 +101,26 @@ def test_sections(committed: Path) -> None:
     assert "Other tasks" not in text
     assert section(text, "Needle grid").count("![") == 2
     assert "ppl 12.18" in section(text, "Likelihood")
+
+
+def test_settings_with_fewer_tasks_are_compared_on_those(committed: Path) -> None:
+    (committed / "quality" / "ruler.csv").unlink()
+    lines = [
+        *answers([1, 0], task="ruler/vt"),
+        *answers([1, 1], task="ruler/cwe"),
+        *answers([1, 0], task="ruler/cwe", label="keydiff", method="keydiff"),
+        *answers([1, 1], task="ruler/cwe", budget="0.25", kept_tokens=256),
+    ]
+    pack(lines, committed / "quality" / "ruler.csv")
+    text = section(
+        write_report.build(read_results(committed), "results").text(),
+        "RULER by model, length and budget",
+    )
+    whole, few = text.split("Of the tasks that all settings have (cwe):")
+    assert f"| keydiff | {MISSING} | 1 of 2 tasks |" in whole
+    assert "| cake | 1 of 2 tasks | 75.0 [" in whole
+    assert f"| keydiff | {MISSING} | 50.0 [" in few
+    assert "| cake | 100.0 [34.2, 100.0] | 100.0 [" in few
 
 
 def test_speed_says_where_compression_does_not_pay(committed: Path) -> None:

@@ -122,6 +122,11 @@ def add_panels(
     for panel in panels:
         document.heading(level + 1, f"{panel.length} tokens")
         document.add(tables.header(panel), tables.means(panel))
+        if panel.shared is not None:
+            names = ", ".join(map(tables.task_name, panel.shared.tasks))
+            document.add(
+                f"Of the tasks that all settings have ({names}):", tables.means(panel.shared)
+            )
         if against_full and panel.full is not None and panel.budgets:
             document.add(
                 "Difference to the full cache on the same prompts:",

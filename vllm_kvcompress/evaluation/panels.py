@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from vllm_kvcompress.evaluation.cells import Cell, Difference, average, paired
@@ -89,6 +89,17 @@ class Panel:
             if not cell.full:
                 shares.setdefault(cell.budget, []).append(cell.share)
         return tuple(sorted(shares, key=lambda b: (-sum(shares[b]) / len(shares[b]), b)))
+
+    @cached_property
+    def shared(self) -> Panel | None:
+        """With the tasks that every row has at every budget of its; None if all or none are."""
+        lines = [self.select(row, budget) for row in self.rows for budget in self.budgets]
+        tasks = set(self.tasks).intersection(
+            *({cell.task for cell in line} for line in lines if line)
+        )
+        if not tasks or len(tasks) == len(self.tasks):
+            return None
+        return replace(self, cells=tuple(cell for cell in self.cells if cell.task in tasks))
 
     @cached_property
     def _found(self) -> dict[tuple[Row, str], tuple[Cell, ...]]:

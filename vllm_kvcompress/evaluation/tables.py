@@ -77,6 +77,11 @@ def budget_text(budget: str) -> str:
     return share_text(number) if "." in budget and number <= 1 else f"{number:g} tokens"
 
 
+def task_name(task: str) -> str:
+    """A task without its family."""
+    return task.partition("/")[2] or task
+
+
 def held_text(panel: Panel, budget: str) -> str:
     """What rows hold at a budget: ``128 tokens, 12.6 %``, or from least to most."""
     cells = [cell for cell in panel.cells if cell.budget == budget]
@@ -134,7 +139,7 @@ def tasks(panel: Panel, budget: str) -> str:
     shown = [row for row in rows_of_budget if panel.select(row, budget)]
     rows = []
     for task in panel.tasks:
-        line = [task.partition("/")[2] or task]
+        line = [task_name(task)]
         for row in shown:
             cell = next((c for c in panel.select(row, budget) if c.task == task), None)
             line.append(MISSING if cell is None else _cell(cell))
