@@ -194,12 +194,14 @@ ABLATIONS: tuple[Run, ...] = (
             "shares by variance alone": _of("cake", tau1=1e6),
             "faithful": _of("cake", faithful=True, window=32),
         },
+        budgets=("0.125", "0.5"),
         prompts=25,
     ),
     _ablation(
         "dynamickv",
         "What entries of different layers are compared by decides; the cuts (every), the cap "
-        "(r_max), a floor and pooling do not mend the comparison by mass, as published.",
+        "(r_max), a floor and pooling do not mend the comparison by mass, as published. Two rows "
+        "take one of its parts from CAKE.",
         {
             "dynamickv": _of("dynamickv"),
             "by mass": _of("dynamickv", compare="mass"),
@@ -212,6 +214,8 @@ ABLATIONS: tuple[Run, ...] = (
             "r_max 1.5": _of("dynamickv", r_max=1.5),
             "max pooling": _of("dynamickv", pooling="max"),
             "equal shares": _of("dynamickv", allocator="uniform"),
+            "CAKE's scores": _of("dynamickv", scorer="cake"),
+            "CAKE's shares": _of("dynamickv", allocator="cake"),
             "faithful, window 8": _of("dynamickv", faithful=True, window=8),
         },
         budgets=("0.125",),
