@@ -287,3 +287,5 @@ BENCHES = (
     ),
 )
 """They want a machine that does nothing else."""
+
+EVERYTHING: tuple[Run | Bench, ...] = (*RUNS, *BENCHES)

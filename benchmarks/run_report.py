@@ -33,7 +33,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks import write_report  # noqa: E402
-from benchmarks.report_runs import BENCHES, RUNS, Bench, Run  # noqa: E402
+from benchmarks.report_runs import EVERYTHING, Bench, Run  # noqa: E402
 from vllm_kvcompress.evaluation.packed import pack, read_notes, unpack  # noqa: E402
 from vllm_kvcompress.evaluation.record import read  # noqa: E402
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kvpress", type=Path, default=Path(".venv-kvpress"), metavar="VENV")
     args = parser.parse_args(argv)
     os.chdir(ROOT)
-    known: dict[str, Run | Bench] = {run.name: run for run in (*RUNS, *BENCHES)}
+    known = {run.name: run for run in EVERYTHING}
     strange = [name for name in args.only or () if name not in known]
     if strange:
         parser.error(f"there is no run {strange[0]!r}: known are {', '.join(known)}")

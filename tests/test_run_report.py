@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks import run_report
-from benchmarks.report_runs import BENCHES, RUNS, Bench, Run
+from benchmarks import run_report, write_report
+from benchmarks.report_runs import BENCHES, EVERYTHING, RUNS, Bench, Run
 from tests.eval_records import record
 from vllm_kvcompress.cli import build_parser
 from vllm_kvcompress.commands.bench import make_job
@@ -47,7 +47,7 @@ def test_every_benchmark_is_a_command_that_is_understood(bench: Bench) -> None:
 
 
 def test_names_are_used_once_and_ablations_say_what_they_are() -> None:
-    names = [run.name for run in (*RUNS, *BENCHES)]
+    names = [run.name for run in EVERYTHING]
     assert len(names) == len(set(names))
     for run in RUNS:
         assert run.name.startswith("ablation") == ("about" in run.notes)
@@ -125,9 +125,8 @@ def test_a_benchmark_is_run_once_and_its_rows_are_kept(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench("bench-small", "models/m", ("--rounds", "1"))
-    monkeypatch.setattr(run_report, "BENCHES", (bench,))
-    monkeypatch.setattr(run_report, "RUNS", ())
-    monkeypatch.setattr(run_report.write_report, "main", lambda _: 0)
+    monkeypatch.setattr(run_report, "EVERYTHING", (bench,))
+    monkeypatch.setattr(write_report, "main", lambda _: 0)
     calls = []
 
     def call(run: Run | Bench, _: Path) -> int:
