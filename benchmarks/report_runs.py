@@ -141,8 +141,8 @@ QWEN_4K = Run("qwen-4k", QWEN, ALL, 4096, 10, methods=MAIN)
 QWEN_8K = Run("qwen-8k", QWEN, FEW, 8192, 5, methods=MAIN)
 SMOL_1K = Run("smol-1k", SMOL, ESSAYS, 1024, 20, methods=MAIN)
 SMOL_2K = Run("smol-2k", SMOL, FEW, 2048, 10, methods=MAIN)
-SMOL_4K = Run("smol-4k", SMOL, FEW, 4096, 10, methods=MAIN)
-SMOL_8K = Run("smol-8k", SMOL, FEW, 8192, 5, methods=MAIN)
+SMOL_4K = Run("smol-4k", SMOL, FEW, 4096, 5, methods=MAIN)
+SMOL_8K = Run("smol-8k", SMOL, FEW, 8192, 3, methods=MAIN)
 BOTH = ("full", "snapkv")
 
 QUALITY: tuple[Run, ...] = (
@@ -154,14 +154,14 @@ QUALITY: tuple[Run, ...] = (
     _kvpress(replace(QWEN_4K, tasks=FEW), BOTH, 10, **WINDOW_32),
     QWEN_2K,
     _kvpress(replace(QWEN_2K, tasks=FEW), (*BOTH, "pyramidkv"), 10, **WINDOW_32),
-    _kvpress(replace(QWEN_1K, tasks=FEW), OTHERS, 20),
+    _kvpress(replace(QWEN_1K, tasks=FEW), OTHERS, 10),
     QWEN_8K,
-    _kvpress(QWEN_8K, BOTH, 5),
+    _kvpress(QWEN_8K, BOTH, 3),
     SMOL_2K,
     SMOL_4K,
     SMOL_8K,
     Run(
-        *("qwen-1k-chat", QWEN, tuple(f"chat/{t}" for t in FEW), 1024, 25),
+        *("qwen-1k-chat", QWEN, tuple(f"chat/{t}" for t in FEW), 1024, 10),
         methods=MAIN,
         budgets=("0.125", "0.25"),
     ),
@@ -175,7 +175,7 @@ QUALITY: tuple[Run, ...] = (
         for n in (512, 1024, 2048, 4096)
     ),
     Run("qwen-1k-nll", QWEN, tuple(f"nll/{t}" for t in FEW), 1024, 25, methods=MAIN),
-    Run("qwen-2k-perplexity", QWEN, ("perplexity",), 2048, 25, methods=MAIN),
+    Run("qwen-2k-perplexity", QWEN, ("perplexity",), 2048, 10, methods=MAIN),
     Run(*("qwen-1k-plain", QWEN, ESSAYS, 1024, 10), methods=("full",), backend="plain"),
 )
 
@@ -234,7 +234,7 @@ ABLATIONS: tuple[Run, ...] = (
             length=length,
             prompts=prompts,
         )
-        for length, prompts in ((1024, 25), (4096, 10))
+        for length, prompts in ((1024, 25), (4096, 5))
     ),
     _ablation(
         "pooling",
