@@ -31,6 +31,11 @@ ALL = (*ESSAYS, "ruler/qa_1", "ruler/qa_2")
 """From 4096."""
 FEW = tuple(f"ruler/{name}" for name in ("niah_single_2", "niah_multikey_1", "vt", "fwe"))
 """One of each kind."""
+HARD = tuple(
+    f"ruler/{name}"
+    for name in ("niah_single_3", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "cwe")
+)
+"""Many distractors, long answers, or everything counts."""
 FEW_WITH_QA = (*FEW, "ruler/qa_1")
 """From 2048."""
 
@@ -118,10 +123,11 @@ def _ablation(
     budgets: Sequence[str] = SMALL,
     length: int = 1024,
     prompts: int = 50,
+    tasks: Sequence[str] = FEW,
 ) -> Run:
-    """On a task of each kind; the first variant is what the others are compared with."""
+    """On a task of each kind unless others are given; the first variant is the reference."""
     return Run(
-        *(f"ablation-{name}", QWEN, FEW, length, prompts),
+        *(f"ablation-{name}", QWEN, tasks, length, prompts),
         methods=(),
         variants=variants,
         budgets=budgets,
@@ -192,10 +198,27 @@ ABLATIONS: tuple[Run, ...] = (
             "equal shares, mean": _of("uniform"),
             "shares by entropy alone": _of("cake", tau2=1e6),
             "shares by variance alone": _of("cake", tau1=1e6),
+            "Qwen2.5-7B's temperatures": _of("cake", tau1=1.5, tau2=0.6),
             "faithful": _of("cake", faithful=True, window=32),
         },
         budgets=("0.125", "0.5"),
         prompts=25,
+    ),
+    _ablation(
+        "cake-half",
+        "The same on tasks that half of the cache is too little for with other methods.",
+        {
+            "cake": _of("cake"),
+            "equal shares": _of("cake", allocator="uniform"),
+            "mean instead of indicator": _of("cake", gamma=0),
+            "equal shares, mean": _of("uniform"),
+            "shares by entropy alone": _of("cake", tau2=1e6),
+            "shares by variance alone": _of("cake", tau1=1e6),
+            "DynamicKV's shares": _of("cake", allocator="dynamickv"),
+        },
+        budgets=("0.5",),
+        prompts=10,
+        tasks=HARD,
     ),
     _ablation(
         "dynamickv",
