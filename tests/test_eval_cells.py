@@ -203,3 +203,12 @@ def test_a_missing_file_and_a_note_of_two_lines_are_refused(tmp_path: Path) -> N
         unpack(tmp_path / "none.csv")
     with pytest.raises(EvaluationError, match="one line"):
         pack(full([1]), tmp_path / "cells.csv", {"command": "a\nb"})
+
+
+def test_other_prompts_are_no_pairs() -> None:
+    ours = make_cells(answers([1, 0], prompt_tokens=714))
+    theirs = make_cells(answers([1, 1], source="kvpress 0.5.5", prompt_tokens=715))
+    with pytest.raises(EvaluationError, match=r"kvpress 0\.5\.5 were asked other prompts"):
+        paired(ours, theirs)
+    # Of fewer prompts the mean number of tokens may differ.
+    assert paired(ours, make_cells(answers([1], prompt_tokens=715))) is not None

@@ -1,5 +1,8 @@
 """Tasks make the same prompts again, of the length asked for, and say what they lack."""
 
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +185,23 @@ def test_an_answer_is_settled_only_when_no_text_can_change_its_score() -> None:
     for name, other in METRICS.items():
         if not other.monotone:
             assert not other.settled("a", ("a",)), name
+
+
+@pytest.mark.parametrize("draws", [0, 1])
+def test_what_a_generator_imports_after_its_seed_leaves_the_prompts(
+    tmp_path: Path, draws: int
+) -> None:
+    script = tmp_path / "generator.py"
+    script.write_text(
+        "import random, sys\n"
+        "random.seed(int(sys.argv[1]))\n"
+        "from transformers import AutoTokenizer\n"
+        "import rich.style\n"
+        "print(random.random())\n"
+    )
+    command = [sys.executable, "-c", ruler._RUN, str(draws), str(script), "7"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    expected = random.Random(7)
+    for _ in range(draws):
+        expected.randint(0, 999999)
+    assert float(out) == expected.random()

@@ -173,6 +173,8 @@ def paired(first: Sequence[Cell], second: Sequence[Cell]) -> Difference | None:
         None if they have no prompt in common.
 
     Raises:
+        EvaluationError: The two were asked other prompts under the same seeds and indices, as their
+            numbers of tokens show.
         ValueError: The cells are of several models, or a task and length is among one setting's
             cells twice.
 
@@ -185,6 +187,11 @@ def paired(first: Sequence[Cell], second: Sequence[Cell]) -> Difference | None:
         other = others.get(key)
         if other is None or bool(cell.scores) != bool(other.scores):
             continue
+        if cell.prompts == other.prompts and cell.prompt_tokens != other.prompt_tokens:
+            raise EvaluationError(
+                f"{cell.task} of {cell.length} tokens: {cell.source} and {other.source} were asked "
+                "other prompts, so they cannot be compared; make the records of one of them anew"
+            )
         theirs = other.values
         differences = [
             value - theirs[prompt] for prompt, value in cell.values.items() if prompt in theirs

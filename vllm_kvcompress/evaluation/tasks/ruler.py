@@ -43,6 +43,25 @@ QUESTION_STRIDE = 50
 
 MOST_QUESTIONS = 5000
 
+_RUN = """
+import random, runpy, sys
+from os.path import dirname
+from transformers import AutoTokenizer
+_, draws, *sys.argv = sys.argv
+seed = random.seed
+def seed_and_draw(value):
+    seed(value)
+    for _ in range(int(draws)):
+        random.randint(0, 999999)
+random.seed = seed_and_draw
+sys.path[0] = dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a generator so that a seed means the same prompts everywhere. Generators set the seed and then
+import transformers; if that is the first to import rich, rich draws a number, and which of them is
+the first hangs on what else is installed. So all is imported before, and the number drawn as rich
+does: where nothing else imports rich, which are all generators but niah's, whose nltk does."""
+
 _NOTHING_FITS = re.compile(r"Num(ber of)? \w+: 0$")
 """What a generator prints before it asks for the same too long prompt for ever."""
 
@@ -200,7 +219,9 @@ def _generate(
             "NLTK_DATA": str(folder / "nltk_data"),
             "HF_HUB_OFFLINE": "1",
         }
-        _run([sys.executable, "-u", str(script), *words], environment, subtask, length)
+        draws = "0" if config["task"] == "niah" else "1"
+        command = [sys.executable, "-u", "-c", _RUN, draws, str(script), *words]
+        _run(command, environment, subtask, length)
         shutil.move(Path(scratch) / subtask / "validation.jsonl", path)
 
 
