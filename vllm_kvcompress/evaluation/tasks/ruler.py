@@ -57,10 +57,12 @@ random.seed = seed_and_draw
 sys.path[0] = dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Runs a generator so that a seed means the same prompts everywhere. Generators set the seed and then
-import transformers; if that is the first to import rich, rich draws a number, and which of them is
-the first hangs on what else is installed. So all is imported before, and the number drawn as rich
-does: where nothing else imports rich, which are all generators but niah's, whose nltk does."""
+"""Runs a generator so that a seed means the same prompts everywhere.
+
+Generators set the seed and then import transformers; where that is the first to import rich, rich
+draws a number, and what comes first hangs on what else is installed. So all is imported before, and
+the number is drawn as rich does, for all generators but niah's, whose nltk brings rich along.
+"""
 
 _NOTHING_FITS = re.compile(r"Num(ber of)? \w+: 0$")
 """What a generator prints before it asks for the same too long prompt for ever."""
