@@ -157,7 +157,7 @@ QUALITY: tuple[Run, ...] = (
     SMOL_1K,
     _kvpress(replace(SMOL_1K, tasks=FEW), BOTH, 20, **WINDOW_32),
     QWEN_4K,
-    _kvpress(replace(QWEN_4K, tasks=FEW), BOTH, 10, **WINDOW_32),
+    _kvpress(QWEN_4K, BOTH, 10, **WINDOW_32),
     QWEN_2K,
     _kvpress(replace(QWEN_2K, tasks=FEW), (*BOTH, "pyramidkv"), 10, **WINDOW_32),
     _kvpress(replace(QWEN_1K, tasks=FEW), OTHERS, 10),

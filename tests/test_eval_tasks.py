@@ -1,5 +1,6 @@
 """Tasks make the same prompts again, of the length asked for, and say what they lack."""
 
+import os
 import random
 import subprocess
 import sys
@@ -205,3 +206,21 @@ def test_what_a_generator_imports_after_its_seed_leaves_the_prompts(
     for _ in range(draws):
         expected.randint(0, 999999)
     assert float(out) == expected.random()
+
+
+def test_a_generator_that_never_begins_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ruler, "START_SECONDS", 1)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with pytest.raises(EvaluationError, match="vt said nothing for 1 s"):
+        ruler._run(command, os.environ, "vt", 1024)
+
+
+def test_a_generator_that_falls_silent_is_said_to_want_more_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ruler, "SILENT_SECONDS", 1)
+    command = [sys.executable, "-uc", "import time; print('begun'); time.sleep(600)"]
+    with pytest.raises(EvaluationError, match="vt cannot be made with 1024 tokens"):
+        ruler._run(command, os.environ, "vt", 1024)

@@ -34,9 +34,12 @@ NAMES = (
 NEEDS = ("nltk", "scipy", "tenacity", "wonderwords", "yaml")
 """Modules that the generators import."""
 
-SILENT_SECONDS = 60
-"""After which a generator is given up: where a length is too short for a question's own documents,
-it asks for the same prompt for ever."""
+START_SECONDS = 900
+"""After which a generator that has not begun to speak is given up; it loads a tokenizer first."""
+
+SILENT_SECONDS = 120
+"""After which one that has begun is given up: where a length is too short for a question's own
+documents, it asks for the same prompt for ever."""
 
 QUESTION_STRIDE = 50
 """Questions that lie between the first ones of two seeds in SQuAD and HotpotQA."""
@@ -244,6 +247,11 @@ def _run(command: list[str], environment: Mapping[str, str], subtask: str, lengt
             if _NOTHING_FITS.match(line):
                 process.kill()
         watch.stop()
+    if process.returncode < 0 and not last:
+        raise EvaluationError(
+            f"RULER's generator of {subtask} said nothing for {START_SECONDS} s: the machine is "
+            "too busy, or the tokenizer does not load"
+        )
     if process.returncode < 0:
         raise too_short
     if process.returncode:
@@ -251,19 +259,21 @@ def _run(command: list[str], environment: Mapping[str, str], subtask: str, lengt
 
 
 class _Watch:
-    """Kills a process that has said nothing for :data:`SILENT_SECONDS`."""
+    """Kills a process that does not begin to speak, or has fallen silent."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
-        self._timer = threading.Timer(SILENT_SECONDS, process.kill)
-        self._timer.start()
+        self._count(START_SECONDS)
 
     def restart(self) -> None:
-        """Count from now on."""
+        """Count the silence from now on."""
         self.stop()
-        self._timer = threading.Timer(SILENT_SECONDS, self._process.kill)
-        self._timer.start()
+        self._count(SILENT_SECONDS)
 
     def stop(self) -> None:
         """Count no more."""
         self._timer.cancel()
+
+    def _count(self, seconds: float) -> None:
+        self._timer = threading.Timer(seconds, self._process.kill)
+        self._timer.start()
