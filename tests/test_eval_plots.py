@@ -45,7 +45,10 @@ def likelihood_run() -> list[Record]:
 
 def test_share_figure(tmp_path: Path) -> None:
     figure = plots.share_figure(panels(small_run()))
-    assert [ax.get_title() for ax in figure.axes] == ["1024 tokens", "2048 tokens"]
+    assert [ax.get_title() for ax in figure.axes] == [
+        "1024 tokens, 2 tasks",
+        "2048 tokens, 2 tasks",
+    ]
     assert [lines_with_bars(ax) for ax in figure.axes] == [4, 4]
     assert legend(figure) == ["full", "cake", "random", "snapkv", "snapkv (kvpress)"]
     cake = figure.axes[0].containers[0]

@@ -74,11 +74,11 @@ def share_figure(panels: Sequence[Panel], looks: Looks | None = None) -> Figure:
                 linewidth=1.2,
                 label=panel.names[panel.full],
             )
-        ax.set_title(f"{panel.length} tokens", fontsize=_LETTERS)
+        tasks = f", {len(panel.tasks)} tasks" if len(panel.tasks) > 1 else ""
+        ax.set_title(f"{panel.length} tokens{tasks}", fontsize=_LETTERS)
         _share_axis(ax, panel)
         _value_axis(ax, panel)
-    tasks = len(panels[0].tasks)
-    note = f"mean over {tasks} tasks, " if tasks > 1 else ""
+    note = "mean over tasks, " if any(len(panel.tasks) > 1 for panel in panels) else ""
     note += "95 % intervals"
     if panels[0].likelihood:
         note += " of the differences to the full cache"
