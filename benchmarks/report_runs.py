@@ -185,6 +185,15 @@ QUALITY: tuple[Run, ...] = (
     Run(*("qwen-1k-plain", QWEN, ESSAYS, 1024, 10), methods=("full",), backend="plain"),
 )
 
+CAKES_PARTS: Mapping[str, Mapping[str, Any]] = {
+    "cake": _of("cake"),
+    "equal shares": _of("cake", allocator="uniform"),
+    "mean instead of indicator": _of("cake", gamma=0),
+    "equal shares, mean": _of("uniform"),
+    "shares by entropy alone": _of("cake", tau2=1e6),
+    "shares by variance alone": _of("cake", tau1=1e6),
+}
+
 ABLATIONS: tuple[Run, ...] = (
     _ablation(
         "cake",
@@ -192,12 +201,7 @@ ABLATIONS: tuple[Run, ...] = (
         "token (mean and variance) against the mean, entropy and variance alone, and the released "
         "arithmetic.",
         {
-            "cake": _of("cake"),
-            "equal shares": _of("cake", allocator="uniform"),
-            "mean instead of indicator": _of("cake", gamma=0),
-            "equal shares, mean": _of("uniform"),
-            "shares by entropy alone": _of("cake", tau2=1e6),
-            "shares by variance alone": _of("cake", tau1=1e6),
+            **CAKES_PARTS,
             "Qwen2.5-7B's temperatures": _of("cake", tau1=1.5, tau2=0.6),
             "faithful": _of("cake", faithful=True, window=32),
         },
@@ -208,12 +212,7 @@ ABLATIONS: tuple[Run, ...] = (
         "cake-half",
         "The same on tasks that half of the cache is too little for with other methods.",
         {
-            "cake": _of("cake"),
-            "equal shares": _of("cake", allocator="uniform"),
-            "mean instead of indicator": _of("cake", gamma=0),
-            "equal shares, mean": _of("uniform"),
-            "shares by entropy alone": _of("cake", tau2=1e6),
-            "shares by variance alone": _of("cake", tau1=1e6),
+            **CAKES_PARTS,
             "DynamicKV's shares": _of("cake", allocator="dynamickv"),
         },
         budgets=("0.5",),
