@@ -208,19 +208,17 @@ def test_what_a_generator_imports_after_its_seed_leaves_the_prompts(
     assert float(out) == expected.random()
 
 
-def test_a_generator_that_never_begins_is_given_up(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("limit", "begins", "sentence"),
+    [
+        ("START_SECONDS", "", "vt said nothing for 1 s"),
+        ("SILENT_SECONDS", "print('begun'); ", "vt cannot be made with 1024 tokens"),
+    ],
+)
+def test_a_silent_generator_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, limit: str, begins: str, sentence: str
 ) -> None:
-    monkeypatch.setattr(ruler, "START_SECONDS", 1)
-    command = [sys.executable, "-c", "import time; time.sleep(600)"]
-    with pytest.raises(EvaluationError, match="vt said nothing for 1 s"):
-        ruler._run(command, os.environ, "vt", 1024)
-
-
-def test_a_generator_that_falls_silent_is_said_to_want_more_tokens(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ruler, "SILENT_SECONDS", 1)
-    command = [sys.executable, "-uc", "import time; print('begun'); time.sleep(600)"]
-    with pytest.raises(EvaluationError, match="vt cannot be made with 1024 tokens"):
+    monkeypatch.setattr(ruler, limit, 1)
+    command = [sys.executable, "-uc", f"import time; {begins}time.sleep(600)"]
+    with pytest.raises(EvaluationError, match=sentence):
         ruler._run(command, os.environ, "vt", 1024)

@@ -64,7 +64,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 Generators set the seed and then import transformers; where that is the first to import rich, rich
 draws a number, and what comes first hangs on what else is installed. So all is imported before, and
-the number is drawn as rich does, for all generators but niah's, whose nltk brings rich along.
+the number is drawn as rich does, for all generators but niah's: that is what they make beside vLLM,
+where niah's nltk brings rich along.
 """
 
 _NOTHING_FITS = re.compile(r"Num(ber of)? \w+: 0$")
