@@ -45,6 +45,11 @@ FAITHFUL: Mapping[str, Mapping[str, Any]] = {
     "dynamickv, faithful": {"method": "dynamickv", "faithful": True, "window": 8},
 }
 """As released, with the windows of the authors' scripts."""
+FORMER: Mapping[str, Mapping[str, Any]] = {
+    "cake, tau 1, 1": {"method": "cake", "tau1": 1, "tau2": 1},
+    "dynamickv, median": {"method": "dynamickv", "background": 0.5},
+}
+"""Defaults that were changed by tuning; seeds from 100 had no part in that."""
 WINDOW_32: Mapping[str, Mapping[str, Any]] = {
     "snapkv, window 32": {"method": "snapkv", "window_size": 32},
 }
@@ -141,9 +146,9 @@ def _of(method: str, **params: Any) -> Mapping[str, Any]:
 
 MAIN = ("full", "cake", "dynamickv", "snapkv", "pyramidkv")
 
-QWEN_1K = Run("qwen-1k", QWEN, ESSAYS, 1024, 50, variants=FAITHFUL)
+QWEN_1K = Run("qwen-1k", QWEN, ESSAYS, 1024, 50, variants={**FAITHFUL, **FORMER})
 QWEN_2K = Run("qwen-2k", QWEN, FEW_WITH_QA, 2048, 10, methods=MAIN)
-QWEN_4K = Run("qwen-4k", QWEN, ALL, 4096, 10, methods=MAIN)
+QWEN_4K = Run("qwen-4k", QWEN, ALL, 4096, 10, methods=MAIN, variants=FORMER)
 QWEN_8K = Run("qwen-8k", QWEN, FEW, 8192, 3, methods=MAIN)
 SMOL_1K = Run("smol-1k", SMOL, ESSAYS, 1024, 20, methods=MAIN)
 SMOL_2K = Run("smol-2k", SMOL, FEW, 2048, 10, methods=MAIN)
@@ -190,19 +195,21 @@ CAKES_PARTS: Mapping[str, Mapping[str, Any]] = {
     "equal shares": _of("cake", allocator="uniform"),
     "mean instead of indicator": _of("cake", gamma=0),
     "equal shares, mean": _of("uniform"),
-    "shares by entropy alone": _of("cake", tau2=1e6),
-    "shares by variance alone": _of("cake", tau1=1e6),
+    "shares by entropy alone": _of("cake", tau1=1, tau2=1e6),
+    "shares by variance alone": _of("cake", tau1=1e6, tau2=1),
+    "tau 1, 1": _of("cake", tau1=1, tau2=1),
 }
 
 ABLATIONS: tuple[Run, ...] = (
     _ablation(
         "cake",
         "What CAKE's parts are worth: its shares of the layers against equal ones, its score of a "
-        "token (mean and variance) against the mean, entropy and variance alone, and the released "
-        "arithmetic.",
+        "token (mean and variance) against the mean, entropy and variance alone, other temperatures "
+        "(default 1.5, 0.6, of Qwen2.5-7B), and the released arithmetic with 1, 1.",
         {
             **CAKES_PARTS,
-            "Qwen2.5-7B's temperatures": _of("cake", tau1=1.5, tau2=0.6),
+            "tau 1.6, 0.4 (Llama-3.1-8B)": _of("cake", tau1=1.6, tau2=0.4),
+            "tau 0.8, 0.5 (Mistral-7B)": _of("cake", tau1=0.8, tau2=0.5),
             "faithful": _of("cake", faithful=True, window=32),
         },
         budgets=("0.125", "0.5"),
@@ -226,6 +233,7 @@ ABLATIONS: tuple[Run, ...] = (
         "take one of its parts from CAKE.",
         {
             "dynamickv": _of("dynamickv"),
+            "background the median": _of("dynamickv", background=0.5),
             "by mass": _of("dynamickv", compare="mass"),
             "by mass, window 8": _of("dynamickv", compare="mass", window=8),
             "by mass, floor of 24": _of("dynamickv", compare="mass", min_tokens=24),

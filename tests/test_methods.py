@@ -124,7 +124,10 @@ BAD = [
     ("dynamickv", "r_max", 0.5, "a number of at least 1"),
     ("dynamickv", "every", 0, "an integer of at least 1"),
     ("dynamickv", "min_tokens", -1, "an integer of at least 0"),
-    ("dynamickv", "compare", "share", "one of typical, mass"),
+    ("dynamickv", "compare", "share", "one of background, mass"),
+    ("dynamickv", "background", 0.0, "a number above 0 and below 1"),
+    ("dynamickv", "background", 1, "a number above 0 and below 1"),
+    ("dynamickv", "background", math.nan, "a number above 0 and below 1"),
     ("dynamickv", "faithful", "yes", "true or false"),
     ("snapkv", "kernel", 2, "an odd integer of at least 1"),
     ("snapkv", "pooling", "sum", "one of avg, max"),
@@ -263,7 +266,7 @@ def test_a_request_does_not_see_its_neighbours(name):
 
 
 def test_cake_prefers_restless_and_spread_out_layers():
-    method = Cake(window=2)
+    method = Cake(window=2, tau1=1.0)
     calm = LayerScores(torch.zeros(1, 50), {"log_entropy": 0.0, "log_shift": 0.0})
     spread = LayerScores(torch.zeros(1, 50), {"log_entropy": math.log(3.0), "log_shift": 0.0})
     still = LayerScores(torch.zeros(1, 50), {"log_entropy": 5.0, "log_shift": -math.inf})
@@ -273,6 +276,17 @@ def test_cake_prefers_restless_and_spread_out_layers():
     warm = Cake(window=2, tau1=2.0).weights([calm, spread], base=9, num_layers=3)
     assert warm[1] / warm[0] == pytest.approx(math.sqrt(3.0), rel=1e-12)
     assert Cake(window=2).weights([still] * 3, base=9, num_layers=3).tolist() == [0.0] * 3
+
+
+def test_cakes_temperatures_are_the_authors_where_none_are_given():
+    calm = LayerScores(torch.zeros(1, 50), {"log_entropy": 0.0, "log_shift": 0.0})
+    restless = LayerScores(torch.zeros(1, 50), {"log_entropy": 3.0, "log_shift": 1.2})
+    weights = Cake().weights([calm, restless], base=9, num_layers=2)
+    assert weights[1] / weights[0] == pytest.approx(math.exp(3.0 / 1.5 + 1.2 / 0.6), rel=1e-12)
+    assert Cake().temperatures == (1.5, 0.6)
+    assert Cake(faithful=True).temperatures == (1.0, 1.0)
+    assert Cake(faithful=True, tau1=0.4, tau2=0.6).temperatures == (0.4, 0.6)
+    assert Cake(tau2=1.0).temperatures == (1.5, 1.0)
 
 
 def test_cake_weights_survive_what_overflows_outside_the_log_domain():
@@ -316,10 +330,15 @@ def test_dynamickv_counts_as_many_entries_as_the_layers_seen_may_keep():
 
 def test_dynamickv_counts_entries_by_how_far_they_stand_out():
     seen = score_all(DynamicKV(window=8))[:4]
-    weights = DynamicKV(window=8).weights(seen, base=24, num_layers=6)
-    entries = torch.stack([s.tokens / s.tokens.median(dim=1, keepdim=True).values for s in seen])
-    threshold = entries.flatten().topk(24 * 2 * 4).values[-1]
-    assert weights.tolist() == [float((layer >= threshold).sum()) for layer in entries]
+    for share in (0.1, 0.5):
+        method = DynamicKV(window=8, background=share)
+        weights = method.weights(seen, base=24, num_layers=6)
+        scores = torch.stack([s.tokens for s in seen])
+        ranked = scores.sort(dim=-1).values
+        entries = scores / ranked[..., math.ceil(share * ranked.shape[-1]) - 1, None]
+        threshold = entries.flatten().topk(24 * 2 * 4).values[-1]
+        assert weights.tolist() == [float((layer >= threshold).sum()) for layer in entries]
+    weights = DynamicKV().weights(seen, base=24, num_layers=6)
     # What a layer's scores are measured in does not matter, as it does for the published count.
     louder = [replace(s, tokens=s.tokens * 2.0**i) for i, s in enumerate(seen)]
     assert DynamicKV().weights(louder, base=24, num_layers=6).tolist() == weights.tolist()

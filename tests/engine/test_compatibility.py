@@ -247,8 +247,9 @@ def test_quantized_weights(engines: Engines, model: Path, prose: list[int], tmp_
         engine = engines.get(method, budget, model=small, dtype="bfloat16", **POOL)
         found[method] = answers(ask(engine, prompts, greedy(12, logprobs=0)))
         worker = engine.core.model_executor.driver_worker.worker
-        weight = worker.model_runner.model.model.layers[0].self_attn.qkv_proj.weight
-        assert weight.dtype == torch.int8
+        layer = worker.model_runner.model.model.layers[0].self_attn.qkv_proj
+        # Not the weight: where oneDNN multiplies, it has packed it and vLLM has let go of it.
+        assert "Int8" in type(layer.scheme).__name__
     assert found["scatter"] == found[None]
     assert found["cake"] != found[None]
 

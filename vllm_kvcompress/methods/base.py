@@ -279,9 +279,13 @@ class Method(ABC):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
             self._refuse(field_name, "an odd integer of at least 1")
 
-    def _check_number(self, field_name: str, low: float, *, above: bool = False) -> None:
-        """A finite number >= ``low``, or > ``low`` if ``above``."""
+    def _check_number(
+        self, field_name: str, low: float, *, above: bool = False, optional: bool = False
+    ) -> None:
+        """A finite number >= ``low``, or > ``low`` if ``above``; or None if ``optional``."""
         value = getattr(self, field_name)
+        if optional and value is None:
+            return
         good = (
             isinstance(value, int | float)
             and not isinstance(value, bool)
@@ -290,6 +294,12 @@ class Method(ABC):
         )
         if not good:
             self._refuse(field_name, f"a number {'above' if above else 'of at least'} {low:g}")
+
+    def _check_share(self, field_name: str) -> None:
+        """A number above 0 and below 1."""
+        value = getattr(self, field_name)
+        if not (isinstance(value, float) and 0.0 < value < 1.0):
+            self._refuse(field_name, "a number above 0 and below 1")
 
     def _check_choice(self, field_name: str, choices: Sequence[str]) -> None:
         if getattr(self, field_name) not in choices:

@@ -23,6 +23,11 @@ from .window import WINDOW_NEEDS, observe, observed
 # Weights are below 2 and, unless zero, at least 2 ** -_DEEPEST: inside the normal fp64 range.
 _DEEPEST = 1000
 
+TEMPERATURES = (1.5, 0.6)
+"""Of Qwen2.5-7B-Instruct in model2tau.json (cakekv); docs/results.md has what they are worth."""
+RELEASED_TEMPERATURES = (1.0, 1.0)
+"""What the release takes for a model that is not in that file."""
+
 
 @register
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +40,11 @@ class Cake(Method):
     of the attention it receives, average-pooled along tokens, mean over the heads of a KV group.
 
     ``window``: protected tokens, and the queries that are looked at; at least 2 (a variance).
-    ``tau1``, ``tau2``: temperatures above 0 on dispersion and shift. ``gamma``: weight of the
-    variance, at least 0. ``kernel``: width of the pooling, odd. ``every``: layers between two cuts;
-    0 cuts only after the last layer. The budgets do not depend on it, only when memory is freed.
+    ``tau1``, ``tau2``: temperatures above 0 on dispersion and shift; None takes those that the
+    authors tuned for Qwen2.5-7B, with ``faithful`` the release's 1 for models it does not know.
+    ``gamma``: weight of the variance, at least 0. ``kernel``: width of the pooling, odd.
+    ``every``: layers between two cuts; 0 cuts only after the last layer. The budgets do not depend
+    on it, only when memory is freed.
     ``faithful``: statistics in the model's dtype and the released integer budgets, with their
     known losses; the allocator then only rounds those to what the arena can hold. Tokens lie by
     score, and cuts while generating are the release's: one token out for each that comes in, by the
@@ -54,8 +61,8 @@ class Cake(Method):
     allocator_params: ClassVar[frozenset[str]] = frozenset({"tau1", "tau2", "every"})
     allocator_needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
 
-    tau1: float = 1.0
-    tau2: float = 1.0
+    tau1: float | None = None
+    tau2: float | None = None
     gamma: float = 200.0
     kernel: int = 5
     every: int = 1
@@ -63,12 +70,21 @@ class Cake(Method):
 
     def __post_init__(self) -> None:
         self._check_int("window", 2)
-        self._check_number("tau1", 0, above=True)
-        self._check_number("tau2", 0, above=True)
+        self._check_number("tau1", 0, above=True, optional=True)
+        self._check_number("tau2", 0, above=True, optional=True)
         self._check_number("gamma", 0)
         self._check_odd("kernel")
         self._check_int("every", 0)
         self._check_bool("faithful")
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """tau1 and tau2 as they are used."""
+        tau1, tau2 = RELEASED_TEMPERATURES if self.faithful else TEMPERATURES
+        return (
+            tau1 if self.tau1 is None else self.tau1,
+            tau2 if self.tau2 is None else self.tau2,
+        )
 
     @property
     def steady(self) -> bool:
@@ -120,10 +136,10 @@ class Cake(Method):
     ) -> npt.NDArray[np.float64]:
         if self.faithful:
             return self._released_weights(seen, base, num_layers)
+        tau1, tau2 = self.temperatures
         log2_p = np.array(
             [
-                (s.stat("log_entropy") / self.tau1 + s.stat("log_shift") / self.tau2)
-                / math.log(2.0)
+                (s.stat("log_entropy") / tau1 + s.stat("log_shift") / tau2) / math.log(2.0)
                 for s in seen
             ]
         )
@@ -139,7 +155,7 @@ class Cake(Method):
             return LayerScores(
                 released_cake.step_indicator(history, self.kernel, layer.num_kv_heads)[0].float()
             )
-        dispersion, shift, preference = released_cake.preference(history, self.tau1, self.tau2)
+        dispersion, shift, preference = released_cake.preference(history, *self.temperatures)
         scores = released_cake.indicator(history, self.gamma, self.kernel, layer.num_kv_heads)
         return LayerScores(
             tokens=scores[0].float(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -32,7 +33,8 @@ class DynamicKV(Method):
     Attention that is spread evenly and attention that goes to a few tokens do not compare as they
     are: of raw mass, a flat layer has many middling entries that beat all but the few best of a
     sharp one, and takes its pages although none of its tokens stands out. So an entry counts by how
-    far it is above the typical one, the median, of its layer and KV head.
+    far it stands out of the background of its layer and KV head: the entry that a share
+    ``background`` of them does not exceed.
 
     ``window``: protected tokens, and the queries that are looked at; the default 32 is that of the
     other methods here, for fair comparison (the authors' scripts use 8 for this method and 32 for
@@ -40,13 +42,15 @@ class DynamicKV(Method):
     ``reduce``: how the query heads of a KV group vote, "mean" or "max". ``r_max``: at least 1, in
     units of the average history budget. ``every``: layers between two cuts, at least 1.
     ``min_tokens``: history tokens each layer is given first. ``compare``: how entries of different
-    layers are compared, "typical" as said above or by "mass" as published. ``faithful``: scores in
+    layers are compared, against the "background" as said above or by "mass" as published.
+    ``background``: above 0 and below 1. With 0.5, the median, layers share equally from a budget of
+    half of the history on, as half of every layer lies above it. ``faithful``: scores in
     the model's dtype, compared by mass, and the released integer budgets, counted per query head,
     with their known bias towards the last layer; the cache still holds KV heads, not one copy per
     query head as in the release.
 
     Differences from the released code (DynamicKV, dynamic_v11) unless ``faithful``: KV heads
-    instead of query heads, entries compared with their layer's typical one, exact proportional
+    instead of query heads, entries compared with their layer's background, exact proportional
     division, always a cut after the last layer, no token twice, ties to the lower id.
     """
 
@@ -54,7 +58,7 @@ class DynamicKV(Method):
     needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
     scorer_params: ClassVar[frozenset[str]] = frozenset({"kernel", "pooling", "reduce"})
     allocator_params: ClassVar[frozenset[str]] = frozenset(
-        {"r_max", "every", "min_tokens", "compare"}
+        {"r_max", "every", "min_tokens", "compare", "background"}
     )
 
     kernel: int = 7
@@ -63,7 +67,8 @@ class DynamicKV(Method):
     r_max: float = 10.0
     every: int = 4
     min_tokens: int = 0
-    compare: Literal["typical", "mass"] = "typical"
+    compare: Literal["background", "mass"] = "background"
+    background: float = 0.1
     faithful: bool = False
 
     def __post_init__(self) -> None:
@@ -74,7 +79,8 @@ class DynamicKV(Method):
         self._check_number("r_max", 1)
         self._check_int("every", 1)
         self._check_int("min_tokens", 0)
-        self._check_choice("compare", ("typical", "mass"))
+        self._check_choice("compare", ("background", "mass"))
+        self._check_share("background")
         self._check_bool("faithful")
 
     @property
@@ -128,8 +134,8 @@ class DynamicKV(Method):
         if self.faithful:
             return self._released_weights(seen, base, num_layers)
         scores = [s.tokens for s in seen]
-        if self.compare == "typical":
-            scores = [_above_typical(s) for s in scores]
+        if self.compare == "background":
+            scores = [_out_of_background(s, self.background) for s in scores]
         heads = scores[0].shape[0]
         return winners_per_layer(scores, base * heads * len(seen)).astype(np.float64)
 
@@ -149,17 +155,18 @@ class DynamicKV(Method):
         return np.maximum(np.array(budgets, dtype=np.float64), 0.0)
 
 
-LEAST_TYPICAL = 1e-6
-"""Of a row's mean magnitude: a median below it says that most entries are nothing."""
+LEAST_BACKGROUND = 1e-6
+"""Of a row's mean magnitude: a background below it says that most entries are nothing."""
 
 
-def _above_typical(scores: Tensor) -> Tensor:
-    """How far each of [N, S'] is above the median of its row, in medians; fp32, new.
+def _out_of_background(scores: Tensor, share: float) -> Tensor:
+    """How far each of [N, S'] is above the background of its row, in backgrounds; fp32, new.
 
     Rows keep their order whatever the sign of their scores, which other methods may have given.
     """
     scores = scores.float()
-    typical = scores.median(dim=1, keepdim=True).values
-    least = LEAST_TYPICAL * scores.abs().mean(dim=1, keepdim=True)
-    unit = torch.maximum(typical.abs(), least).clamp_min(torch.finfo(scores.dtype).tiny)
-    return (scores - typical) / unit
+    rank = math.ceil(share * scores.shape[1])
+    background = scores.kthvalue(rank, dim=1, keepdim=True).values
+    least = LEAST_BACKGROUND * scores.abs().mean(dim=1, keepdim=True)
+    unit = torch.maximum(background.abs(), least).clamp_min(torch.finfo(scores.dtype).tiny)
+    return (scores - background) / unit
