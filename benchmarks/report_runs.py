@@ -36,6 +36,11 @@ HARD = tuple(
     for name in ("niah_single_3", "niah_multikey_2", "niah_multikey_3", "niah_multivalue", "cwe")
 )
 """Many distractors, long answers, or everything counts."""
+EIGHT = (
+    *FEW,
+    *(f"ruler/{name}" for name in ("niah_multikey_2", "niah_multivalue", "cwe", "qa_1")),
+)
+"""Two of each kind, as far as there are two."""
 FEW_WITH_QA = (*FEW, "ruler/qa_1")
 """From 2048."""
 
@@ -162,7 +167,7 @@ QUALITY: tuple[Run, ...] = (
     SMOL_1K,
     _kvpress(replace(SMOL_1K, tasks=FEW), BOTH, 20, **WINDOW_32),
     QWEN_4K,
-    _kvpress(QWEN_4K, BOTH, 10, **WINDOW_32),
+    _kvpress(replace(QWEN_4K, tasks=EIGHT), BOTH, 10, **WINDOW_32),
     QWEN_2K,
     _kvpress(replace(QWEN_2K, tasks=FEW), (*BOTH, "pyramidkv"), 10, **WINDOW_32),
     _kvpress(replace(QWEN_1K, tasks=FEW), OTHERS, 10),
@@ -204,8 +209,8 @@ ABLATIONS: tuple[Run, ...] = (
     _ablation(
         "cake",
         "What CAKE's parts are worth: its shares of the layers against equal ones, its score of a "
-        "token (mean and variance) against the mean, entropy and variance alone, other temperatures "
-        "(default 1.5, 0.6, of Qwen2.5-7B), and the released arithmetic with 1, 1.",
+        "token (mean and variance) against the mean, entropy and variance alone, other "
+        "temperatures (default 1.5, 0.6, of Qwen2.5-7B), and the released arithmetic with 1, 1.",
         {
             **CAKES_PARTS,
             "tau 1.6, 0.4 (Llama-3.1-8B)": _of("cake", tau1=1.6, tau2=0.4),
