@@ -29,7 +29,16 @@ MEASURED = ("cake", "dynamickv")
 SAME_SHARE = 0.005
 """Shares of the cache that differ by no more count as the same bytes."""
 
+OF_ABLATIONS = ("about", "reference")
+"""Notes that are told with the figures."""
+
 AHEAD, LEVEL, BEHIND = "ahead", "level", "behind"
+
+
+def how_to_read(document: Document, results: Results) -> None:
+    """What all tables and pictures have in common."""
+    if results.quality or results.ablations:
+        document.add("\n".join(f"* {note}" for note in NOTES))
 
 
 def what_was_run(document: Document, results: Results) -> None:
@@ -41,11 +50,11 @@ def what_was_run(document: Document, results: Results) -> None:
         return
     head = ["file", "models", "tasks", "tokens", "protocols", "prompts a cell", "answered by"]
     document.add(tables.table(head, [_run(file) for file in files]))
-    document.add("\n".join(f"* {note}" for note in NOTES))
-    for file in files:
-        notes = [f"{name}: `{note}`" for name, note in file.notes.items() if name != "about"]
-        if notes:
-            document.add(f"**{file.name}**", "\n".join(f"* {note}" for note in notes))
+    names = [name for file in files for name in file.notes if name not in OF_ABLATIONS]
+    columns = list(dict.fromkeys(names))
+    if columns:
+        rows = [[file.name, *(file.notes.get(name, "") for name in columns)] for file in files]
+        document.add(tables.table(["file", *columns], rows))
 
 
 def ruler(document: Document, results: Results) -> None:

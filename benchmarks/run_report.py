@@ -35,7 +35,7 @@ from rich.table import Table  # noqa: E402
 from benchmarks import write_report  # noqa: E402
 from benchmarks.report_runs import EVERYTHING, Bench, Run  # noqa: E402
 from vllm_kvcompress.evaluation.packed import pack, read_notes, unpack  # noqa: E402
-from vllm_kvcompress.evaluation.record import read  # noqa: E402
+from vllm_kvcompress.evaluation.record import Record, read  # noqa: E402
 
 RECORDS = Path("out") / "report"
 RESULTS = Path("benchmarks") / "results"
@@ -184,7 +184,7 @@ def keep(run: Run) -> None:
 
     Overwrites its file in benchmarks/results/quality, and its line in pace.csv.
     """
-    records = list(read(folder(run) / "results.jsonl"))
+    records = sorted(read(folder(run) / "results.jsonl"), key=lambda record: _place(run, record))
     if not records:
         return
     log = folder(run) / "runs.jsonl"
@@ -202,6 +202,12 @@ def keep(run: Run) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pack(records, path, notes)
     _note_pace(run.name, sum(c["answers"] for c in calls), sum(c["seconds"] for c in calls))
+
+
+def _place(run: Run, record: Record) -> int:
+    """Of the record's setting among the run's: whenever it was answered, it is shown there."""
+    labels = [*run.methods, *run.variants]
+    return labels.index(record.label) if record.label in labels else len(labels)
 
 
 def keep_speed(bench: Bench, seconds: float) -> None:

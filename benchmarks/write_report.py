@@ -21,6 +21,7 @@ from benchmarks.report_quality import (  # noqa: E402
     ablations,
     against_kvpress,
     full_caches,
+    how_to_read,
     likelihoods,
     needles,
     other_tasks,
@@ -34,7 +35,7 @@ from vllm_kvcompress.evaluation.document import Document  # noqa: E402
 from vllm_kvcompress.evaluation.task import EvaluationError  # noqa: E402
 
 SECTIONS = (
-    *(what_was_run, ruler, against_kvpress, per_task, query_agnostic, other_tasks, needles),
+    *(how_to_read, ruler, against_kvpress, per_task, query_agnostic, other_tasks, needles),
     *(likelihoods, ablations, full_caches, speed),
 )
 
@@ -56,6 +57,7 @@ def build(results: Results, folder: str) -> Document:
     for section in SECTIONS:
         section(document, results)
     papers(document)
+    what_was_run(document, results)
     return document
 
 
