@@ -121,10 +121,11 @@ def test_fields_without_prompts_are_empty() -> None:
 
 def test_looks_tell_settings_apart() -> None:
     labels = [f"method {number}" for number in range(12)]
+    labels += ["method 0, this", "method 0, that", "method 11, this"]
     records = [one for label in labels for one in answers([1], label=label)]
     looks = looks_of(panels([*records, *answers([1], label=labels[0], source=KVPRESS)]))
-    assert len(looks) == 13
-    assert len({(look.color, look.marker, look.hollow) for look in looks.values()}) == 13
+    assert len(looks) == 16
+    assert len({(look.color, look.marker, look.hollow) for look in looks.values()}) == 16
     first, *_, theirs = looks.values()
     assert (first.color, first.marker) == (theirs.color, theirs.marker)
     assert (first.hollow, theirs.hollow) == (False, True)

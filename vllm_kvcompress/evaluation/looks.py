@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from vllm_kvcompress.evaluation.panels import Panel, Row
 from vllm_kvcompress.inspection.style import BAR, MARK, MEAN, PROFILE
 
-COLORS = (BAR, MEAN, PROFILE["V"], PROFILE["P"], MARK, PROFILE["H"], "#7F7F7F", "#8C510A")
-"""Okabe and Ito's colours without the yellow that is too faint on white, then grey and brown."""
+COLORS = (
+    *(BAR, MEAN, PROFILE["V"], PROFILE["P"], MARK, PROFILE["H"]),
+    *("#7F7F7F", "#8C510A", "#332288", "#882255"),
+)
+"""Okabe and Ito's without the yellow that is too faint on white; grey, brown, Tol's indigo, wine."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -43,18 +46,19 @@ def looks_of(panels: Iterable[Panel]) -> dict[Row, Look]:
     """A look for every compressed row; settings of one label share colour and marker.
 
     Labels that are the same up to a comma, "cake" and "cake, faithful", share the colour. Colours
-    repeat after eight such labels, markers then do not: each pair of both is another label's up to
-    64.
+    repeat after ten such labels, with markers that no label before had with them, as long as there
+    are markers.
     """
     rows = list(dict.fromkeys(row for panel in panels for row in panel.rows if not row.full))
     families: dict[str, list[str]] = {}
     for label in dict.fromkeys(row.label for row in rows):
         families.setdefault(_family(label), []).append(label)
+    longest = max(map(len, families.values()), default=0)
     looks = {}
     for row in rows:
         family = _family(row.label)
         again, place = divmod(list(families).index(family), len(COLORS))
-        turn = again + families[family].index(row.label)
+        turn = again * longest + families[family].index(row.label)
         hatch = HATCHES[turn % len(HATCHES)] + ("" if row.ours else OTHERS_HATCH)
         looks[row] = Look(
             COLORS[place],
