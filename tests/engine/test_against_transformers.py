@@ -184,9 +184,9 @@ def test_page_budgets(engine: Engine, reference: Reference, prompt: list[int]) -
     average = -(-int(np.ceil(BUDGET * len(prompt))) // BLOCK_SIZE)
     assert pages.sum() == average * layers
     assert len(set(pages)) > 3, "layers differ"
-    # The window's page comes first, the rest is shared by H * V.
+    # The window's page comes first, the rest is shared by the preference.
     shares = _shares(
-        reference.entropy * reference.shift,
+        reference.entropy ** (1 / 1.5) * reference.shift ** (1 / 0.6),
         total=(average - 1) * layers,
         cap=len(prompt) // BLOCK_SIZE - 1,
     )
