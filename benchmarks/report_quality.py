@@ -23,8 +23,8 @@ from vllm_kvcompress.evaluation.panels import OURS, Panel, Row, by_length
 from vllm_kvcompress.evaluation.record import AGNOSTIC, AWARE
 from vllm_kvcompress.evaluation.report import SHOWN
 
-MEASURED = ("cake", "dynamickv")
-"""Methods that are held against kvpress's SnapKV."""
+MEASURED = ("cake", "dynamickv", "cake, faithful", "dynamickv, faithful")
+"""Settings that are held against kvpress's SnapKV."""
 
 SAME_SHARE = 0.005
 """Shares of the cache that differ by no more count as the same bytes."""
@@ -53,7 +53,10 @@ def what_was_run(document: Document, results: Results) -> None:
     names = [name for file in files for name in file.notes if name not in OF_ABLATIONS]
     columns = list(dict.fromkeys(names))
     if columns:
-        rows = [[file.name, *(file.notes.get(name, "") for name in columns)] for file in files]
+        rows = [
+            [file.name, *(file.notes.get(name, tables.MISSING) for name in columns)]
+            for file in files
+        ]
         document.add(tables.table(["file", *columns], rows))
 
 
@@ -267,8 +270,7 @@ def _against(
     """A line per setting of ours; ``words``, verdicts by name, is added to."""
     lines = []
     for row in panel.compressed:
-        cells = [cell for budget in panel.budgets for cell in panel.select(row, budget)]
-        if not row.ours or not {cell.method for cell in cells} <= set(MEASURED):
+        if not row.ours or row.label not in MEASURED:
             continue
         line, pairs = [], set()
         for budget in budgets:

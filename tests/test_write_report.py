@@ -86,7 +86,9 @@ def test_sections(committed: Path) -> None:
         "| ruler | tiny (bfloat16) | 2 of ruler | 1024, 2048 | query-aware | 8; seeds 0, 1 "
         "| kvpress 0.5.5, vllm 0.32.0, vllm_kvcompress 0.1.0 |" in ran
     )
-    assert "* command: `kvcompress eval --tasks ruler`" in ran
+    assert "| file | command | versions |" in ran
+    assert "| ruler | kvcompress eval --tasks ruler | vllm 0.32.0 |" in ran
+    assert "cake, gamma 0" not in ran
     against = section(text, "CAKE and DynamicKV against kvpress's SnapKV")
     # Of 4 prompts of a task and seed CAKE has 2.5, SnapKV 1.
     assert "| 1024 | cake | snapkv (kvpress) | 16 | +37.5 [" in against
