@@ -100,6 +100,21 @@ def test_a_run_that_was_stopped_is_kept_as_far_as_it_went_and_timed(place: Path)
     assert read_notes(path)["device"] == "A x2, B x4, C x8"
 
 
+def test_settings_are_kept_in_the_order_of_the_run_not_of_the_answers(place: Path) -> None:
+    folder = run_report.folder(RUN)
+    folder.mkdir(parents=True)
+    labels = ["cake, even", "of old", "cake", "full"]
+    answered = [record(label=label, index=index) for index in (0, 1) for label in labels]
+    text = "".join(json.dumps(vars(r) | {"labels": {}}) + "\n" for r in answered)
+    (folder / "results.jsonl").write_text(text)
+    call = {"answers": 8, "seconds": 8, "versions": {}, "device": "A"}
+    (folder / "runs.jsonl").write_text(json.dumps(call) + "\n")
+    run_report.keep(RUN)
+    kept = [(r.label, r.index) for r in unpack(place / "results" / "quality" / "small.csv")]
+    order = ["full", "cake", "cake, even", "of old"]
+    assert kept == [(label, index) for label in order for index in (0, 1)]
+
+
 def test_a_run_goes_on_from_what_is_committed(place: Path) -> None:
     folder = run_report.folder(RUN)
     made = [record(index=0, score=0.5), record(index=1, score=1.0, labels={"depth": 11})]
