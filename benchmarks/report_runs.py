@@ -155,7 +155,7 @@ QWEN_1K = Run("qwen-1k", QWEN, ESSAYS, 1024, 50, variants={**FAITHFUL, **FORMER}
 QWEN_2K = Run("qwen-2k", QWEN, FEW_WITH_QA, 2048, 10, methods=MAIN)
 QWEN_4K = Run("qwen-4k", QWEN, ALL, 4096, 10, methods=MAIN, variants=FORMER)
 QWEN_8K = Run("qwen-8k", QWEN, FEW, 8192, 3, methods=MAIN)
-SMOL_1K = Run("smol-1k", SMOL, ESSAYS, 1024, 20, methods=MAIN)
+SMOL_1K = Run("smol-1k", SMOL, ESSAYS, 1024, 20, methods=MAIN, variants=FORMER)
 SMOL_2K = Run("smol-2k", SMOL, FEW, 2048, 10, methods=MAIN)
 SMOL_4K = Run("smol-4k", SMOL, FEW, 4096, 5, methods=MAIN)
 SMOL_8K = Run("smol-8k", SMOL, FEW, 8192, 3, methods=MAIN)
