@@ -12,7 +12,7 @@ COLORS = (
     *(BAR, MEAN, PROFILE["V"], PROFILE["P"], MARK, PROFILE["H"]),
     *("#7F7F7F", "#8C510A", "#332288", "#882255"),
 )
-"""Okabe and Ito's without the yellow that is too faint on white; grey, brown, Tol's indigo, wine."""
+"""Okabe and Ito's without the yellow that is too faint on white; grey, brown, indigo, wine."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 

@@ -43,10 +43,11 @@ class DynamicKV(Method):
     units of the average history budget. ``every``: layers between two cuts, at least 1.
     ``min_tokens``: history tokens each layer is given first. ``compare``: how entries of different
     layers are compared, against the "background" as said above or by "mass" as published.
-    ``background``: above 0 and below 1. With 0.5, the median, layers share equally at a budget of half
-    of the history, as half of every layer lies above it. ``faithful``: scores in the model's dtype, compared by mass, and the released integer budgets, counted per query head,
-    with their known bias towards the last layer; the cache still holds KV heads, not one copy per
-    query head as in the release.
+    ``background``: above 0 and below 1. With 0.5, the median, layers share equally at a budget of
+    half of the history, as half of every layer lies above it. ``faithful``: scores in the model's
+    dtype, compared by mass, and the released integer budgets, counted per query head, with their
+    known bias towards the last layer; the cache still holds KV heads, not one copy per query head
+    as in the release.
 
     Differences from the released code (DynamicKV, dynamic_v11) unless ``faithful``: KV heads
     instead of query heads, entries compared with their layer's background, exact proportional
