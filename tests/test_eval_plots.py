@@ -76,6 +76,14 @@ def test_task_figure() -> None:
     assert legend(figure) == ["full", "cake", "random", "snapkv", "snapkv (kvpress)"]
 
 
+def test_a_setting_without_a_mean_is_not_in_the_legend() -> None:
+    records = [one for task in ("vt", "cwe") for one in answers([1, 0], task=f"ruler/{task}")]
+    records += answers([1, 1], task="ruler/cwe", label="keydiff")
+    shown = panels(records)
+    assert legend(plots.share_figure(shown)) == ["cake"]
+    assert legend(plots.task_figure(shown[0], "0.125")) == ["cake", "keydiff"]
+
+
 def test_many_tasks_break_into_several_rows() -> None:
     records = [
         one

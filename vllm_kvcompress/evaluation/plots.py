@@ -149,6 +149,8 @@ def _line(ax: Axes, panel: Panel, row: Row, look: Look, jitter: float) -> None:
         mean, share = _mean(panel, row, budget), panel.share(row, budget)
         if mean is not None and share is not None:
             points.append((share * jitter, mean))
+    if not points:  # it has not answered all tasks
+        return
     ax.errorbar(
         [x for x, _ in points],
         [_scaled(panel, mean.value) for _, mean in points],
