@@ -56,8 +56,8 @@ FORMER: Mapping[str, Mapping[str, Any]] = {
 }
 """Defaults that were changed on what seed 0 showed.
 
-That CAKE's temperatures matter was noticed first in an ablation of four tasks here, on seed 100; the
-new ones are the authors' own, none were fitted.
+That CAKE's temperatures matter was noticed first in an ablation of four tasks here, on seed 100;
+the new ones are the authors' own, none were fitted.
 """
 WINDOW_32: Mapping[str, Mapping[str, Any]] = {
     "snapkv, window 32": {"method": "snapkv", "window_size": 32},
