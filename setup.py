@@ -5,7 +5,6 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-KERNELS = "kvcompress_kernels"
 
 VLLM = "vllm>=0.32,<0.33"
 INSPECT = ["jinja2>=3.1", "matplotlib>=3.8", "plotly>=6"]
@@ -59,13 +58,15 @@ setup(
     python_requires=">=3.11",
     packages=[
         *find_packages(include=["vllm_kvcompress", "vllm_kvcompress.*"]),
-        KERNELS,
-        *(f"{KERNELS}.{name}" for name in find_packages("kernels")),
+        *find_packages("kernels"),
     ],
-    package_dir={KERNELS: "kernels"},
-    package_data={"vllm_kvcompress": ["py.typed", "inspection/*.j2"], KERNELS: ["py.typed"]},
+    package_dir={"kvcompress_kernels": "kernels/kvcompress_kernels"},
+    package_data={
+        "vllm_kvcompress": ["py.typed", "tools/inspection/*.j2"],
+        "kvcompress_kernels": ["py.typed"],
+    },
     entry_points={
-        "console_scripts": ["kvcompress = vllm_kvcompress.cli:main"],
+        "console_scripts": ["kvcompress = vllm_kvcompress.tools.cli:main"],
         "vllm.general_plugins": ["kvcompress = vllm_kvcompress.engine.plugin:register"],
     },
     install_requires=["numpy", "prometheus_client", "rich>=13", "torch>=2.10", "tqdm", VLLM],

@@ -28,7 +28,7 @@ from vllm import SamplingParams
 
 from benchmarks.forced import ForcedTokens, forcing, nll
 from vllm_kvcompress import LLM
-from vllm_kvcompress.evaluation.tasks.haystack import (
+from vllm_kvcompress.tools.evaluation.tasks.haystack import (
     TOKENS_TO_GENERATE,
     Needle,
     match,

@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vllm_kvcompress.benchmarking.machine import processor
-from vllm_kvcompress.benchmarking.measure import Queue, run_queue
-from vllm_kvcompress.benchmarking.pairs import take_turns
-from vllm_kvcompress.engine.stepped import Subject
+from vllm_kvcompress.tools.bench.machine import processor
+from vllm_kvcompress.tools.bench.measure import Queue, run_queue
+from vllm_kvcompress.tools.bench.pairs import take_turns
+from vllm_kvcompress.tools.bench.stepped_engine import Subject
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllm_kvcompress.benchmarking.bounds import decode_bound
-from vllm_kvcompress.benchmarking.machine import processor
-from vllm_kvcompress.benchmarking.pairs import Paired, take_turns
+from vllm_kvcompress.tools.bench.bounds import decode_bound
+from vllm_kvcompress.tools.bench.machine import processor
+from vllm_kvcompress.tools.bench.pairs import Paired, take_turns
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

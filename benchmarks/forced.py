@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm import SamplingParams
 
-from vllm_kvcompress.engine.forcing import FORCED_KEY, ForcedTokens
+from vllm_kvcompress.tools.evaluation.forced_tokens import FORCED_KEY, ForcedTokens
 
 __all__ = ["ForcedTokens", "forcing", "nll"]
 

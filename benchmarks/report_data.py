@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from vllm_kvcompress.evaluation.cells import Cell, make_cells
-from vllm_kvcompress.evaluation.packed import read_notes, unpack
-from vllm_kvcompress.evaluation.panels import Panel, make_panels
-from vllm_kvcompress.evaluation.record import Record
+from vllm_kvcompress.tools.evaluation.cells import Cell, make_cells
+from vllm_kvcompress.tools.evaluation.packed import read_notes, unpack
+from vllm_kvcompress.tools.evaluation.panels import Panel, make_panels
+from vllm_kvcompress.tools.evaluation.record import Record
 
 QUALITY = "quality"
 ABLATION = "ablation"

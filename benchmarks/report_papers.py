@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_kvcompress.evaluation import tables
-from vllm_kvcompress.evaluation.document import Document
+from vllm_kvcompress.tools.evaluation import tables
+from vllm_kvcompress.tools.evaluation.document import Document
 
 
 @dataclass(frozen=True)

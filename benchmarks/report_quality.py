@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from benchmarks.report_data import Packed, Results
-from vllm_kvcompress.evaluation import tables
-from vllm_kvcompress.evaluation.cells import Cell, Difference, average, paired
-from vllm_kvcompress.evaluation.document import (
+from vllm_kvcompress.tools.evaluation import tables
+from vllm_kvcompress.tools.evaluation.cells import Cell, Difference, average, paired
+from vllm_kvcompress.tools.evaluation.document import (
     NOTES,
     RULER,
     Document,
@@ -18,10 +18,10 @@ from vllm_kvcompress.evaluation.document import (
     nearest,
     title,
 )
-from vllm_kvcompress.evaluation.looks import Look, looks_of
-from vllm_kvcompress.evaluation.panels import OURS, Panel, Row, by_length
-from vllm_kvcompress.evaluation.record import AGNOSTIC, AWARE
-from vllm_kvcompress.evaluation.report import SHOWN
+from vllm_kvcompress.tools.evaluation.looks import Look, looks_of
+from vllm_kvcompress.tools.evaluation.panels import OURS, Panel, Row, by_length
+from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE
+from vllm_kvcompress.tools.evaluation.report import SHOWN
 
 MEASURED = ("cake", "dynamickv", "cake, faithful", "dynamickv, faithful")
 """Settings that are held against kvpress's SnapKV."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.report_data import Results, Speed
 from benchmarks.report_quality import missing
-from vllm_kvcompress.benchmarking.report import LEGEND
-from vllm_kvcompress.benchmarking.rows import COLUMNS, NOTHING, title_of
-from vllm_kvcompress.benchmarking.rows import HEADINGS as BENCH_HEADINGS
-from vllm_kvcompress.evaluation import tables
-from vllm_kvcompress.evaluation.document import Document
+from vllm_kvcompress.tools.bench.report import LEGEND
+from vllm_kvcompress.tools.bench.rows import COLUMNS, NOTHING, title_of
+from vllm_kvcompress.tools.bench.rows import HEADINGS as BENCH_HEADINGS
+from vllm_kvcompress.tools.evaluation import tables
+from vllm_kvcompress.tools.evaluation.document import Document
 
 RATIO, SPREAD, ROUNDS = "ratio", "spread", "ratio_rounds"
 

@@ -31,8 +31,8 @@ from benchmarks.report_quality import (  # noqa: E402
     what_was_run,
 )
 from benchmarks.report_speed import speed  # noqa: E402
-from vllm_kvcompress.evaluation.document import Document  # noqa: E402
-from vllm_kvcompress.evaluation.task import EvaluationError  # noqa: E402
+from vllm_kvcompress.tools.evaluation.document import Document  # noqa: E402
+from vllm_kvcompress.tools.evaluation.task import EvaluationError  # noqa: E402
 
 SECTIONS = (
     *(how_to_read, ruler, against_kvpress, per_task, query_agnostic, other_tasks, needles),

@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
 from jsonl_jobs import (
     JobError,
     Prompt,
@@ -22,8 +25,6 @@ from jsonl_jobs import (
     read_prompts,
     remaining,
 )
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 Answer = dict[str, Any]
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from fetch_model import fetch
-from modelkit import ModelError
-from modelkit.sources import QWEN
 from openai import OpenAI, OpenAIError
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
+
+from fetch_model import fetch
+from modelkit import ModelError
+from modelkit.sources import QWEN
 from server_figures import Figures, wait_for_figures
 from serving import Server, ServerError, serve
 

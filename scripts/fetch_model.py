@@ -12,10 +12,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from modelkit import ModelError, folder
-from modelkit.sources import QWEN, SOURCES, Source, assemble, download
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from modelkit import ModelError, folder
+from modelkit.sources import QWEN, SOURCES, Source, assemble, download
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -25,8 +26,9 @@ def write_model(gguf: Path, out: Path, dtype: str, bar: Progress) -> None:
     # Imported here: these take seconds, and a model that is already there needs none of them.
     import torch
     from gguf import GGUFReader
-    from modelkit import tokenizer, weights
     from safetensors.torch import save_file
+
+    from modelkit import tokenizer, weights
 
     reader = GGUFReader(gguf)
     fields = {key: field.contents() for key, field in reader.fields.items()}

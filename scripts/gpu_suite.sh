@@ -45,8 +45,7 @@ out="${out:-$($cpu && echo build || echo benchmarks/results)}"
 
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
-ln -s "$PWD/kernels" "$work/kvcompress_kernels"
-export PYTHON work PYTHONPATH="$work:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHON work PYTHONPATH="$PWD/kernels:$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 slug="$("$PYTHON" - <<'PY'
 import re, torch

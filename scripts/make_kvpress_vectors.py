@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Record what kvpress keeps of fixed inputs, for tests/test_kvpress.py.
+"""Record what kvpress keeps of fixed inputs, for tests/methods/test_kvpress.py.
 
 Runs the presses of an installed kvpress on the attention layers of a tiny Llama with random
 weights, one layer after another, and writes inputs, scores and kept tokens to npz files. Not part

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_kvcompress.benchmarking.server import free_port, last_complaint
+from vllm_kvcompress.tools.bench.server import free_port, last_complaint
 
 __all__ = ["Server", "ServerError", "free_port", "healthy", "serve", "stop"]
 

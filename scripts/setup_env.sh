@@ -117,10 +117,6 @@ setup_env::main() {
     setup_env::pip install 'setuptools>=77,<81' wheel
     setup_env::pip install --no-build-isolation -e "${REPO}[dev,models]"
 
-    # mypy does not follow an editable install; it reads kernels/ under its import name from here.
-    mkdir -p "$VENV/mypy_path"
-    ln -sfn "$REPO/kernels" "$VENV/mypy_path/kvcompress_kernels"
-
     setup_env::say "checking that vLLM starts"
     "$VENV/bin/vllm" --version >>"$VENV/setup_env.log" 2>&1 ||
         setup_env::fail "'vllm --version' does not run, see $VENV/setup_env.log."

@@ -84,8 +84,8 @@ main() {
     run_pip install --no-build-isolation --no-deps -e "$REPO"
 
     say "checking that kvpress and the comparison import"
-    "$PYTHON" -c 'import kvpress, vllm_kvcompress.evaluation.kvpress_backend' >>"$LOG" 2>&1 ||
-        fail "'import kvpress, vllm_kvcompress.evaluation.kvpress_backend' fails, see $LOG."
+    "$PYTHON" -c 'import kvpress, vllm_kvcompress.tools.evaluation.kvpress_backend' >>"$LOG" 2>&1 ||
+        fail "'import kvpress, vllm_kvcompress.tools.evaluation.kvpress_backend' fails, see $LOG."
     printf '%s\n' "$want" >"$stamp"
     say "done: $VENV"
 }

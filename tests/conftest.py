@@ -12,4 +12,4 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 # It would override the pool sizes that tests choose.
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
-pytest_plugins = ["tests.golden_option"]
+pytest_plugins = ["tests.support.golden_option"]

@@ -7,15 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.config import KVCompressionConfig
     from vllm_kvcompress.engine.llm import LLM
+    from vllm_kvcompress.planning.config import KVCompressionConfig
 
 __all__ = ["LLM", "KVCompressionConfig", "__version__"]
 __version__ = "0.1.0"
 
 _LAZY = {
     "LLM": "vllm_kvcompress.engine.llm",
-    "KVCompressionConfig": "vllm_kvcompress.config",
+    "KVCompressionConfig": "vllm_kvcompress.planning.config",
 }
 
 

@@ -1,359 +1,230 @@
-"""What docs/compatibility.md says works beside compression, on a real engine.
+"""docs/compatibility.md: tests that it names exist, and the code says the sentences it quotes."""
 
-Where a feature has nothing to do with what is kept, ``scatter`` says whether it is served right:
-it keeps every token on pages of foreign layers, so its answers are plain vLLM's to the last bit.
-"""
+from __future__ import annotations
 
-import json
-import os
+import ast
 import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from openai import OpenAI
-from safetensors import safe_open
-from safetensors.torch import save_file
-from serving import serve
+import vllm
+from vllm.config import CUDAGraphMode, KVTransferConfig, ModelConfig, VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from tests.engine.cut_model import cut_model
-from tests.engine.harness import MODELS, REPO, SMALL, Engine, Engines, greedy
+from tests.support.refusals import (
+    BERT,
+    CHUNKED,
+    GEMMA3,
+    GEMMA3N,
+    JAMBA,
+    MAMBA,
+    MLA,
+    MOSTLY_FULL,
+    SHAPE,
+    WHISPER,
+    Layer,
+    gpu_config,
+    plain_config,
+    refused_layer,
+    start,
+)
+from vllm_kvcompress.engine import checks
+from vllm_kvcompress.engine.attention.cpu_attn import ArenaCPUImpl
+from vllm_kvcompress.engine.plugin import register
+from vllm_kvcompress.engine.requests import check_request
+from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 
-pytestmark = pytest.mark.engine
-
-BUDGET = 128
-LAYERS = 6
-POOL: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20}
-METHODS: dict[str | None, int | None] = {None: None, "scatter": 1024, "cake": BUDGET}
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    """No more at a time than a test compares."""
-    made = Engines(limit=len(METHODS))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first layers of the small model."""
-    return cut_model(MODELS / SMALL, tmp_path_factory.mktemp("cut") / "model", LAYERS)
-
-
-@pytest.fixture
-def three(engines: Engines, model: Path) -> dict[str | None, Engine]:
-    """Plain vLLM, every token kept, and real compression."""
-    return {m: engines.get(m, b, model=str(model), **POOL) for m, b in METHODS.items()}
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "compatibility.md"
+WORKS, REFUSED, UNTESTED = "✅", "❌", "⬜"
 
 
-def ask(engine: Engine, prompts: list[Any], params: Any, **options: Any) -> list[Any]:
-    """VLLM's outputs of prompts that run together."""
-    given = [{"prompt_token_ids": p} if isinstance(p, list) else p for p in prompts]
-    outputs: list[Any] = engine.llm.generate(given, params, use_tqdm=False, **options)
-    return outputs
+@dataclass(frozen=True)
+class Row:
+    """One line of the page's tables."""
+
+    feature: str
+    state: str
+    evidence: str
+
+    @property
+    def tests(self) -> list[tuple[str, str]]:
+        """File and name of every test that is named."""
+        return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", self.evidence)
+
+    @property
+    def quote(self) -> str:
+        """What the evidence begins with, if that is in backticks."""
+        found = re.match(r"`([^`]+)`", self.evidence)
+        return found[1] if found else ""
 
 
-def answers(outputs: list[Any]) -> list[list[tuple[list[int], float]]]:
-    """Tokens and log-probability of every completion."""
-    return [[(list(o.token_ids), o.cumulative_logprob) for o in r.outputs] for r in outputs]
-
-
-# --- sampling ------------------------------------------------------------------------------------
-
-
-def test_parallel_sampling(three: dict[str | None, Engine], prose: list[int]) -> None:
-    params = greedy(12, n=3, temperature=1.0, seed=7, logprobs=0)
-    found = {m: answers(ask(e, [prose[:400]], params)) for m, e in three.items()}
-    assert found["scatter"] == found[None]
-    assert len({tuple(tokens) for tokens, _ in found["cake"][0]}) == 3
-    assert found["cake"] != found[None]
-
-
-def test_prompt_logprobs_are_plain_vllms(three: dict[str | None, Engine], prose: list[int]) -> None:
-    """They belong to the prompt, which is computed before anything is evicted."""
-    params = greedy(8, prompt_logprobs=2)
-    found = {}
-    for method, engine in three.items():
-        (output,) = ask(engine, [prose[:400]], params)
-        found[method] = [
-            None if at is None else {token: entry.logprob for token, entry in at.items()}
-            for at in output.prompt_logprobs
-        ]
-    assert len(found[None]) == 400
-    assert found["scatter"] == found[None]
-    assert found["cake"] == found[None]
-
-
-def test_beam_search_is_plain_vllms(three: dict[str | None, Engine], prose: list[int]) -> None:
-    """Each of vLLM's beams asks for one token of a new prompt: nothing is read after a cut."""
-    from vllm.sampling_params import BeamSearchParams
-
-    params = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
-    found = {}
-    for method, engine in three.items():
-        before = engine.stats["prompt_cuts"] if engine.compressed else 0
-        (result,) = engine.llm.beam_search([{"prompt_token_ids": prose[:400]}], params)
-        found[method] = [(s.tokens, round(s.cum_logprob, 4)) for s in result.sequences]
-        assert not engine.compressed or engine.stats["prompt_cuts"] > before
-    assert len(found[None]) == 3
-    assert found["scatter"] == found["cake"] == found[None]
-
-
-def test_structured_output(three: dict[str | None, Engine], prose: list[int]) -> None:
-    from vllm.sampling_params import StructuredOutputsParams
-
-    rules = [
-        StructuredOutputsParams(json={"enum": ["north", "south"]}),
-        StructuredOutputsParams(regex="[a-c]{4}-[0-9]{3}"),
-        StructuredOutputsParams(choice=["yes, it is", "no, it is not"]),
+def rows() -> list[Row]:
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|") and not line.startswith(("| feature |", "| --- |"))
     ]
-    params = [greedy(40, ignore_eos=False, structured_outputs=rule) for rule in rules]
-    found = {}
-    for method, engine in three.items():
-        outputs = ask(engine, [prose[:400]] * 3, params)
-        found[method] = [o.outputs[0].text for o in outputs]
-        schema, code, choice = found[method]
-        assert json.loads(schema) in ("north", "south")
-        assert re.fullmatch("[a-c]{4}-[0-9]{3}", code)
-        assert choice in ("yes, it is", "no, it is not")
-    assert found["scatter"] == found[None]
+    assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
+    return [Row(*row) for row in cells]
 
 
-# --- the engine's life ---------------------------------------------------------------------------
+@cache
+def functions(path: str) -> frozenset[str]:
+    """Names of the tests of a file, which is read and not run."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    return frozenset(n.name for n in tree.body if isinstance(n, ast.FunctionDef))
 
 
-def test_the_prefix_cache_is_reset_under_running_requests(
-    three: dict[str | None, Engine], prose: list[int]
-) -> None:
-    """What vLLM offers for new weights: all requests are thrown out and replayed."""
-    engine = three["cake"]
-    expected = engine.generate([prose[:400], prose[100:420]], 20)
-    engine.add(prose[:400], 20)
-    engine.add(prose[100:420], 20)
-    for step, _ in enumerate(engine.steps(), start=1):
-        if step == 6:
-            assert engine.llm.llm_engine.reset_prefix_cache(reset_running_requests=True)
-            break
-    assert sorted(engine.drain().values()) == sorted(expected)
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row.feature[:40])
+def test_a_row_has_a_state_and_what_shows_it(row: Row) -> None:
+    assert row.state in (WORKS, REFUSED, UNTESTED)
+    named = re.findall(r"tests/[\w/.]+", row.evidence)
+    assert len(named) == len(row.tests), "tests are named as `path::name`"
+    missing = [f"{path}::{name}" for path, name in row.tests if name not in functions(path)]
+    assert missing == []
+    assert row.tests or row.state != WORKS
+    assert row.quote or row.state != REFUSED
 
 
-def test_pausing_and_going_on(three: dict[str | None, Engine], prose: list[int]) -> None:
-    engine = three["cake"]
-    expected = engine.generate([prose[:400]], 8)
-    engine.llm.sleep(level=0)
-    engine.llm.wake_up(tags=["scheduling"])
-    assert engine.generate([prose[:400]], 8) == expected
+def test_no_feature_is_listed_twice() -> None:
+    features = [row.feature for row in rows()]
+    assert len(features) == len(set(features))
 
 
-# --- prompts -------------------------------------------------------------------------------------
+# --- sentences -----------------------------------------------------------------------------------
 
 
-def test_prompt_embeds_answer_as_tokens_do(engines: Engines, model: Path, prose: list[int]) -> None:
-    with safe_open(str(model / "model.safetensors"), "pt") as file:
-        (name,) = (n for n in file.keys() if "embed_tokens" in n)  # noqa: SIM118 - not a dict
-        table = file.get_tensor(name).float()
-    engine = engines.get("cake", BUDGET, model=str(model), enable_prompt_embeds=True, **POOL)
-    by_tokens = ask(engine, [prose[:400]], greedy(12))
-    before = engine.stats["prompt_cuts"]
-    embeds = {"prompt_embeds": table[torch.tensor(prose[:400])]}
-    by_embeds = ask(engine, [embeds], greedy(12))
-    assert engine.stats["prompt_cuts"] == before + 1
-    assert answers(by_embeds)[0][0][0] == answers(by_tokens)[0][0][0]
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    register()
+    return tmp_path_factory.mktemp("models")
 
 
-# --- models --------------------------------------------------------------------------------------
+class Said:
+    """Sentences that were said, and which of the rules for whole configurations said them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sentences: set[str] = set()
+        self.rules: set[int] = set()
+        self.all_rules = 0
+        original = checks._rules
+
+        def recording(config: VllmConfig) -> list[tuple[bool, str, str]]:
+            found = original(config)
+            self.all_rules = max(self.all_rules, len(found))
+            self.rules.update([i for i, (applies, _, _) in enumerate(found) if applies][:1])
+            return found
+
+        monkeypatch.setattr(checks, "_rules", recording)
+
+    def note(self, call: Callable[[], object]) -> None:
+        """Call what refuses."""
+        with pytest.raises((ValueError, VLLMValidationError)) as caught:
+            call()
+        self.sentences.add(str(caught.value))
 
 
-def make_adapter(folder: Path) -> Path:
-    """Write a random LoRA adapter for the attention of the small model, in PEFT's format."""
-    folder.mkdir()
-    config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": SMALL, "r": 8,
-        "lora_alpha": 16, "bias": "none", "target_modules": ["q_proj", "v_proj"],
-    }  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for layer in range(LAYERS):
-        for name, width in (("q_proj", 9 * 64), ("v_proj", 3 * 64)):
-            path = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{path}.lora_A.weight"] = torch.randn(8, 576, generator=generator)
-            tensors[f"{path}.lora_B.weight"] = torch.randn(width, 8, generator=generator)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    return folder
+def say_of_configs(said: Said, root: Path, patch: pytest.MonkeyPatch) -> None:
+    """Models and options, as a user gives them."""
+    for model in (MLA, MAMBA, JAMBA, WHISPER, GEMMA3N, MOSTLY_FULL, CHUNKED, BERT):
+        said.note(partial(start, root, model=model))
+    options: list[dict[str, Any]] = [
+        {
+            "kv_transfer_config": KVTransferConfig(
+                kv_connector="ExampleConnector", kv_role="kv_both"
+            )
+        },
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        {"tensor_parallel_size": 2},
+        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "fp8_e5m2"},
+        {"attention_backend": "FLASHINFER"},
+        {"worker_cls": "my.Worker"},
+        {"scheduler_cls": "my.Scheduler"},
+        {"model": GEMMA3, "disable_hybrid_kv_cache_manager": True},
+        {"model": GEMMA3, "settings": {"method": "cake", "prefill": "cascade"}},
+    ]
+    for given in options:
+        said.note(partial(start, root, **given))
+    with patch.context() as other:
+        other.setattr(vllm, "__version__", "0.31.2")
+        said.note(lambda: start(root))
+    with patch.context() as other:
+        other.setattr(ModelConfig, "is_mm_prefix_lm", property(lambda _: True))
+        said.note(lambda: start(root))
 
 
-def test_lora(engines: Engines, model: Path, prose: list[int], tmp_path: Path) -> None:
-    """The same prompt with and without an adapter in one batch: kept apart, also in the cache."""
-    from vllm.lora.request import LoRARequest
-
-    adapter = LoRARequest("random", 1, str(make_adapter(tmp_path / "adapter")))
-    # With room for one adapter only, vLLM's CPU build gives it to requests without one, too.
-    lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, **POOL}
-    found = {}
-    for method, budget in METHODS.items():
-        engine = engines.get(method, budget, model=str(model), **lora)
-        params = greedy(12, logprobs=0)
-        pair = answers(ask(engine, [prose[:400]] * 2, params, lora_request=[None, adapter]))
-        turned = answers(ask(engine, [prose[:400]] * 2, params, lora_request=[adapter, None]))
-        assert turned == pair[::-1]
-        assert pair[0] != pair[1]
-        found[method] = pair
-    assert found["scatter"] == found[None]
-    assert found["cake"] != found[None]
+def say_of_devices(said: Said, root: Path, patch: pytest.MonkeyPatch) -> None:
+    """Settings that vLLM itself refuses on this machine, in finished configurations."""
+    config = plain_config(root)
+    config.parallel_config.decode_context_parallel_size = 2
+    said.note(lambda: checks.check_config(config))
+    with patch.context() as gpu:
+        config = gpu_config(root, gpu)
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+        said.note(lambda: checks.check_config(config))
+        config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+        config.parallel_config.enable_dbo = True
+        said.note(lambda: checks.check_config(config))
+        gpu.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+        said.note(lambda: checks.check_config(config))
 
 
-def quantize(source: Path, target: Path) -> Path:
-    """Write the model with int8 weights, one scale per row, as compressed-tensors stores them."""
-    shutil.copytree(source, target)
-    eight = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**eight, "strategy": "channel", "dynamic": False},
-        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+def layer_with(**facts: Any) -> Layer:
+    """An attention layer that has these facts."""
+    layer = Layer()
+    for name, value in facts.items():
+        setattr(layer.impl, name, value)
+    return layer
+
+
+def say_of_layers(said: Said) -> None:
+    same = ArenaSpec(**SHAPE)
+    said.sentences |= {
+        str(refused_layer(same, Layer(object))),
+        str(refused_layer(same, layer_with(kv_cache_dtype="fp8"))),
+        str(refused_layer(same, layer_with(alibi_slopes=torch.ones(4)))),
+        str(refused_layer(same, layer_with(num_heads=8))),
+        str(refused_layer(ArenaSpec(**SHAPE, non_causal=True))),
+        str(refused_layer(SlidingWindowSpec(**{**SHAPE, "head_size": 128}, sliding_window=128))),
+        str(refused_layer(ArenaSpec(**{**SHAPE, "head_size": 128}))),
     }
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors", "format": "int-quantized",
-        "quantization_status": "compressed", "ignore": ["lm_head"],
-        "config_groups": {"group_0": group},
-    }  # fmt: skip
-    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    tensors = {}
-    with safe_open(str(source / "model.safetensors"), "pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            tensors[name] = file.get_tensor(name)
-            if name.endswith("_proj.weight"):
-                weight = tensors[name].float()
-                scale = weight.abs().amax(dim=1, keepdim=True) / 127
-                tensors[name] = (weight / scale).round().to(torch.int8)
-                tensors[f"{name}_scale"] = scale
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    return target
+    alone: dict[str, KVCacheSpec] = {"layers.0": SlidingWindowSpec(**SHAPE, sliding_window=128)}
+    said.note(lambda: checks.check_specs(alone, {"layers.0": Layer()}, ArenaCPUImpl))
 
 
-def test_quantized_weights(engines: Engines, model: Path, prose: list[int], tmp_path: Path) -> None:
-    small = str(quantize(model, tmp_path / "w8a8"))
-    prompts = [prose[:400], prose[300:500]]
-    found = {}
-    for method, budget in METHODS.items():
-        engine = engines.get(method, budget, model=small, dtype="bfloat16", **POOL)
-        found[method] = answers(ask(engine, prompts, greedy(12, logprobs=0)))
-        worker = engine.core.model_executor.driver_worker.worker
-        layer = worker.model_runner.model.model.layers[0].self_attn.qkv_proj
-        # Not the weight: where oneDNN multiplies, it has packed it and vLLM has let go of it.
-        assert "Int8" in type(layer.scheme).__name__
-    assert found["scatter"] == found[None]
-    assert found["cake"] != found[None]
+def say_of_requests(said: Said, root: Path) -> None:
+    said.note(lambda: check_request(SimpleNamespace(resumable=True), None))
+    config = start(root, settings={"method": "uniform", "budget": 400}, block_size=100)
+    config.cache_config.num_gpu_blocks = 9  # one of them is the null block
+    request = SimpleNamespace(
+        resumable=False,
+        prompt_token_ids=[0] * 400,
+        sampling_params=SimpleNamespace(extra_args=None, max_tokens=900),
+    )
+    config.model_config.max_model_len = 2000
+    said.note(lambda: check_request(request, SimpleNamespace(vllm_config=config)))
 
 
-def make_mixture(tokenizer: Path, folder: Path) -> Path:
-    """Write a small mixture of experts with random weights that make attention matter."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("*.safetensors", "config*"))
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, vocab_size=49152, num_local_experts=4,
-        num_experts_per_tok=2, max_position_embeddings=2048, sliding_window=None,
-        initializer_range=0.2, dtype="float32",
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(folder)
-    return folder
-
-
-RUN_MIXTURE = """
-import json, sys
-from tests.engine.harness import Engines
-folder, methods, prompts = json.loads(sys.stdin.read())
-engines, found = Engines(), []
-for method, budget in methods:
-    engine = engines.get(method, budget, model=folder)
-    outputs = engine.complete(prompts, 12, logprobs=0)
-    found.append([[list(o.token_ids), o.cumulative_logprob] for o in outputs])
-    cuts = engine.stats["prompt_cuts"] if engine.compressed else 0
-    found[-1].append(cuts)
-    engine.check()
-print("RESULT", json.dumps(found))
-"""
-
-
-def test_mixture_of_experts(model: Path, prose: list[int], tmp_path: Path) -> None:
-    """Random weights. In a process of its own: vLLM makes groups of experts for the first model."""
-    folder = str(make_mixture(model, tmp_path / "moe"))
-    job = [folder, list(METHODS.items()), [prose[:400], prose[300:500]]]
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_MIXTURE], input=json.dumps(job), cwd=REPO,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    (line,) = (s for s in done.stdout.splitlines() if s.startswith("RESULT "))
-    plain, scatter, cake = json.loads(line.removeprefix("RESULT "))
-    assert scatter[:-1] == plain[:-1]
-    assert scatter[-1] == cake[-1] == 2
-    assert cake[:-1] != plain[:-1]
-
-
-def test_compiled_model(engines: Engines, model: Path, prose: list[int]) -> None:
-    """As `vllm serve` starts without --enforce-eager: on the CPU a compiled model, no graphs."""
-    from vllm.config import CompilationMode
-
-    prompts = [prose[:400], prose[300:364], prose[300:500]]
-    params = greedy(12, logprobs=0)
-    eager = engines.get("cake", BUDGET, model=str(model), **POOL)
-    expected = answers(ask(eager, prompts, params))
-    found = {}
-    for method, budget in METHODS.items():
-        engine = engines.get(method, budget, model=str(model), enforce_eager=False, **POOL)
-        assert engine.llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
-        found[method] = answers(ask(engine, prompts, params))
-    assert found["scatter"] == found[None]
-    for [(tokens, logprob)], [(same, near)] in zip(found["cake"], expected, strict=True):
-        assert tokens == same
-        assert logprob == pytest.approx(near, abs=1e-3)
-
-
-# --- several engines ---------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_data_parallel(model: Path, prose: list[int], tmp_path: Path) -> None:
-    """Two engines with a pool each behind one server; either gives the same answers."""
-    options = [
-        "--served-model-name", "small", "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "1024", "--block-size", "32", "--max-num-seqs", "4",
-        "--kv-cache-memory-bytes", str(64 << 20), "--data-parallel-size", "2",
-        "--kv-compression", "cake", "--kv-compression-budget", str(BUDGET),
-        "--kv-compression-config", '{"log_requests": true, "check_integrity": true}',
-    ]  # fmt: skip
-    log = tmp_path / "log.txt"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        with serve(str(model), options, log, timeout=500) as server:
-            client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
-
-            def complete(start: int) -> str:
-                answer = client.completions.create(
-                    model="small", prompt=prose[start : start + 400], max_tokens=24,
-                    temperature=0, extra_body={"ignore_eos": True},
-                )  # fmt: skip
-                return answer.choices[0].text
-
-            starts = [0, 50, 100, 150]
-            with ThreadPoolExecutor(4) as pool:
-                together = list(pool.map(complete, starts))
-            assert [complete(start) for start in starts] == together
-    # Each process names itself in front of what it logs.
-    lines = [line for line in log.read_text().splitlines() if "KVCOMPRESS {" in line]
-    assert len(lines) == 8
-    assert len({re.findall(r"pid=(\d+)", line)[0] for line in lines}) == 2
+def test_the_code_says_what_is_quoted_and_nothing_else(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = Said(monkeypatch)
+    say_of_configs(said, root, monkeypatch)
+    say_of_devices(said, root, monkeypatch)
+    say_of_layers(said)
+    say_of_requests(said, root)
+    unheard = set(range(said.all_rules)) - said.rules
+    assert unheard == set(), "a rule of checks.py has no line here and none on the page"
+    quoted = {row.quote for row in rows() if row.state == REFUSED}
+    assert quoted - said.sentences == set(), "quoted, but nothing says so"
+    assert said.sentences - quoted == set(), "said, but not on the page"

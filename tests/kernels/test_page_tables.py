@@ -199,9 +199,9 @@ def test_triton_equals_torch_on_strided_views(outermost, device):
 @pytest.mark.parametrize("outermost", ["layer", "block"])
 def test_equals_the_workers_own_table_builder(implementation, outermost, device):
     """The same step through numpy's PageArena and TableBuilder: admitted, grown, replayed."""
-    pytest.importorskip("vllm_kvcompress.tables")
-    from vllm_kvcompress.arena import ArenaPlan, PageArena, PageGeometry, deal_pages
-    from vllm_kvcompress.tables import BatchRows, TableBuilder
+    pytest.importorskip("vllm_kvcompress.paging.page_tables")
+    from vllm_kvcompress.paging.arena import ArenaPlan, PageArena, PageGeometry, deal_pages
+    from vllm_kvcompress.paging.page_tables import BatchRows, TableBuilder
 
     world = World(3, 16, outermost, seed=9)
     geometry = PageGeometry(np.asarray(world.origin), world.step, NUM_BLOCKS, 16)

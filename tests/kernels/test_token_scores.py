@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from kvcompress_kernels.selection import group_mean, pool_tokens, token_scores, token_scores_cost
-
-from .test_selection import IMPLEMENTATIONS, run
+from tests.kernels.test_selection import IMPLEMENTATIONS, run
 
 TOLERANCE = {torch.float32: (0.0, 5e-6)}  # dtype: (atol, rtol); sums of some forty numbers >= 0
 

@@ -8,8 +8,8 @@ import vllm
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from vllm_kvcompress.engine.backends import BACKENDS
-from vllm_kvcompress.engine.layers import layers_of
+from vllm_kvcompress.engine.attention import BACKENDS, FP8_CACHES, PLAIN_CACHES
+from vllm_kvcompress.engine.model_layers import layers_of
 
 TESTED_VERSION = "0.32"
 
@@ -47,15 +47,13 @@ HOOKS = (
 )
 """Everything of vLLM that engine/ overrides or calls and that is not a documented interface."""
 
+GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
+_OURS = "vllm_kvcompress.engine.worker"
 WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.engine.cpu_worker.ArenaCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcompress.engine.gpu_worker.ArenaGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": f"{_OURS}.cpu_worker.ArenaCPUWorker",
+    GPU_WORKER: f"{_OURS}.gpu_worker.ArenaGPUWorker",
 }
 """vLLM's worker -> ours."""
-
-GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
-PLAIN_CACHES = ("auto", "bfloat16", "float16")
-FP8_CACHES = ("fp8", "fp8_e4m3")
 
 
 class Unsupported(ValueError):  # noqa: N818 - reads as a verdict
@@ -255,7 +253,7 @@ def check_specs(
         Unsupported: Names the first layer that does not fit.
 
     """
-    from vllm_kvcompress.engine.spec import ArenaSpec
+    from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 
     first = next((name for name, spec in specs.items() if isinstance(spec, ArenaSpec)), None)
     for name, spec in specs.items():

@@ -13,8 +13,8 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_kvcompress.engine.report import Report
 from vllm_kvcompress.engine.settings import compression_of
+from vllm_kvcompress.eviction.measurements import Report
 
 _MARK = "_kv_compression_wrapped"
 _OURS = "_kv_compression_metrics"

@@ -5,7 +5,12 @@ import functools
 import json
 from typing import Any
 
-from vllm_kvcompress.config import CONFIG_KEY, DEFAULT_BUDGET, KVCompressionConfig, parse_budget
+from vllm_kvcompress.planning.config import (
+    CONFIG_KEY,
+    DEFAULT_BUDGET,
+    KVCompressionConfig,
+    parse_budget,
+)
 
 _MARK = "_kv_compression_wrapped"
 
@@ -58,6 +63,35 @@ def merge_settings(
     }
     extra[CONFIG_KEY] = KVCompressionConfig.parse(settings).as_dict()
     return extra
+
+
+def switch_on(vllm_config: Any) -> None:
+    """Name our worker and scheduler in the config. Mutates vllm_config.
+
+    Args:
+        vllm_config: The finished configuration.
+
+    Raises:
+        ValueError: A combination that is not supported, or a budget too small for the blocks.
+
+    """
+    # Imported here: a vLLM without some hook must still serve those who did not ask.
+    from vllm_kvcompress.engine.checks import WORKERS, check_config
+    from vllm_kvcompress.engine.metrics import export_books
+    from vllm_kvcompress.engine.requests import guard_requests
+    from vllm_kvcompress.engine.settings import plans_of
+
+    check_config(vllm_config)
+    if vllm_config.cache_config.block_size:
+        plans_of(vllm_config, vllm_config.cache_config.block_size)
+    vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
+    asynchronous = vllm_config.scheduler_config.async_scheduling
+    vllm_config.scheduler_config.scheduler_cls = (
+        "vllm_kvcompress.engine.scheduler.arena_scheduler."
+        + ("ArenaAsyncScheduler" if asynchronous else "ArenaScheduler")
+    )
+    guard_requests()
+    export_books()
 
 
 def _wrap_add_cli_args(engine_args: Any) -> None:
@@ -130,12 +164,10 @@ def _wrap_create_engine_config(engine_args: Any) -> None:
         from vllm_kvcompress.engine.checks import check_version
 
         check_version()
-        config = KVCompressionConfig.parse(extra[CONFIG_KEY])
+        KVCompressionConfig.parse(extra[CONFIG_KEY])
         vllm_config = original(self, *args, **kwargs)
 
-        from vllm_kvcompress.engine.switch import switch_on
-
-        switch_on(vllm_config, config)
+        switch_on(vllm_config)
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config

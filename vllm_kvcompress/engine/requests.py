@@ -6,9 +6,9 @@ from typing import Any
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_kvcompress.engine.layers import pool_for_arena
+from vllm_kvcompress.engine.model_layers import pool_for_arena
 from vllm_kvcompress.engine.settings import compression_of, plans_of
-from vllm_kvcompress.plans import Plans
+from vllm_kvcompress.planning.request_settings import Plans
 
 _MARK = "_kv_compression_wrapped"
 _PLANS = "_kv_compression_plans"

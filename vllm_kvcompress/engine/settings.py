@@ -5,10 +5,10 @@ from functools import lru_cache
 
 from vllm.config import VllmConfig
 
-from vllm_kvcompress.config import CONFIG_KEY, KVCompressionConfig
-from vllm_kvcompress.engine.layers import layers_of
-from vllm_kvcompress.planner import Limits
-from vllm_kvcompress.plans import Plans
+from vllm_kvcompress.engine.model_layers import layers_of
+from vllm_kvcompress.planning.block_planner import Limits
+from vllm_kvcompress.planning.config import CONFIG_KEY, KVCompressionConfig
+from vllm_kvcompress.planning.request_settings import Plans
 
 
 def compression_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None:

@@ -1,21 +1,30 @@
 """Compression methods: one small dataclass each, found by name through the registry."""
 
-from .base import END, Every, LayerInput, LayerScores, Method, Need, Schedule, settled
-from .cake import Cake
-from .composed import Composed
-from .dynamickv import DynamicKV
-from .h2o import H2O
-from .keydiff import KeyDiff
-from .knorm import Knorm
-from .none import NoCompression
-from .pyramidkv import PyramidKV
-from .random import Random
-from .registry import available, get_method, register
-from .scatter import Scatter
-from .snapkv import SnapKV
-from .streamingllm import StreamingLLM
-from .tova import Tova
-from .uniform import Uniform
+from vllm_kvcompress.methods.base import (
+    END,
+    Every,
+    LayerInput,
+    LayerScores,
+    Method,
+    Need,
+    Schedule,
+    settled,
+)
+from vllm_kvcompress.methods.cake import Cake
+from vllm_kvcompress.methods.composed import Composed
+from vllm_kvcompress.methods.dynamickv import DynamicKV
+from vllm_kvcompress.methods.h2o import H2O
+from vllm_kvcompress.methods.keydiff import KeyDiff
+from vllm_kvcompress.methods.knorm import Knorm
+from vllm_kvcompress.methods.none import NoCompression
+from vllm_kvcompress.methods.pyramidkv import PyramidKV
+from vllm_kvcompress.methods.random import Random
+from vllm_kvcompress.methods.registry import available, get_method, register
+from vllm_kvcompress.methods.scatter import Scatter
+from vllm_kvcompress.methods.snapkv import SnapKV
+from vllm_kvcompress.methods.streamingllm import StreamingLLM
+from vllm_kvcompress.methods.tova import Tova
+from vllm_kvcompress.methods.uniform import Uniform
 
 __all__ = [
     "END",

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from kvcompress_kernels.scoring import WindowStatistics
 from kvcompress_kernels.selection import token_scores
-
-from . import released_cake
-from .base import END, Every, LayerInput, LayerScores, Method, Need, Schedule
-from .registry import register
-from .released_attention import window_attention
-from .window import WINDOW_NEEDS, observe, observed
+from vllm_kvcompress.methods import released_cake
+from vllm_kvcompress.methods.base import END, Every, LayerInput, LayerScores, Method, Need, Schedule
+from vllm_kvcompress.methods.registry import register
+from vllm_kvcompress.methods.released_attention import window_attention
+from vllm_kvcompress.methods.window import WINDOW_NEEDS, observe, observed
 
 # Weights are below 2 and, unless zero, at least 2 ** -_DEEPEST: inside the normal fp64 range.
 _DEEPEST = 1000

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from .base import LayerInput, LayerScores, Method, Need, Schedule
-from .window import observe
+from vllm_kvcompress.methods.base import LayerInput, LayerScores, Method, Need, Schedule
+from vllm_kvcompress.methods.window import observe
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from kvcompress_kernels.selection import group_mean, grouped, winners_per_layer
-
-from . import released_dynamickv
-from .base import Every, LayerInput, LayerScores, Method, Need, Schedule
-from .registry import register
-from .window import WINDOW_NEEDS, observed, window_votes
+from vllm_kvcompress.methods import released_dynamickv
+from vllm_kvcompress.methods.base import Every, LayerInput, LayerScores, Method, Need, Schedule
+from vllm_kvcompress.methods.registry import register
+from vllm_kvcompress.methods.window import WINDOW_NEEDS, observed, window_votes
 
 
 @register

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import Method
+from vllm_kvcompress.methods.base import Method
 
 
 @dataclass(frozen=True, kw_only=True)

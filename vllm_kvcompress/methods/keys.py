@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .base import LayerInput, Need
+from vllm_kvcompress.methods.base import LayerInput, Need
 
 KEY_NEEDS = frozenset({Need.KEYS})
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import LayerInput, LayerScores, Need
-from .equal import EqualShares
-from .keys import KEY_NEEDS, score_keys
-from .registry import register
+from vllm_kvcompress.methods.base import LayerInput, LayerScores, Need
+from vllm_kvcompress.methods.equal import EqualShares
+from vllm_kvcompress.methods.keys import KEY_NEEDS, score_keys
+from vllm_kvcompress.methods.registry import register
 
 
 @register

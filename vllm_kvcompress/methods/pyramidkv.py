@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .base import LayerScores
-from .registry import register
-from .snapkv import SnapKV
+from vllm_kvcompress.methods.base import LayerScores
+from vllm_kvcompress.methods.registry import register
+from vllm_kvcompress.methods.snapkv import SnapKV
 
 
 @register

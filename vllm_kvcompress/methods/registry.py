@@ -14,8 +14,8 @@ from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
 from typing import TypeVar
 
-from .base import Method
-from .composed import Composed, check_composable
+from vllm_kvcompress.methods.base import Method
+from vllm_kvcompress.methods.composed import Composed, check_composable
 
 ENTRY_POINT_GROUP = "vllm_kvcompress.methods"
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .released_attention import attend, rows_of, window_attention
+from vllm_kvcompress.methods.released_attention import attend, rows_of, window_attention
 
 
 class Preference(NamedTuple):

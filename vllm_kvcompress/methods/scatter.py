@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import LayerInput, LayerScores, Method, Need
-from .registry import register
+from vllm_kvcompress.methods.base import LayerInput, LayerScores, Method, Need
+from vllm_kvcompress.methods.registry import register
 
 
 @register

@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 
 import torch
 
-from .base import LayerInput, LayerScores, Need
-from .equal import EqualShares
-from .registry import register
+from vllm_kvcompress.methods.base import LayerInput, LayerScores, Need
+from vllm_kvcompress.methods.equal import EqualShares
+from vllm_kvcompress.methods.registry import register
 
 
 @register

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .base import LayerInput, LayerScores, Need
-from .equal import EqualShares
-from .registry import register
-from .window import WINDOW_NEEDS, window_votes
+from vllm_kvcompress.methods.base import LayerInput, LayerScores, Need
+from vllm_kvcompress.methods.equal import EqualShares
+from vllm_kvcompress.methods.registry import register
+from vllm_kvcompress.methods.window import WINDOW_NEEDS, window_votes
 
 
 @register

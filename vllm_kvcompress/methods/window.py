@@ -8,9 +8,8 @@ from torch import Tensor
 
 from kvcompress_kernels.scoring import WindowStatistics, window_statistics
 from kvcompress_kernels.selection import token_scores
-
-from .base import LayerInput, Need
-from .keys import keys_at_hand
+from vllm_kvcompress.methods.base import LayerInput, Need
+from vllm_kvcompress.methods.keys import keys_at_hand
 
 WINDOW_NEEDS = frozenset({Need.WINDOW_QUERIES, Need.KEYS})
 

@@ -1,0 +1,170 @@
+"""Moving the tokens that survive, and whole pages, inside a paged KV cache.
+
+Nothing is computed: bytes are copied as they are, whatever type they stand for. Sources and targets
+must not share a page, which survivors in private pages never do, so the copy needs no workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcompress_kernels.cost import Cost
+from kvcompress_kernels.dispatch import Implementation, triton_kernels, use_triton
+
+_WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_INDICES = (torch.int32, torch.int64)
+
+
+def move_tokens(
+    cache: Tensor,
+    source_pages: Tensor,
+    tokens: Tensor,
+    counts: Sequence[int] | Tensor,
+    target_pages: Tensor,
+    *,
+    implementation: Implementation = "auto",
+) -> None:
+    """Copy the surviving tokens of R jobs to the front of other pages, one launch for all jobs.
+
+    ``cache``: [P, N, bs, C], any dtype, C = 2 * head size with the key of a token in front of its
+    value; the last dimension has stride 1, the other strides are free. ``source_pages``: int32 or
+    int64 [R, Ws], page ids of each job's prompt in token order. ``tokens``: int32 or int64
+    [R, N, T], positions in that prompt, every KV head its own; the first ``counts[r]`` of each
+    row are read (ascending ones read memory in order), the rest may hold anything. ``counts``: [R]
+    survivors per head, a sequence, or an int32 or int64 tensor on the cache's device.
+    ``target_pages``: int32 or int64 [R, Wt]; survivor i of each head goes to slot i % bs of page
+    ``target_pages[r, i // bs]``. A job is a layer of a prompt, or a layer of one of several
+    prompts.
+
+    Mutates those slots of ``cache`` and nothing else. The caller sees to it that no target page is
+    a source page of any job or another job's target page, that the page ids lie in [0, P), and that
+    the tokens read lie in [0, Ws * bs): these are not checked. The Triton version does not wait for
+    the device; the torch version does if ``counts`` is a tensor on one.
+
+    Raises ValueError if shapes, strides or dtypes do not fit together, and for counts that do not
+    fit ``tokens`` and ``target_pages``, as far as they are known without asking the device.
+    """
+    _check_cache(cache)
+    jobs, heads, width = tokens.shape
+    if heads != cache.shape[1]:
+        raise ValueError(f"tokens of {heads} KV heads for a cache of {cache.shape[1]}")
+    for name, pages in (("source_pages", source_pages), ("target_pages", target_pages)):
+        if pages.ndim != 2 or pages.shape[0] != jobs:
+            raise ValueError(f"{name} must be [{jobs}, pages], got {tuple(pages.shape)}")
+        _check_index(name, pages, cache)
+    _check_index("tokens", tokens, cache)
+    most = min(width, target_pages.shape[1] * cache.shape[2])
+    _check_counts(counts, jobs, most, cache)
+    if jobs == 0 or most == 0:
+        return
+    words = as_words(cache)
+    if use_triton(cache, implementation):
+        triton_kernels("compaction").move_tokens(words, source_pages, tokens, counts, target_pages)
+    else:
+        _move_tokens_torch(words, source_pages, tokens, counts, target_pages)
+
+
+def copy_pages(
+    cache: Tensor, source: Tensor, target: Tensor, *, implementation: Implementation = "auto"
+) -> None:
+    """Copy whole pages: page ``source[i]`` to page ``target[i]``, one launch for all.
+
+    ``cache``: [P, N, bs, C] as for :func:`move_tokens`. ``source``, ``target``: int32 or int64 [n],
+    page ids in [0, P). Mutates the target pages of ``cache``. The caller sees to it that no target
+    is also a source and that targets are distinct: this is not checked.
+
+    Raises ValueError if shapes, strides or dtypes do not fit together.
+    """
+    _check_cache(cache)
+    if source.ndim != 1 or source.shape != target.shape:
+        raise ValueError(
+            f"source and target must be [n] each: {tuple(source.shape)}, {tuple(target.shape)}"
+        )
+    _check_index("source", source, cache)
+    _check_index("target", target, cache)
+    if source.numel() == 0:
+        return
+    words = as_words(cache)
+    if use_triton(cache, implementation):
+        triton_kernels("compaction").copy_pages(words, source, target)
+    else:
+        words[target.long()] = words[source.long()]
+
+
+def compaction_cost(
+    survivors: int, kv_heads: int, head_size: int, itemsize: int, index_itemsize: int = 4
+) -> Cost:
+    """Cost of :func:`move_tokens`: keys and values read and written, token numbers read.
+
+    ``survivors``: sum of ``counts``, per KV head and over all jobs; ``itemsize`` and
+    ``index_itemsize``: bytes of a cache element and of a token number. Page ids, at most two per
+    ``bs`` survivors, are left out.
+    """
+    per_token = 2 * 2 * head_size * itemsize + index_itemsize
+    return Cost(bytes=survivors * kv_heads * per_token, flops=0)
+
+
+def as_words(cache: Tensor) -> Tensor:
+    """``cache`` seen as the widest integers that its rows, strides and address allow.
+
+    [P, N, bs, C] of any dtype with stride 1 in the last dimension becomes [P, N, bs, C'] of int64,
+    int32, int16 or uint8 in the same memory.
+    """
+    size = cache.element_size()
+    offsets = [cache.data_ptr(), cache.shape[-1] * size, *(s * size for s in cache.stride()[:-1])]
+    for dtype in _WORDS:
+        if dtype.itemsize >= size and all(offset % dtype.itemsize == 0 for offset in offsets):
+            return cache.view(dtype)
+    raise ValueError(f"elements of {size} bytes ({cache.dtype}) cannot be moved")
+
+
+def _check_cache(cache: Tensor) -> None:
+    if cache.ndim != 4:
+        raise ValueError(f"the cache must be [P, N, block size, C], got {tuple(cache.shape)}")
+    if cache.stride(-1) != 1:
+        raise ValueError(f"the cache's last dimension has stride {cache.stride(-1)}, not 1")
+
+
+def _check_index(name: str, index: Tensor, cache: Tensor) -> None:
+    if index.dtype not in _INDICES:
+        raise ValueError(f"{name} must be int32 or int64, got {index.dtype}")
+    if index.device != cache.device:
+        raise ValueError(f"{name} is on {index.device}, the cache on {cache.device}")
+
+
+def _check_counts(counts: Sequence[int] | Tensor, jobs: int, most: int, cache: Tensor) -> None:
+    if isinstance(counts, Tensor):
+        _check_index("counts", counts, cache)
+        if counts.shape != (jobs,):
+            raise ValueError(f"counts must be [{jobs}], got {tuple(counts.shape)}")
+        if counts.device.type != "cpu":
+            return
+        values = [int(c) for c in counts.tolist()]
+    else:
+        values = list(counts)
+        if len(values) != jobs:
+            raise ValueError(f"{len(values)} counts for {jobs} jobs")
+    for job, count in enumerate(values):
+        if not 0 <= count <= most:
+            raise ValueError(f"job {job}: {count} survivors, but there is room for 0 to {most}")
+
+
+def _move_tokens_torch(
+    words: Tensor,
+    source_pages: Tensor,
+    tokens: Tensor,
+    counts: Sequence[int] | Tensor,
+    target_pages: Tensor,
+) -> None:
+    size = words.shape[2]
+    head = torch.arange(words.shape[1], device=words.device)[:, None]
+    values = counts.tolist() if isinstance(counts, Tensor) else counts
+    for job, count in enumerate(values):
+        token = tokens[job, :, :count].long()
+        slot = torch.arange(count, device=words.device)
+        source = source_pages[job].long()[token // size]
+        target = target_pages[job].long()[slot // size]
+        words[target[None, :], head, (slot % size)[None, :]] = words[source, head, token % size]

@@ -1,0 +1,166 @@
+"""Prompts compressed while they run: the same result as after the step, in far fewer blocks."""
+
+from typing import Any
+
+import pytest
+
+from tests.e2e.harness import Engine, Engines
+
+pytestmark = pytest.mark.engine
+
+BLOCK = 32
+BUDGET = 128
+R = BUDGET // BLOCK
+LAYERS = 30
+PAGE_BYTES = LAYERS * 3 * BLOCK * 128 * 4  # one block of SmolLM2 in fp32
+
+
+def paths(engines: Engines, method: str, config: dict[str, Any]) -> tuple[Engine, Engine]:
+    """Two engines that differ in where a prompt lies while it is computed."""
+    full = engines.get(method, BUDGET, config={**config, "prefill": "full"})
+    return full, engines.get(method, BUDGET, config={**config, "prefill": "cascade"})
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "at_once"),
+    [("cake", {}, 1), ("dynamickv", {}, 4), ("uniform", {}, 1), ("cake", {"faithful": True}, 1)],
+)
+def test_a_cascade_keeps_and_answers_what_the_full_path_does(
+    engines: Engines, prose: list[int], method: str, config: dict[str, Any], at_once: int
+) -> None:
+    # Together with a prompt that fits the budget, so that rows of all kinds share a batch.
+    prompts = [prose[:1000], prose[50:90], prose[700:1033]]
+    found = []
+    for engine in paths(engines, method, config):
+        before = dict(engine.manager.counts)
+        kept = engine.record_kept()
+        outputs = engine.complete(prompts, 24, logprobs=0)
+        # Summed log-probabilities as well: not a single bit is different.
+        answers = [(list(o.token_ids), o.cumulative_logprob) for o in outputs]
+        counts = engine.manager.counts
+        paths_taken = [
+            counts[f"prefills_{p}"] - before[f"prefills_{p}"] for p in ("full", "cascade")
+        ]
+        found.append((answers, kept[:2], paths_taken))
+        engine.check()
+    (full, full_kept, full_paths), (cascade, cascade_kept, cascade_paths) = found
+    assert (full_paths, cascade_paths) == ([2, 0], [0, 2])
+    assert len(full_kept) == 2
+    assert cascade_kept == full_kept
+    assert cascade == full
+    engine = paths(engines, method, config)[1]
+    _, held = engine.run_counting([prose[:1000]], 4)
+    assert held[0] == R + -(-at_once * 32 // LAYERS)
+    assert max(held[1:]) == R + 1
+
+
+def test_a_prompt_whose_cache_does_not_fit_is_served_in_one_step(
+    engines: Engines, prose: list[int]
+) -> None:
+    settings: dict[str, Any] = {
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 4096,
+        "kv_cache_memory_bytes": 40 * PAGE_BYTES,
+    }
+    prompt = prose[:3500]
+    needed = -(-len(prompt) // BLOCK)
+    with pytest.raises(ValueError, match="larger than the available KV cache memory"):
+        engines.get(**settings)
+    small = engines.get("cake", BUDGET, **settings)
+    assert needed > 2 * small.total_blocks()
+    # What vLLM's log says of maximum concurrency: one prompt at its peak, the others at R.
+    peak = R + -(-4096 // (BLOCK * LAYERS))
+    told = small.core.vllm_config.cache_config.kv_cache_max_concurrency
+    assert told == pytest.approx(1 + (small.total_blocks() - peak) / R)
+    (answer,), held = small.run_counting([prompt], 24)
+    assert held[0] == R + -(-needed // LAYERS)
+    assert max(held) <= R + -(-needed // LAYERS) + 2
+    assert small.manager.counts["prefills_cascade"] == 1
+    large = engines.get(
+        "cake", BUDGET, config={"prefill": "full"}, **{**settings, "kv_cache_memory_bytes": 2**28}
+    )
+    assert large.generate([prompt], 24) == [answer]
+
+
+def test_a_generation_ends_where_the_pool_does(engines: Engines, prose: list[int]) -> None:
+    """What could never be held is the request's own error, or is not begun if it was not asked."""
+    small = engines.get(
+        "cake",
+        BUDGET,
+        max_model_len=4096,
+        max_num_batched_tokens=4096,
+        kv_cache_memory_bytes=12 * PAGE_BYTES,
+    )
+    # Not imported with the module: the kernels' tests arrange for Triton's interpreter first.
+    from vllm.exceptions import VLLMValidationError
+
+    room = small.total_blocks() * BLOCK - 100
+    with pytest.raises(VLLMValidationError, match=f"room for {room} generated tokens"):
+        small.generate([prose[:100]], room + 1)
+    outputs = small.generate([prose[:100]], 4096 - 100)
+    assert len(outputs[0]) == room
+    small.check()
+
+
+def test_cached_blocks_are_used_as_they_are(engines: Engines, prose: list[int]) -> None:
+    """Short prompts are left in the prefix cache, cascades are not."""
+    full, cascade = paths(engines, "cake", {})
+    for engine in (full, cascade):
+        engine.llm.reset_prefix_cache()
+        engine.generate([prose[:BUDGET]], 2)
+    prompt = prose[:900]
+    cached = []
+    for engine in (cascade, cascade, full, full):
+        (output,) = engine.llm.generate([{"prompt_token_ids": prompt}], _greedy(16), use_tqdm=False)
+        cached.append((output.num_cached_tokens, list(output.outputs[0].token_ids)))
+    answer = cached[0][1]
+    window = cascade.session._plans.own.window
+    whole = (900 - window) // BLOCK * BLOCK
+    assert cached == [(BUDGET, answer)] * 2 + [(BUDGET, answer), (whole, answer)]
+    _, held = cascade.run_counting([prompt], 2)
+    own = 29 - BUDGET // BLOCK
+    assert held[0] == BUDGET // BLOCK + -(-own // LAYERS) + R
+
+
+def test_auto_cascades_when_the_pool_has_no_room(engines: Engines, prose: list[int]) -> None:
+    engine = engines.get("cake", BUDGET, kv_cache_memory_bytes=64 * PAGE_BYTES)
+    roomy = engines.get("cake", BUDGET)
+    prompts = [prose[37 * i : 37 * i + 800] for i in range(8)]
+    before = dict(engine.manager.counts)
+    outputs, held = engine.run_counting(prompts, 24)
+    counts = engine.manager.counts
+    assert counts["prefills_full"] > before["prefills_full"]
+    assert counts["prefills_cascade"] > before["prefills_cascade"]
+    assert max(held) <= engine.total_blocks()
+    assert outputs == roomy.generate(prompts, 24)
+    engine.check()
+
+
+def test_a_prompt_waits_for_a_step_that_holds_all_of_it(engines: Engines, prose: list[int]) -> None:
+    """Two prompts of more than half a step each: one after the other, none of them in chunks."""
+    engine = engines.get("cake", BUDGET, config={"prefill": "cascade"}, max_num_batched_tokens=1024)
+    full = paths(engines, "cake", {})[0]
+    prompts = [prose[:700], prose[900:1600], prose[2000:2020]]
+    before = engine.manager.counts["prefills_cascade"]
+    assert engine.generate(prompts, 16) == full.generate(prompts, 16)
+    assert engine.manager.counts["prefills_cascade"] == before + 2
+
+
+def test_books_add_up(engines: Engines, prose: list[int]) -> None:
+    """What is reserved, held and freed, as the worker reports it."""
+    engine = engines.get("cake", BUDGET, config={"prefill": "cascade"})
+    engine.llm.reset_prefix_cache()
+    (before,) = engine.llm.collective_rpc("kv_compression_stats")
+    engine.generate([prose[:1000]], 40)
+    (after,) = engine.llm.collective_rpc("kv_compression_stats")
+    assert after["blocks_freed"] - before.get("blocks_freed", 0) == -(-32 // LAYERS)
+    assert after["prefills_cascade"] - before.get("prefills_cascade", 0) == 1
+    # At the last step's planning: the arena and two blocks of generated tokens.
+    assert after["blocks_held"] == after["blocks_reserved"] == R + 2
+    assert after["blocks_free"] == engine.total_blocks() - R - 2
+
+
+def _greedy(max_tokens: int) -> Any:
+    from tests.e2e.harness import greedy
+
+    return greedy(max_tokens)

@@ -1,0 +1,186 @@
+"""A method in a package of its own, as docs/adding-a-method.md writes it, on a real server."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import BadRequestError, OpenAI
+
+from serving import ServerError, serve
+from tests.e2e.harness import MODELS, REPO, SMALL
+
+pytestmark = pytest.mark.engine
+
+BUDGET = 128
+METHOD = "novelty"
+PAGE = REPO / "docs" / "adding-a-method.md"
+OPTIONS = [
+    "--served-model-name", "small", "--dtype", "float32", "--enforce-eager",
+    "--max-model-len", "1024", "--block-size", "32", "--max-num-seqs", "4",
+    "--kv-cache-memory-bytes", str(128 << 20), "--kv-compression-budget", str(BUDGET),
+]  # fmt: skip
+FILES = {"pyproject.toml", "kvc_novelty.py", "test_kvc_novelty.py"}
+
+
+def code_blocks(page: str) -> dict[str, str]:
+    """Files of a page: each a code block below a line with nothing but its name in backticks."""
+    return dict(re.findall(r"^`([\w.-]+)`\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's files, as the page has them."""
+    folder = tmp_path_factory.mktemp("source")
+    files = code_blocks(PAGE.read_text(encoding="utf-8"))
+    assert set(files) == FILES
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PYTHONPATH with the package and its metadata; the environment is left alone."""
+    target = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation",
+            "--no-index", "--disable-pip-version-check", "--target", str(target), str(source),
+        ],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert any(target.glob("kvc_novelty-*.dist-info/entry_points.txt"))
+    return target
+
+
+def path_with(folder: Path) -> str:
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def run(installed: Path, *arguments: str, cwd: Path) -> str:
+    """Output of a Python process that sees the package."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path_with(installed), "OMP_NUM_THREADS": "1"},
+        cwd=cwd, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_its_own_tests_pass(source: Path, installed: Path) -> None:
+    # Run beside the sources, as its author would.
+    out = run(installed, "-m", "pytest", "-q", "-p", "no:cacheprovider", ".", cwd=source)
+    assert "3 passed" in out
+
+
+def test_it_is_known_by_its_entry_point_and_can_be_composed(
+    installed: Path, tmp_path: Path
+) -> None:
+    program = (
+        "from vllm_kvcompress.methods import available, get_method;"
+        f"assert {METHOD!r} in available();"
+        f"print(get_method('cake', {{'scorer': {METHOD!r}}}).name);"
+        f"print(get_method('snapkv', {{'allocator': {METHOD!r}}}).name);"
+        "import sys; print('vllm' in sys.modules)"
+    )
+    out = run(installed, "-c", program, cwd=tmp_path)
+    assert out.split() == [f"{METHOD}+cake", f"snapkv+{METHOD}", "False"]
+
+
+class Served:
+    """A server with the package's method, its client and its log."""
+
+    def __init__(self, url: str, log: Path) -> None:
+        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
+        self.log = log
+
+    def ask(self, prompt: str, **settings: Any) -> str:
+        answer = self.client.completions.create(
+            model="small", prompt=prompt, max_tokens=16, temperature=0,
+            extra_body={"ignore_eos": True, "vllm_xargs": settings},
+        )  # fmt: skip
+        return answer.choices[0].text
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What was logged of each compression."""
+        lines = re.findall(r"KVCOMPRESS (\{.*\})", self.log.read_text())
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def served(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    allow = {"method": True, "budget": True, "params": True}
+    config = {"span": 4, "log_requests": True, "check_integrity": True, "allow": allow}
+    options = [*OPTIONS, "--kv-compression", METHOD, "--kv-compression-config", json.dumps(config)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path_with(installed))
+        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        with serve(str(MODELS / SMALL), options, log, timeout=300) as server:
+            yield Served(server.url, log)
+
+
+@pytest.fixture(scope="module")
+def text(prose: list[int]) -> str:
+    from transformers import AutoTokenizer
+
+    decoded: str = AutoTokenizer.from_pretrained(MODELS / SMALL).decode(prose[:600])
+    return decoded
+
+
+def test_a_server_compresses_with_it(served: Served, text: str) -> None:
+    first = served.ask(text)
+    (facts,) = served.facts()
+    assert facts["method"] == METHOD
+    assert facts["blocks_after"] == BUDGET // 32
+    assert sum(facts["tokens_per_layer"]) == BUDGET * 30
+    assert len(set(facts["tokens_per_layer"])) > 1, "weights had no effect"
+    assert served.ask(text) == first
+
+
+def test_requests_set_its_parameters_and_compose_it(served: Served, text: str) -> None:
+    asked = {"kv_compression": "cake", "kv_compression_config": f'{{"scorer": "{METHOD}"}}'}
+    served.ask(text, **asked)
+    assert served.facts()[-1]["method"] == f"{METHOD}+cake"
+    before = served.facts()
+    # A span that sees nothing but neighbours divides the layers differently.
+    served.ask(text, kv_compression_config='{"span": 64}')
+    own = next(facts for facts in before if facts["method"] == METHOD)
+    assert served.facts()[-1]["method"] == METHOD
+    assert served.facts()[-1]["tokens_per_layer"] != own["tokens_per_layer"]
+    assert len(served.facts()) == len(before) + 1
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ('{"span": 0}', "novelty: span must be an integer of at least 1, got 0"),
+        ('{"spam": 8}', "novelty: unknown parameter .*spam.*accepted are .*sinks, span, window"),
+    ],
+)
+def test_a_wrong_parameter_of_a_request_is_a_400(
+    served: Served, config: str, sentence: str
+) -> None:
+    with pytest.raises(BadRequestError, match=sentence):
+        served.ask("Hello", kv_compression_config=config)
+
+
+def test_a_wrong_parameter_of_the_server_refuses_the_start(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", path_with(installed))
+    options = [*OPTIONS, "--kv-compression", METHOD, "--kv-compression-config", '{"sinks": -1}']
+    with (
+        pytest.raises(ServerError, match="novelty: sinks must be an integer of at least 0, got -1"),
+        serve(str(MODELS / SMALL), options, tmp_path / "log.txt", timeout=120),
+    ):
+        pass

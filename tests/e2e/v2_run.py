@@ -1,0 +1,176 @@
+"""Runs prompts under model runner V2 without a GPU and prints the outputs as JSON.
+
+V2's kernels are Triton's; its interpreter runs them on the CPU. That has to be arranged before
+vLLM is imported, so the tests start this file as a process of its own.
+
+    python -m tests.e2e.v2_run '{"prompts": [[...]], "max_tokens": 20, "method": "scatter"}'
+
+``"backend"`` takes a GPU's attention: ``"TRITON_ATTN"`` through the interpreter, ``"FLASH_ATTN"``
+with stand-ins for its kernels (see ``flash_stand_in.py``). ``"graphs": [1, 2, 4]`` captures decode
+steps of these sizes in FULL mode, with a stand-in for CUDA's graphs that runs the captured call
+again: whatever was a number at capture stays that number, and only what lies in buffers can change,
+as in a real one.
+"""
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+
+class _Driver:
+    """Makes vLLM believe that Triton has a CPU backend; the interpreter never asks it."""
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+def _offer_gpu_attention(name: str) -> None:
+    """Let the CPU platform choose a GPU's attention backend."""
+    import torch
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.attention.ops import triton_reshape_and_cache_flash
+
+    from kvcompress_kernels import selection
+    from tests.e2e import flash_stand_in
+    from vllm_kvcompress.methods import base
+
+    def backend(*_: Any, **__: Any) -> str:
+        return str(AttentionBackendEnum[name].get_path())
+
+    CpuPlatform.get_attn_backend_cls = staticmethod(backend)
+    # Methods leave the choice of kernels to the tensors' device.
+    for module in (selection, base):
+        vars(module)["use_triton"] = lambda tensor, implementation: implementation != "torch"
+    if name == "FLASH_ATTN":
+        flash_stand_in.install()
+    # The launchers of the Triton backend ask for the GPU's generation.
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    triton_reshape_and_cache_flash._is_supported_kv_cache_dtype = lambda name: True
+
+
+def _capture(runner: Any, sizes: list[int]) -> Any:
+    """Give the runner FULL graphs of decode steps; return what counts replays."""
+    import torch
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu import cudagraph_utils
+
+    replayed = {"steps": 0}
+
+    def capture(manager: Any, create_forward_fn: Any, progress_bar_desc: str = "") -> None:
+        for desc in manager._capture_descs[CUDAGraphMode.FULL]:
+            forward = create_forward_fn(desc, warmup=False)
+            forward(CUDAGraphMode.NONE)
+
+            def replay(forward: Any = forward) -> None:
+                replayed["steps"] += 1
+                forward(CUDAGraphMode.NONE)
+
+            manager.graphs[desc] = SimpleNamespace(replay=replay)
+        manager._graphs_captured = True
+
+    type(cudagraph_utils.current_platform)._global_graph_pool = object()
+    cudagraph_utils.CudaGraphManager.capture = capture
+    config = runner.compilation_config
+    config.cudagraph_capture_sizes = sizes
+    config.max_cudagraph_capture_size = max(sizes)
+    groups = (group for several in runner.attn_groups for group in several)
+    for builder in (builder for group in groups for builder in group.metadata_builders):
+        if hasattr(builder, "use_full_cuda_graph"):
+            # What the builder of FLASH_ATTN prepares where the configuration names full graphs.
+            builder.use_full_cuda_graph = True
+            builder.scheduler_metadata = torch.zeros(1 + 4 * max(sizes), dtype=torch.int32)
+    runner.cudagraph_manager = manager = cudagraph_utils.ModelCudaGraphManager(
+        runner.vllm_config, runner.device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=1
+    )
+    manager.capture(
+        runner.model,
+        runner.model_state,
+        runner.input_buffers,
+        None,
+        runner.block_tables,
+        runner.attn_groups,
+        runner.kv_cache_config,
+    )
+    return replayed
+
+
+def _record_launches() -> set[str]:
+    """Return a set that gets every variant of our kernels that runs from now on.
+
+    A variant is what a compiler would have to make anew: constants and the tensors' types.
+    """
+    import torch
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run = InterpretedFunction.run
+    variants: set[str] = set()
+
+    def recording(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        if kernel.fn.__module__.startswith("kvcompress_kernels"):
+            constants = sorted((k, v) for k, v in kwargs.items() if k.isupper() or k == "num_warps")
+            types = [str(a.dtype) for a in args if isinstance(a, torch.Tensor)]
+            variants.add(f"{kernel.fn.__name__} {constants} {types}")
+        return run(kernel, *args, **kwargs)
+
+    InterpretedFunction.run = recording
+    return variants
+
+
+def main(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one engine; see the module's docstring for the job's fields."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    import torch
+    import triton.backends
+
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=_Driver, compiler=None)
+    settings = dict(job.get("settings", {}))
+    if "backend" in job:
+        _offer_gpu_attention(job["backend"])
+        settings["attention_backend"] = job["backend"]
+    from tests.e2e.harness import Engines
+
+    method = job.get("method")
+    engine = Engines().get(
+        method,
+        job.get("budget"),
+        config=job.get("config"),
+        **({"model": job["model"]} if "model" in job else {}),
+        **settings,
+    )
+    runner = engine.core.model_executor.driver_worker.worker.model_runner
+    replayed = _capture(runner, job["graphs"]) if "graphs" in job else {}
+    launched = _record_launches()
+    if job.get("warm_up"):
+        before = engine.session.flat_cache.clone()
+        engine.session.warm_up(runner.max_model_len)
+        assert torch.equal(engine.session.flat_cache, before)
+    warm = sorted(launched)
+    kept = engine.record_kept() if method else []
+    rounds, logprobs = [], []
+    for _ in range(job.get("rounds", 1)):
+        outputs = engine.complete(job["prompts"], job["max_tokens"], logprobs=0)
+        rounds.append([list(o.token_ids) for o in outputs])
+        logprobs.append([o.cumulative_logprob for o in outputs])
+    engine.check()
+    impl = next(iter(runner.compilation_config.static_forward_context.values())).impl
+    return {
+        "outputs": rounds,
+        "logprobs": logprobs,
+        "kept": kept,
+        "runner": f"{type(runner).__module__}.{type(runner).__name__}",
+        "attention": type(impl).__name__,
+        "replayed": replayed.get("steps", 0),
+        "warm": warm,
+        "launched": sorted(launched),
+        "stats": engine.stats if method else {},
+    }
+
+
+if __name__ == "__main__":
+    result = main(json.loads(sys.argv[1]))
+    print("RESULT", json.dumps(result))

@@ -1,0 +1,331 @@
+"""Flags and keyword arguments: what they become, and that nothing changes without them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_kvcompress.engine.llm import LLM
+from vllm_kvcompress.engine.plugin import merge_settings, register
+
+FLAGS = ("--kv-compression", "--kv-compression-budget", "--kv-compression-config")
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    (path / "config.json").write_text(json.dumps(LLAMA))
+    return path
+
+
+@pytest.fixture(scope="module")
+def parser() -> FlexibleArgumentParser:
+    register()
+    return AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+
+
+def run(*command: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """A fresh process, on one thread."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "COLUMNS": "200"}
+    return subprocess.run(
+        list(map(str, command)), env=env, text=True, capture_output=True, timeout=timeout
+    )
+
+
+# --- registering ---------------------------------------------------------------------------------
+
+
+def test_registering_again_changes_nothing() -> None:
+    register()
+    before = {
+        name: EngineArgs.__dict__[name]
+        for name in ("add_cli_args", "from_cli_args", "create_engine_config")
+    }
+    register()
+    assert {name: EngineArgs.__dict__[name] for name in before} == before
+    # Wrapping twice would offer each flag twice, which argparse refuses.
+    AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+
+
+OFF = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+from vllm.plugins import load_general_plugins
+load_general_plugins()
+from vllm.v1.attention.backends import registry
+from vllm.v1.engine.input_processor import InputProcessor
+assert EngineArgs._kv_compression_wrapped, "the entry point was not loaded"
+process_inputs = InputProcessor.process_inputs
+config = EngineArgs(
+    model=sys.argv[1], skip_tokenizer_init=True, load_format="dummy"
+).create_engine_config()
+assert config.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+assert config.scheduler_config.scheduler_cls is None, config.scheduler_config.scheduler_cls
+assert config.scheduler_config.get_scheduler_cls().__module__.startswith("vllm.v1.core.sched")
+assert InputProcessor.process_inputs is process_inputs
+cpu = registry.AttentionBackendEnum.CPU_ATTN
+assert cpu.get_class().__name__ == "CPUAttentionBackend", cpu.get_class()
+assert not registry._ATTN_OVERRIDES, registry._ATTN_OVERRIDES
+from vllm.v1 import kv_cache_spec_registry as specs
+specs.KVCacheSpecRegistry._ensure_registered()
+names = [spec.__name__ for spec in specs._REGISTRY_KVCACHESPEC_LIST]
+assert "FullAttentionSpec" in names and "ArenaSpec" not in names, names
+loaded = sorted(m for m in sys.modules if m.startswith("vllm_kvcompress.engine."))
+assert loaded == ["vllm_kvcompress.engine.plugin"], loaded
+print("off means off")
+"""
+
+
+def test_off_means_off(folder: Path) -> None:
+    done = run(sys.executable, "-c", OFF, folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "off means off" in done.stdout
+
+
+def test_on_names_our_classes(folder: Path) -> None:
+    register()
+    extra = {"kv_compression": {"method": "cake", "budget": 256}}
+    config = EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        additional_config=extra,
+    ).create_engine_config()
+    # In this process compression is on for this configuration only.
+    plain = EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, load_format="dummy"
+    ).create_engine_config()
+    assert (
+        config.parallel_config.worker_cls
+        == "vllm_kvcompress.engine.worker.cpu_worker.ArenaCPUWorker"
+    )
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "ArenaScheduler"
+    assert plain.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert plain.scheduler_config.scheduler_cls is None
+    # Another cache content needs another hash, or compiled graphs would be shared.
+    assert config.compute_hash() != plain.compute_hash()
+
+
+# --- flags ---------------------------------------------------------------------------------------
+
+
+def extra_of(parser: FlexibleArgumentParser, *arguments: str) -> Any:
+    """additional_config as the engine gets it."""
+    # Any folder that exists: this is about arguments, and nothing may be looked up.
+    args = parser.parse_args(["--model", ".", *arguments])
+    return AsyncEngineArgs.from_cli_args(args).additional_config
+
+
+def test_the_flags_are_in_the_help(parser: FlexibleArgumentParser) -> None:
+    actions = {
+        flag: action
+        for action in parser._actions
+        for flag in action.option_strings
+        if flag in FLAGS
+    }
+    assert set(actions) == set(FLAGS)
+    assert "cake" in str(actions["--kv-compression"].help)
+    assert "window included" in str(actions["--kv-compression-budget"].help)
+    assert "JSON" in str(actions["--kv-compression-config"].help)
+    # Help texts are %-formatted by argparse.
+    assert "KVCompression" in argparse.ArgumentParser.format_help(parser)
+
+
+def test_without_flags_additional_config_is_untouched(parser: FlexibleArgumentParser) -> None:
+    assert extra_of(parser) == EngineArgs(model=".").additional_config
+    assert extra_of(parser, "--additional-config", '{"mine": 1}') == {"mine": 1}
+
+
+def test_flags_become_settings(parser: FlexibleArgumentParser) -> None:
+    assert extra_of(parser, "--kv-compression", "cake") == {
+        "kv_compression": {"method": "cake", "budget": 1024}
+    }
+    arguments = ["--kv-compression-budget", "0.25", "--kv-compression-config", '{"gamma": 3}']
+    assert extra_of(parser, *arguments, "--kv-compression", "cake") == {
+        "kv_compression": {"method": "cake", "budget": 0.25, "gamma": 3}
+    }
+
+
+def test_vllms_dotted_form_of_json_arguments_works(parser: FlexibleArgumentParser) -> None:
+    arguments = ["--kv-compression=cake", "--kv-compression-config.gamma", "3"]
+    assert extra_of(parser, *arguments)["kv_compression"]["gamma"] == 3
+
+
+def test_settings_of_additional_config_alone_pass_through(parser: FlexibleArgumentParser) -> None:
+    given = '{"kv_compression": {"method": "uniform", "budget": 99}, "mine": 1}'
+    assert extra_of(parser, "--additional-config", given) == json.loads(given)
+
+
+@pytest.mark.parametrize("flags_first", [True, False])
+def test_flags_and_additional_config_merge(
+    parser: FlexibleArgumentParser, flags_first: bool
+) -> None:
+    flags = ["--kv-compression", "random", "--kv-compression-budget", "64"]
+    other = ["--additional-config", '{"mine": {"deep": 1}}']
+    assert extra_of(parser, *(flags + other if flags_first else other + flags)) == {
+        "mine": {"deep": 1},
+        "kv_compression": {"method": "random", "budget": 64},
+    }
+
+
+@pytest.mark.parametrize("flags_first", [True, False])
+def test_the_setting_given_twice_is_refused(
+    parser: FlexibleArgumentParser, flags_first: bool
+) -> None:
+    flags = ["--kv-compression", "random"]
+    other = ["--additional-config", '{"kv_compression": {"method": "cake"}}']
+    with pytest.raises(ValueError, match="kv_compression is set twice; use either"):
+        extra_of(parser, *(flags + other if flags_first else other + flags))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--kv-compression-budget", "64"],
+        ["--kv-compression-config", '{"gamma": 3}'],
+        [
+            "--kv-compression-budget",
+            "64",
+            "--additional-config",
+            '{"kv_compression": {"method": "cake"}}',
+        ],
+    ],
+)
+def test_settings_without_a_method_are_refused(
+    parser: FlexibleArgumentParser, arguments: list[str]
+) -> None:
+    with pytest.raises(ValueError, match="need --kv-compression METHOD"):
+        extra_of(parser, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--kv-compression-config", "{gamma: 3}"], "must be a JSON object, got '{gamma: 3}'"),
+        (["--kv-compression-config", "[1]"], "must be a JSON object, got '[1]'"),
+        (["--kv-compression-config", '"cake"'], "must be a JSON object, got"),
+        (["--kv-compression-budget", "lots"], "a whole number of tokens per layer"),
+        (["--kv-compression-budget", "0"], "got 0"),
+        (["--kv-compression-budget", "1.5"], "got 1.5"),
+        (["--kv-compression-budget=-3"], "got -3"),
+    ],
+)
+def test_wrong_arguments_end_like_argparse_ends(
+    parser: FlexibleArgumentParser,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        extra_of(parser, "--kv-compression", "cake", *arguments)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert sentence in error
+    assert "error: argument --kv-compression" in error
+
+
+def test_parsed_arguments_are_not_changed(parser: FlexibleArgumentParser) -> None:
+    args = parser.parse_args(["--model", ".", "--kv-compression", "cake"])
+    before = dict(vars(args))
+    first = AsyncEngineArgs.from_cli_args(args)
+    # A server may build its engine arguments from the same namespace again.
+    second = AsyncEngineArgs.from_cli_args(args)
+    assert first.additional_config == second.additional_config
+    assert vars(args) == before
+
+
+# --- keyword arguments ---------------------------------------------------------------------------
+
+
+def test_keyword_arguments_merge_like_flags() -> None:
+    given = {"mine": 1}
+    merged = merge_settings(given, "cake", 64, {"gamma": 3, "check_integrity": True})
+    assert merged == {
+        "mine": 1,
+        "kv_compression": {"method": "cake", "budget": 64, "gamma": 3, "check_integrity": True},
+    }
+    assert given == {"mine": 1}
+    assert merge_settings(None, None, None, None) == {}
+    assert merge_settings(None, "cake", None, None)["kv_compression"]["budget"] == 1024
+    assert merge_settings(merged, None, None, None) == merged
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((None, None, 64, None), "need --kv-compression METHOD"),
+        ((None, None, None, {"gamma": 3}), "need --kv-compression METHOD"),
+        (({"kv_compression": {"method": "cake"}}, "cake", None, None), "set twice"),
+        ((None, "snap", None, None), 'unknown method "snap"'),
+        ((None, "cake", None, {"gama": 3}), 'unknown parameter "gama"'),
+        ((None, "cake", "64", None), "got '64'"),
+        ((None, "cake", None, {"budget": 64}), "budget does not belong into"),
+    ],
+)
+def test_wrong_keyword_arguments_get_one_sentence(
+    arguments: tuple[Any, Any, Any, Any], sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        merge_settings(*arguments)
+    assert sentence in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_llm_class_checks_before_anything_is_loaded(tmp_path: Path) -> None:
+    # There is no model at all, so a later check could not give this answer.
+    with pytest.raises(ValueError, match='unknown method "snap"'):
+        LLM(str(tmp_path), kv_compression="snap")
+    with pytest.raises(ValueError, match="need --kv-compression METHOD"):
+        LLM(str(tmp_path), kv_compression_budget=64)
+
+
+def test_the_llm_class_hands_settings_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("vllm.LLM.__init__", lambda self, model, **kwargs: seen.update(kwargs))
+    LLM(
+        "m",
+        kv_compression="cake",
+        kv_compression_budget=0.5,
+        kv_compression_config={"gamma": 3},
+        additional_config={"mine": 1},
+        seed=4,
+    )
+    assert seen == {
+        "seed": 4,
+        "additional_config": {
+            "mine": 1,
+            "kv_compression": {"method": "cake", "budget": 0.5, "gamma": 3},
+        },
+    }
+
+
+# --- the server's command line -------------------------------------------------------------------
+
+
+def test_vllm_serve_documents_the_flags() -> None:
+    script = Path(sys.executable).parent / "vllm"
+    done = run(script, "serve", "--help=KVCompression")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for flag in FLAGS:
+        assert f"  {flag} " in done.stdout
+    assert "cake, dynamickv, snapkv" in " ".join(done.stdout.split())

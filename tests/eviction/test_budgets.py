@@ -1,0 +1,346 @@
+"""Budgets of a request: a cascade of cuts ends where one cut at the end would."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_kvcompress.eviction.layer_budgets import Cascade, page_budgets, token_budgets
+from vllm_kvcompress.methods import (
+    END,
+    Cake,
+    DynamicKV,
+    Every,
+    LayerInput,
+    LayerScores,
+    Method,
+    Need,
+    Random,
+    Schedule,
+    Uniform,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Method):
+    """Weights as told, one per layer whatever else is seen; own cap, floor and schedule."""
+
+    name: ClassVar[str] = "given"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    told: Sequence[float] = ()
+    most: int | None = None
+    least: int = 0
+    plan: Schedule = field(default=END)
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.plan
+
+    def score(self, layer: LayerInput) -> LayerScores:
+        raise NotImplementedError
+
+    def weights(self, seen, *, base, num_layers):
+        return np.array(self.told[: len(seen)], dtype=np.float64)
+
+    def cap(self, history: int, base: int) -> int:
+        return history if self.most is None else min(history, self.most)
+
+    def floor(self, history: int, base: int) -> int:
+        return self.least
+
+
+@dataclass(frozen=True, kw_only=True)
+class CakeAt(Cake):
+    """CAKE with any schedule, every cut of which is made."""
+
+    plan: Schedule = field(default=END)
+
+    @property
+    def steady(self) -> bool:
+        return False
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.plan
+
+
+def blank(count: int, history: int) -> list[LayerScores]:
+    return [LayerScores(torch.zeros(1, history)) for _ in range(count)]
+
+
+few = st.sampled_from([0.0, 1.0, 2.0, 3.0, 0.1, 7.5, 1e-300, 1e300, 5e-324, 123.456])
+any_weight = st.one_of(few, st.floats(0, 1e300, allow_nan=False))
+
+
+schedules = st.one_of(st.just(END), st.integers(1, 6).map(Every))
+log_p = st.one_of(
+    st.floats(-300, 300), st.just(-math.inf), st.sampled_from([0.0, 1.0, math.log(3)])
+)
+
+
+def cake_layers(logs, history: int) -> list[LayerScores]:
+    return [
+        LayerScores(torch.zeros(1, history), {"log_entropy": h, "log_shift": v}) for h, v in logs
+    ]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    logs=st.lists(st.tuples(log_p, log_p), min_size=1, max_size=10),
+    history=st.integers(1, 600),
+    base=st.integers(0, 400),
+    plan=schedules,
+)
+def test_cascade_equals_one_shot_for_cake_in_tokens(logs, history, base, plan):
+    layers = cake_layers(logs, history)
+    count = len(layers)
+    at_end, staged, direct = (
+        token_budgets(method, layers, base=base, num_layers=count)
+        for method in (CakeAt(window=2), CakeAt(window=2, plan=plan), Cake(window=2))
+    )
+    assert Cake(window=2).steady
+    assert staged.tolist() == at_end.tolist() == direct.tolist()
+    assert staged.sum() == min(base, history) * count
+    assert (staged <= history).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    logs=st.lists(st.tuples(log_p, log_p), min_size=1, max_size=10),
+    pages=st.integers(2, 40),
+    block=st.sampled_from([1, 16, 32, 128]),
+    window=st.integers(2, 32),
+    extra=st.integers(1, 5000),
+    plan=schedules,
+)
+def test_cascade_equals_one_shot_for_cake_in_pages(logs, pages, block, window, extra, plan):
+    reserved = -(-window // block)
+    pages = max(pages, reserved)
+    prompt = pages * block + extra
+    layers = cake_layers(logs, prompt - window)
+    at_end, staged, direct = (
+        page_budgets(
+            method,
+            layers,
+            pages_per_layer=pages,
+            block_size=block,
+            lengths=prompt,
+        )
+        for method in (CakeAt(window=window), CakeAt(window=window, plan=plan), Cake(window=window))
+    )
+    assert staged.tolist() == at_end.tolist() == direct.tolist()
+    assert staged.sum() == pages * len(layers)
+    assert (staged >= reserved).all()
+    assert (staged * block <= prompt).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    logs=st.lists(st.tuples(log_p, log_p), min_size=1, max_size=8),
+    data=st.data(),
+    pages=st.integers(1, 20),
+    block=st.sampled_from([1, 4, 16]),
+    window=st.integers(2, 32),
+    rest=st.integers(0, 60),
+    plan=schedules,
+)
+def test_layers_of_unequal_lengths_are_cut_within_what_they_hold(
+    logs, data, pages, block, window, rest, plan
+):
+    """As an earlier cut left them: whole pages, and as many tokens more in each."""
+    reserved = -(-window // block)
+    count = len(logs)
+    held = data.draw(st.lists(st.integers(reserved, 60), min_size=count, max_size=count))
+    pages = min(max(pages, reserved), sum(held) // count)
+    rest += sum(held) == pages * count  # there must be something to evict
+    lengths = [h * block + rest for h in held]
+    layers = [
+        LayerScores(torch.zeros(1, length - window), {"log_entropy": h, "log_shift": v})
+        for (h, v), length in zip(logs, lengths, strict=True)
+    ]
+    at_end, staged = (
+        page_budgets(method, layers, pages_per_layer=pages, block_size=block, lengths=lengths)
+        for method in (Cake(window=window), CakeAt(window=window, plan=plan))
+    )
+    assert staged.tolist() == at_end.tolist()
+    assert staged.sum() == pages * count
+    assert (staged >= reserved).all()
+    assert (staged * block <= np.array(lengths)).all()
+
+
+def test_one_length_for_all_is_that_length_for_each():
+    layers = cake_layers([(0.0, 1.0), (2.0, 0.5), (-1.0, 0.0)], 92)
+    found = [
+        page_budgets(
+            Given(told=[1.0, 5.0, 2.0], window=8, most=40),
+            layers,
+            pages_per_layer=3,
+            block_size=16,
+            lengths=lengths,
+        ).tolist()
+        for lengths in (100, [100] * 3)
+    ]
+    assert found[0] == found[1]
+    assert sum(found[0]) == 9
+
+
+def test_a_layer_that_holds_little_leaves_its_share_to_the_others():
+    method = Given(told=[1.0, 1.0, 1.0], window=8)
+    layers = [LayerScores(torch.zeros(1, tokens - 8)) for tokens in (34, 200, 200)]
+    found = page_budgets(method, layers, pages_per_layer=5, block_size=16, lengths=[34, 200, 200])
+    assert found.tolist() == [2, 7, 6]
+    with pytest.raises(ValueError, match=r"200 tokens fits the budget of 160: nothing to evict"):
+        page_budgets(method, layers, pages_per_layer=10, block_size=16, lengths=[34, 200, 200])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    told=st.lists(st.lists(any_weight, min_size=8, max_size=8), min_size=8, max_size=8),
+    history=st.integers(1, 300),
+    base=st.integers(0, 200),
+    most=st.integers(0, 300),
+    least=st.integers(0, 50),
+    plan=schedules,
+)
+def test_a_layer_never_grows_whatever_the_weights_do(told, history, base, most, least, plan):
+    """Weights that change at every cut: still exact at the end, never growing on the way."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Fickle(Given):
+        def weights(self, seen, *, base, num_layers):
+            return np.array(told[len(seen) - 1][: len(seen)])
+
+    method = Fickle(most=most, least=least, plan=plan)
+    pool, cap = base * 8, min(history, max(most, base))
+    cascade = Cascade(method, pool=pool, cap=cap, floor=least, base=base, num_layers=8)
+    before = np.zeros(0, dtype=np.int64)
+    for layer in blank(8, history):
+        cascade.add(layer)
+        now = cascade.held
+        assert (now[: len(before)] <= before).all()
+        assert (now <= cap).all()
+        before = now
+    assert before.sum() == min(pool, cap * 8)
+    found = token_budgets(method, blank(8, history), base=base, num_layers=8)
+    assert found.tolist() == before.tolist()
+
+
+@pytest.mark.parametrize("every", [1, 3, 4, 7])
+@pytest.mark.parametrize("history", [90, 400, 3000])
+def test_dynamickv_spends_pool_exactly(every, history):
+    generator = torch.Generator().manual_seed(history)
+    method = DynamicKV(window=8, every=every, r_max=2.5)
+    layers = [
+        LayerScores(torch.rand(2, history, generator=generator) ** (1 + layer))
+        for layer in range(10)
+    ]
+    base = 80
+    found = token_budgets(method, layers, base=base, num_layers=10)
+    assert found.sum() == base * 10
+    assert found.max() <= min(history, int(2.5 * base))
+    pages = page_budgets(method, layers, pages_per_layer=5, block_size=16, lengths=history + 8)
+    assert pages.sum() == 50
+    assert (pages * 16 <= history + 8).all()
+
+
+def test_minimum_tokens_are_honoured():
+    layers = [LayerScores(torch.full((1, 500), float(layer == 3))) for layer in range(4)]
+    starving, feeding = (DynamicKV(window=8, compare="mass", min_tokens=m) for m in (0, 20))
+    starved = token_budgets(starving, layers, base=50, num_layers=4)
+    fed = token_budgets(feeding, layers, base=50, num_layers=4)
+    assert starved.tolist() == [0, 0, 0, 200]
+    assert fed.tolist() == [20, 20, 20, 140]
+    pages = page_budgets(
+        feeding,
+        layers,
+        pages_per_layer=4,
+        block_size=16,
+        lengths=508,
+    )
+    assert pages.tolist() == [2, 2, 2, 10]
+
+
+@pytest.mark.parametrize("method", [Uniform(window=8), Random(window=8)], ids=lambda m: m.name)
+def test_equal_budgets(method):
+    layers = blank(5, 392)
+    assert token_budgets(method, layers, base=56, num_layers=5).tolist() == [56] * 5
+    found = page_budgets(method, layers, pages_per_layer=4, block_size=16, lengths=400)
+    assert found.tolist() == [4] * 5
+
+
+def test_a_cap_too_small_for_the_pool_is_raised_just_enough():
+    method = Given(told=[1.0, 2.0, 3.0], most=10, window=8)
+    layers = blank(3, 192)
+    assert token_budgets(method, layers, base=40, num_layers=3).tolist() == [40, 40, 40]
+    found = page_budgets(method, layers, pages_per_layer=3, block_size=16, lengths=200)
+    assert found.tolist() == [3, 3, 3]
+
+
+def test_short_prompts_keep_everything():
+    method = Given(told=[1.0, 0.0, 5.0], window=8)
+    assert token_budgets(method, blank(3, 30), base=40, num_layers=3).tolist() == [30, 30, 30]
+
+
+def test_part_of_the_layers_shares_the_whole_pool():
+    method = Given(told=[1.0, 3.0, 5.0, 7.0], window=8, plan=Every(3))
+    found = token_budgets(method, blank(2, 1000), base=50, num_layers=4)
+    assert found.tolist() == [50, 150]
+
+
+def test_between_cuts_nothing_is_returned():
+    method = Given(told=[1.0] * 5, plan=Every(2))
+    cascade = Cascade(method, pool=50, cap=30, floor=0, base=10, num_layers=5)
+    steps = [cascade.add(layer) for layer in blank(5, 30)]
+    assert [None if s is None else s.tolist() for s in steps] == [
+        None,
+        [25, 25],
+        None,
+        [13, 13, 12, 12],
+        [10, 10, 10, 10, 10],
+    ]
+    with pytest.raises(ValueError, match="seen already"):
+        cascade.add(blank(1, 30)[0])
+
+
+def test_wrong_number_of_weights_is_refused():
+    with pytest.raises(ValueError, match="given: weights must have shape"):
+        token_budgets(Given(told=[1.0]), blank(2, 30), base=4, num_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": 64}, "nothing to evict"),
+        ({"pages_per_layer": 1, "method": Given(told=[1.0] * 2, window=17)}, "needs 2 pages"),
+        ({"layers": []}, "at least one layer"),
+    ],
+)
+def test_page_budgets_refuses(change, message):
+    arguments = {
+        "method": Given(told=[1.0] * 2, window=8),
+        "layers": blank(2, 92),
+        "pages_per_layer": 4,
+        "block_size": 16,
+        "lengths": 100,
+    }
+    with pytest.raises(ValueError, match=message):
+        page_budgets(**(arguments | change))
+
+
+def test_token_budgets_refuses():
+    method = Given(told=[1.0] * 3)
+    with pytest.raises(ValueError, match="base must not be negative"):
+        token_budgets(method, blank(2, 30), base=-1, num_layers=2)
+    with pytest.raises(ValueError, match="expected 1 to 2 layers, got 3"):
+        token_budgets(method, blank(3, 30), base=4, num_layers=2)
+    with pytest.raises(ValueError, match="every 1 or more"):
+        replace(method, plan=Every(0))

@@ -1,0 +1,144 @@
+"""The ring of query windows against a dictionary, both ways of indexing it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vllm_kvcompress.eviction.decode_query_buffer import QueryRing
+
+LAYERS, WINDOW, HEADS, DIM = 2, 4, 3, 5
+ROWS, TOKENS = 3, 24
+
+both_ways = pytest.mark.parametrize("fixed", [False, True], ids=["cpu", "device"])
+
+
+def make(fixed: bool) -> QueryRing:
+    """A ring on the CPU; ``fixed``: with the index of a device, that every step goes through."""
+    ring = QueryRing(
+        LAYERS,
+        WINDOW,
+        HEADS,
+        DIM,
+        rows=ROWS,
+        tokens=TOKENS,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+    )
+    ring._in_place = fixed
+    return ring
+
+
+def queries_of(step: int, tokens: int) -> Tensor:
+    """Queries [LAYERS, tokens, HEADS, DIM] that tell step, layer and token apart."""
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(LAYERS, tokens, HEADS, DIM, generator=generator)
+
+
+def take(ring: QueryRing, parts: list[tuple[str, int, range]], queries: Tensor) -> bool:
+    wanted = ring.plan(iter(parts))
+    if wanted:
+        for layer, query in enumerate(queries):
+            ring.take(layer, query)
+    return wanted
+
+
+@both_ways
+@settings(max_examples=80, deadline=None)
+@given(data=st.data())
+def test_every_request_finds_the_queries_of_its_own_tokens(
+    fixed: bool, data: st.DataObject
+) -> None:
+    ring = make(fixed)
+    expected: dict[str, dict[int, Tensor]] = {}
+    for step in range(data.draw(st.integers(1, 8), "steps")):
+        for name in data.draw(st.lists(st.sampled_from(sorted(expected) or ["x"]), max_size=2)):
+            ring.drop(name)  # at times one that is not there
+            expected.pop(name, None)
+        parts: list[tuple[str, int, range]] = []
+        start = 0
+        for name in data.draw(st.permutations(["a", "b", "c", "d"])):
+            begin = data.draw(st.integers(0, WINDOW - 1), "first place")
+            count = data.draw(st.integers(0, WINDOW - begin), "places")
+            # Tokens before and after that nobody needs: of a chunk, or of another request.
+            start += data.draw(st.integers(0, 2), "gap")
+            if count and (name in expected or len(expected) < ROWS):
+                parts.append((name, start, range(begin, begin + count)))
+                expected.setdefault(name, {})
+                start += count
+        padding = data.draw(st.integers(0, TOKENS - start), "padding")
+        queries = queries_of(step, start + padding)
+        for name, first, places in parts:
+            for offset, place in enumerate(places):
+                expected[name][place] = queries[:, first + offset]
+        assert take(ring, parts, queries) == (fixed or bool(parts))
+        for name, window in expected.items():
+            found = ring.windows(name)
+            assert found.shape == (LAYERS, WINDOW, HEADS, DIM)
+            for place, query in window.items():
+                assert torch.equal(found[:, place], query)
+
+
+@both_ways
+def test_a_slot_is_used_again_after_its_request_is_gone(fixed: bool) -> None:
+    ring = make(fixed)
+    whole = range(WINDOW)
+    for index, name in enumerate("abc"):
+        take(ring, [(name, 0, whole)], queries_of(index, WINDOW))
+    with pytest.raises(IndexError):
+        ring.plan([("d", 0, whole)])
+    old = ring.windows("b")
+    ring.drop("b")
+    ring.drop("b")
+    with pytest.raises(KeyError):
+        ring.windows("b")
+    take(ring, [("d", 0, whole)], queries_of(7, WINDOW))
+    assert ring.windows("d").data_ptr() == old.data_ptr()
+    assert torch.equal(ring.windows("d"), queries_of(7, WINDOW))
+    assert torch.equal(ring.windows("a"), queries_of(0, WINDOW))
+    assert torch.equal(ring.windows("c"), queries_of(2, WINDOW))
+
+
+@both_ways
+def test_a_step_whose_tokens_nobody_needs_changes_no_window(fixed: bool) -> None:
+    ring = make(fixed)
+    take(ring, [("a", 1, range(WINDOW))], queries_of(0, TOKENS))
+    before = ring.windows("a").clone()
+    # Larger and smaller steps than the one before: no index of it may be left over.
+    for step, tokens in ((1, TOKENS), (2, 3), (3, TOKENS)):
+        assert take(ring, [], queries_of(step, tokens)) == fixed
+        assert torch.equal(ring.windows("a"), before)
+
+
+@both_ways
+def test_an_index_that_shrinks_leaves_nothing_behind(fixed: bool) -> None:
+    ring = make(fixed)
+    take(ring, [("a", 20, range(WINDOW))], queries_of(0, TOKENS))
+    take(ring, [("b", 2, range(1))], queries_of(1, TOKENS))
+    take(ring, [("b", 5, range(1, 2))], queries_of(2, TOKENS))
+    assert torch.equal(ring.windows("a"), queries_of(0, TOKENS)[:, 20:])
+    assert torch.equal(ring.windows("b")[:, 0], queries_of(1, TOKENS)[:, 2])
+    assert torch.equal(ring.windows("b")[:, 1], queries_of(2, TOKENS)[:, 5])
+
+
+def test_the_index_of_a_device_never_moves() -> None:
+    """A captured graph holds its address, and that of the queries."""
+    ring = make(fixed=True)
+    held = (ring._places.data_ptr(), ring._queries.data_ptr())
+    for step, parts in enumerate([[("a", 3, range(2))], [], [("b", 0, range(WINDOW))]]):
+        assert ring.plan(parts)
+        assert (ring._places.data_ptr(), ring._queries.data_ptr()) == held
+        # Replaying the copies with this index is all that a graph does.
+        ring.take(0, queries_of(step, TOKENS)[0])
+    assert torch.equal(ring.windows("a")[0, :2], queries_of(0, TOKENS)[0, 3:5])
+    assert torch.equal(ring.windows("b")[0], queries_of(2, TOKENS)[0, :WINDOW])
+
+
+def test_queries_with_heads_and_dims_merged_are_taken_too() -> None:
+    ring = make(fixed=False)
+    queries = queries_of(0, 6)
+    take(ring, [("a", 2, range(WINDOW))], queries.flatten(2))
+    assert torch.equal(ring.windows("a"), queries[:, 2:])

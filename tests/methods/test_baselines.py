@@ -1,0 +1,380 @@
+"""The baselines: what each keeps of small inputs, worked out in another way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcompress_kernels.scoring import paged_window_statistics, window_statistics
+from vllm_kvcompress.eviction.layer_budgets import page_budgets, token_budgets
+from vllm_kvcompress.methods import (
+    H2O,
+    KeyDiff,
+    Knorm,
+    LayerInput,
+    LayerScores,
+    Method,
+    Need,
+    PyramidKV,
+    SnapKV,
+    StreamingLLM,
+    Tova,
+    Uniform,
+    available,
+    get_method,
+)
+
+HEADS, KV_HEADS, DIM, TOKENS = 6, 2, 16, 90
+SCORING = [name for name in available() if not get_method(name, {}).keeps_all]
+
+
+def layer_of(method: Method, seed: int = 0, tokens: int = TOKENS, **facts: Any) -> LayerInput:
+    """A layer as an engine gives it, with as many queries as the method's window."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = 2 * torch.randn(HEADS, method.window, DIM, generator=generator)
+    keys = torch.randn(KV_HEADS, tokens, DIM, generator=generator)
+    return LayerInput(
+        **{
+            "layer": 1,
+            "num_layers": 4,
+            "num_tokens": tokens,
+            "num_kv_heads": KV_HEADS,
+            "base": 24,
+            "queries": queries if Need.WINDOW_QUERIES in method.needs else None,
+            "keys": keys,
+            "scale": DIM**-0.5,
+            **facts,
+        }
+    )
+
+
+def attention(layer: LayerInput) -> Tensor:
+    """Causal attention of the window's queries, fp64 [H, w, S], all at once."""
+    assert layer.queries is not None
+    assert layer.keys is not None
+    group = len(layer.queries) // layer.num_kv_heads
+    keys = layer.keys.double().repeat_interleave(group, dim=0)
+    logits = layer.queries.double() @ keys.transpose(1, 2) * layer.scale
+    count, tokens = logits.shape[1:]
+    future = torch.ones(count, tokens, dtype=torch.bool).triu(tokens - count + 1)
+    return logits.masked_fill(future, -torch.inf).softmax(dim=-1)
+
+
+def by_group(per_head: Tensor) -> Tensor:
+    return per_head.view(KV_HEADS, HEADS // KV_HEADS, -1)
+
+
+# ---------------------------------------------------------------------- where a layer comes from
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_keys_may_be_given_or_read(name: str) -> None:
+    method = get_method(name, {"window": 8})
+    given = layer_of(method)
+    keys = given.keys
+    assert keys is not None
+    reader = (lambda: keys) if Need.KEYS in method.needs else None
+    read = replace(given, keys=None, read_keys=reader)
+    assert torch.equal(method.score(given).tokens, method.score(read).tokens)
+    assert dict(method.score(given).stats) == dict(method.score(read).stats)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [get_method(name, {"window": 8}) for name in SCORING] + [Tova(), Tova(window=2)],
+    ids=lambda m: f"{m.name}-{m.window}",
+)
+def test_statistics_of_a_kernel_do_where_a_method_says_so(method: Method) -> None:
+    """From a paged cache, as on a GPU: pages of 16 tokens in another order."""
+    layer = layer_of(method)
+    direct = method.score(layer)
+    if not method.observes:
+        ignored = replace(layer, observe=lambda: pytest.fail("it does not observe"))
+        assert torch.equal(method.score(ignored).tokens, direct.tokens)
+        return
+    assert layer.queries is not None
+    assert layer.keys is not None
+    pages = torch.tensor([[5, 1, 4, 2, 0, 3]])
+    cache = torch.zeros(6, KV_HEADS, 16, DIM)
+    padded = torch.nn.functional.pad(layer.keys, (0, 0, 0, 6)).view(KV_HEADS, 6, 16, DIM)
+    cache[pages[0]] = padded.transpose(0, 1)
+    found = paged_window_statistics(
+        layer.queries[None],
+        cache,
+        pages,
+        num_tokens=[TOKENS],
+        window=method.window,
+        scale=layer.scale,
+    ).job(0)
+    scores = method.score(replace(layer, keys=None, observe=lambda: found))
+    torch.testing.assert_close(scores.tokens, direct.tokens, rtol=1e-5, atol=1e-7)
+    assert scores.stats.keys() == direct.stats.keys()
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_what_is_missing_is_named(name: str) -> None:
+    method = get_method(name, {"window": 8})
+    empty = replace(layer_of(method), queries=None, keys=None)
+    if not method.needs:
+        assert method.score(empty).tokens.shape == (KV_HEADS, TOKENS - 8)
+        return
+    expected = "all keys" if method.needs == {Need.KEYS} else "the window's queries and all keys"
+    with pytest.raises(ValueError, match=f"{name}: scoring needs {expected}"):
+        method.score(empty)
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_scores_bring_along_what_weights_read(name: str) -> None:
+    method = get_method(name, {"window": 8})
+    layer = layer_of(method)
+    assert dict(method.score(layer).stats) == dict(method.layer_stats(layer))
+    assert method.allocator_needs <= method.needs
+
+
+@pytest.mark.parametrize("name", SCORING)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_scored_in_fp32(name: str, dtype: torch.dtype) -> None:
+    method = get_method(name, {"window": 8})
+    layer = layer_of(method)
+    assert layer.keys is not None
+    queries = None if layer.queries is None else layer.queries.to(dtype)
+    half = replace(layer, queries=queries, keys=layer.keys.to(dtype))
+    wide = replace(
+        half,
+        queries=None if queries is None else queries.float(),
+        keys=layer.keys.to(dtype).float(),
+    )
+    found = method.score(half).tokens
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, method.score(wide).tokens, rtol=1e-5, atol=1e-7)
+
+
+# -------------------------------------------------------------------------------------- attention
+
+
+@pytest.mark.parametrize("pooling", ["avg", "max"])
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_snapkv_pools_the_windows_votes(pooling: Any, reduce: Any) -> None:
+    method = SnapKV(window=8, kernel=3, pooling=pooling, reduce=reduce)
+    layer = layer_of(method)
+    votes = attention(layer)[..., : TOKENS - 8].mean(dim=1)
+    around = torch.nn.functional.pad(votes, (1, 1)).unfold(1, 3, 1)
+    pooled = by_group(around.mean(dim=2) if pooling == "avg" else around.amax(dim=2))
+    expected = pooled.mean(dim=1) if reduce == "mean" else pooled.amax(dim=1)
+    torch.testing.assert_close(method.score(layer).tokens, expected.float(), rtol=1e-5, atol=1e-7)
+
+
+def test_snapkv_by_default_is_uniform() -> None:
+    layer = layer_of(SnapKV())
+    assert torch.equal(SnapKV().score(layer).tokens, Uniform().score(layer).tokens)
+
+
+def test_h2o_ranks_by_column_sums_without_pooling() -> None:
+    method = H2O(window=8)
+    layer = layer_of(method)
+    sums = by_group(attention(layer)[..., : TOKENS - 8].sum(dim=1)).mean(dim=1)
+    found = method.score(layer).tokens
+    torch.testing.assert_close(found * 8, sums.float(), rtol=1e-5, atol=1e-7)
+    assert torch.equal(method.select(LayerScores(found), 20), sums.topk(20).indices.sort().values)
+
+
+@pytest.mark.parametrize("window", [1, 2, 8])
+def test_tova_asks_the_last_query_alone_for_all_heads(window: int) -> None:
+    method = Tova(window=window)
+    layer = layer_of(method)
+    last = attention(layer)[:, -1, : TOKENS - window].mean(dim=0)
+    found = method.score(layer).tokens
+    torch.testing.assert_close(found, last.float().repeat(KV_HEADS, 1), rtol=1e-5, atol=1e-7)
+    assert torch.equal(found[0], found[1])
+    if window > 1:  # earlier queries of the window have no say
+        assert layer.queries is not None
+        other = layer.queries.clone()
+        other[:, :-1] = 7.0
+        assert torch.equal(method.score(replace(layer, queries=other)).tokens, found)
+
+
+def test_tova_passes_soft_cap_and_sinks_on() -> None:
+    method = Tova(window=4)
+    layer = layer_of(method, soft_cap=2.0, sinks=torch.linspace(-1, 1, HEADS))
+    assert layer.queries is not None
+    assert layer.keys is not None
+    expected = window_statistics(
+        layer.queries[:, -1:],
+        layer.keys,
+        window=4,
+        scale=layer.scale,
+        soft_cap=2.0,
+        sinks=layer.sinks,
+    ).mean.mean(dim=0)
+    assert torch.equal(method.score(layer).tokens[0], expected)
+
+
+# ------------------------------------------------------------------------------------------- keys
+
+
+def test_keydiff_is_minus_the_cosine_to_the_mean_direction() -> None:
+    method = KeyDiff(window=8)
+    layer = layer_of(method)
+    assert layer.keys is not None
+    keys = layer.keys.double().numpy()
+    units = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+    anchor = units.mean(axis=1, keepdims=True)
+    expected = -(units * anchor).sum(-1) / np.linalg.norm(anchor, axis=-1)
+    found = method.score(layer).tokens.numpy()
+    np.testing.assert_allclose(found, expected[:, : TOKENS - 8], rtol=1e-4, atol=1e-6)
+
+
+def test_knorm_keeps_the_shortest_keys() -> None:
+    method = Knorm(window=8)
+    layer = layer_of(method)
+    assert layer.keys is not None
+    lengths = layer.keys.double().square().sum(-1).sqrt()[:, : TOKENS - 8]
+    scores = method.score(layer)
+    torch.testing.assert_close(scores.tokens, -lengths.float())
+    shortest = lengths.topk(10, largest=False).indices.sort().values
+    assert torch.equal(method.select(scores, 10), shortest)
+
+
+@pytest.mark.parametrize("method", [KeyDiff(window=8), Knorm(window=8)], ids=lambda m: m.name)
+def test_keys_of_no_length_have_a_score(method: Method) -> None:
+    layer = layer_of(method)
+    assert layer.keys is not None
+    for keys in (torch.zeros_like(layer.keys), layer.keys * (torch.arange(TOKENS) % 2)[:, None]):
+        found = method.score(replace(layer, keys=keys)).tokens
+        assert found.isfinite().all()
+        assert (found[:, 0] == 0).all()
+
+
+# -------------------------------------------------------------------------------------- positions
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "expected"),
+    [
+        (StreamingLLM(window=8), 10, [0, 1, 2, 3, 76, 77, 78, 79, 80, 81]),
+        (StreamingLLM(window=8), 3, [0, 1, 2]),
+        (StreamingLLM(window=8, sinks=0), 3, [79, 80, 81]),
+        (StreamingLLM(window=8, sinks=500), 3, [0, 1, 2]),
+        (StreamingLLM(window=8, variant="first"), 5, [0, 1, 2, 3, 4]),
+        (StreamingLLM(window=8, variant="first", sinks=0), 5, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_streamingllm_keeps_positions(
+    method: StreamingLLM, count: int, expected: list[int]
+) -> None:
+    scores = method.score(layer_of(method))
+    assert method.select(scores, count).tolist() == [expected] * KV_HEADS
+    assert method.needs == frozenset()
+
+
+def test_positions_of_long_prompts_are_told_apart() -> None:
+    method = StreamingLLM(window=8)
+    tokens = method.score(replace(layer_of(method), num_tokens=2**21 + 8, keys=None)).tokens
+    assert (tokens[0, 4:].diff() == 1).all()
+    assert (tokens[0, :4].diff() == -1).all()
+    assert tokens[0, 3] > tokens[0, -1]
+
+
+# ---------------------------------------------------------------------------------------- budgets
+
+
+EQUAL = [SnapKV, StreamingLLM, H2O, Tova, KeyDiff, Knorm, Uniform]
+
+
+@pytest.mark.parametrize("kind", EQUAL, ids=lambda kind: kind.name)
+def test_equal_budgets_are_known_beforehand(kind: type[Method]) -> None:
+    method = kind(window=8)
+    assert method.local
+    assert method.nested
+    layers = [method.score(layer_of(method, seed=seed)) for seed in range(4)]
+    assert token_budgets(method, layers, base=24, num_layers=4).tolist() == [24] * 4
+    pages = page_budgets(method, layers, pages_per_layer=3, block_size=16, lengths=TOKENS)
+    assert pages.tolist() == [3] * 4
+
+
+def released_pyramid(layers: int, prompt: int, window: int, base: int, beta: int) -> list[int]:
+    """History budgets of KVCache-Factory in its integers, for prompts longer than the budget."""
+    if prompt < 2 * base:
+        return [base] * layers
+    low, high = base // beta, 2 * base - base // beta
+    if high >= prompt - window:
+        high = prompt - window
+        low = 2 * base - high
+    step = (high - low) // (layers - 1)
+    return [high - layer * step for layer in range(layers)]
+
+
+def blank(layers: int, history: int) -> list[LayerScores]:
+    return [LayerScores(torch.zeros(1, history)) for _ in range(layers)]
+
+
+@pytest.mark.parametrize(
+    ("layers", "prompt", "window", "base", "beta"),
+    [
+        (32, 8192, 32, 992, 20),
+        (5, 4000, 8, 120, 20),
+        (5, 1000, 8, 120, 1),
+        (3, 1000, 8, 100, 4),
+        (9, 200, 16, 96, 20),  # the first layer keeps all of its history
+        (5, 200, 8, 101, 20),  # a short prompt: equal budgets
+        (1, 500, 8, 40, 20),
+    ],
+)
+def test_pyramidkv_budgets_are_the_releases_up_to_its_rounding(
+    layers: int, prompt: int, window: int, base: int, beta: int
+) -> None:
+    method = PyramidKV(window=window, beta=beta)
+    history = prompt - window
+    found = token_budgets(method, blank(layers, history), base=base, num_layers=layers)
+    assert found.sum() == base * layers
+    assert (np.diff(found) <= 0).all()
+    if layers == 1:
+        assert found.tolist() == [base]
+        return
+    released = np.array(released_pyramid(layers, prompt, window, base, beta))
+    # The release's step is rounded down, by less than one token a layer.
+    surplus = released - found
+    assert (surplus >= -0.5).all()
+    assert (surplus <= np.arange(layers) + 0.5).all()
+    if prompt < 2 * base:
+        assert found.tolist() == released.tolist()
+
+
+def test_pyramidkv_where_the_step_is_whole() -> None:
+    method = PyramidKV(window=8, beta=4)
+    found = token_budgets(method, blank(3, 992), base=100, num_layers=3)
+    assert found.tolist() == [175, 100, 25] == released_pyramid(3, 1000, 8, 100, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.integers(1, 12),
+    pages=st.integers(1, 12),
+    block=st.sampled_from([1, 8, 16]),
+    window=st.integers(1, 40),
+    extra=st.integers(1, 900),
+    beta=st.integers(1, 40),
+)
+def test_pyramidkv_spends_an_arena(
+    layers: int, pages: int, block: int, window: int, extra: int, beta: int
+) -> None:
+    pages = max(pages, -(-window // block))
+    prompt = pages * block + extra
+    method = PyramidKV(window=window, beta=beta)
+    found = page_budgets(
+        method,
+        blank(layers, prompt - window),
+        pages_per_layer=pages,
+        block_size=block,
+        lengths=prompt,
+    )
+    assert found.sum() == pages * layers
+    assert (np.diff(found) <= 0).all()
+    assert (found * block <= prompt).all()

@@ -1,0 +1,338 @@
+"""One method's tokens with another's budgets: how it is asked for and what is computed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from kvcompress_kernels.scoring import WindowStatistics, window_statistics
+from vllm_kvcompress.eviction.layer_budgets import page_budgets, token_budgets
+from vllm_kvcompress.methods import (
+    Cake,
+    Composed,
+    DynamicKV,
+    KeyDiff,
+    LayerInput,
+    LayerScores,
+    Method,
+    Need,
+    PyramidKV,
+    Random,
+    SnapKV,
+    StreamingLLM,
+    Tova,
+    Uniform,
+    available,
+    get_method,
+    register,
+    registry,
+    settled,
+    window,
+)
+from vllm_kvcompress.planning.config import KVCompressionConfig
+
+PARTS = [name for name in available() if get_method(name, {}).composable]
+BOTH = frozenset({Need.WINDOW_QUERIES, Need.KEYS})
+HEADS, KV_HEADS, DIM, TOKENS, LAYERS = 4, 2, 16, 100, 6
+
+
+def compose(scorer: Method, allocator: Method) -> Composed:
+    return Composed(window=scorer.window, scorer=scorer, allocator=allocator)
+
+
+def layer_of(method: Method, index: int = 0) -> LayerInput:
+    generator = torch.Generator().manual_seed(index)
+    width = 1.0 + index
+    return LayerInput(
+        layer=index,
+        num_layers=LAYERS,
+        num_tokens=TOKENS,
+        num_kv_heads=KV_HEADS,
+        base=24,
+        queries=width * torch.randn(HEADS, method.window, DIM, generator=generator),
+        keys=torch.randn(KV_HEADS, TOKENS, DIM, generator=generator),
+        scale=DIM**-0.5,
+    )
+
+
+def score_all(method: Method) -> list[LayerScores]:
+    return [method.score(layer_of(method, index)) for index in range(LAYERS)]
+
+
+# ------------------------------------------------------------------------------ how it is asked for
+
+
+def test_a_part_is_replaced_by_name() -> None:
+    assert get_method("cake", {"scorer": "keydiff"}) == compose(KeyDiff(), Cake())
+    assert get_method("cake", {"allocator": "keydiff"}) == compose(Cake(), KeyDiff())
+    assert get_method("cake", {"scorer": "keydiff"}).name == "keydiff+cake"
+
+
+def test_parameters_go_to_the_part_that_they_belong_to() -> None:
+    found = get_method("snapkv", {"kernel": 7, "allocator": {"method": "dynamickv", "r_max": 5}})
+    assert found == compose(SnapKV(kernel=7), DynamicKV(r_max=5))
+    found = get_method("cake", {"tau1": 1.6, "window": 8, "scorer": {"method": "tova"}})
+    assert found == compose(Tova(window=8), Cake(window=8, tau1=1.6))
+
+
+def test_both_parts_may_be_replaced() -> None:
+    found = get_method(
+        "cake", {"window": 16, "scorer": "random", "allocator": {"method": "pyramidkv", "beta": 4}}
+    )
+    assert found == compose(Random(window=16), PyramidKV(window=16, beta=4))
+    assert hash(found) == hash(replace(found))
+
+
+def test_a_method_may_lend_itself_a_part_with_other_parameters() -> None:
+    found = get_method("cake", {"tau1": 3.0, "scorer": {"method": "cake", "gamma": 0.0}})
+    assert found == compose(Cake(gamma=0.0), Cake(tau1=3.0))
+    assert found.name == "cake+cake"
+
+
+GOES_ALONE = "it cannot be combined with the scorer or allocator of another method, as it keeps "
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "message"),
+    [
+        ("cake", {"scorer": "lru"}, 'unknown method "lru", known are cake, dynamickv, h2o, '),
+        ("cake", {"scorer": 3}, "cake: scorer must be the name of a method or a mapping"),
+        ("cake", {"scorer": None}, "got None"),
+        ("cake", {"allocator": {"r_max": 3}}, r"cake: allocator must be .*, got {'r_max': 3}"),
+        ("cake", {"allocator": {"method": ["x"]}}, "cake: allocator must be the name"),
+        (
+            "cake",
+            {"scorer": {"method": "snapkv", "window": 8}},
+            "cake: scorer must not have a window, as all parts share .* window of 32, got 8",
+        ),
+        (
+            "cake",
+            {"scorer": {"method": "snapkv", "gamma": 8}},
+            'snapkv: unknown parameter "gamma", accepted are kernel, pooling, reduce',
+        ),
+        (
+            "cake",
+            {"scorer": {"method": "knorm", "kernel": 5}},
+            'knorm: unknown parameter "kernel", accepted are none',
+        ),
+        (
+            "cake",
+            {"scorer": {"method": "snapkv", "scorer": "tova"}},
+            'snapkv: unknown parameter "scorer", accepted are kernel',
+        ),
+        ("cake", {"scorer": {"method": "snapkv", "kernel": 4}}, "snapkv: kernel must be an odd"),
+        ("cake", {"scorer": "scatter"}, f"scatter: {GOES_ALONE}"),
+        ("cake", {"allocator": "none"}, f"none: {GOES_ALONE}"),
+        ("scatter", {"allocator": "cake"}, f"scatter: {GOES_ALONE}"),
+        ("cake", {"scorer": "tova", "faithful": True}, f"cake: {GOES_ALONE}"),
+        ("tova", {"allocator": {"method": "dynamickv", "faithful": True}}, "dynamickv: it cannot"),
+        ("tova", {"allocator": "cake"}, "cake: window must be an integer of at least 2, got 1"),
+        (
+            "cake",
+            {"gamma": 3.0, "scorer": "keydiff"},
+            "cake: gamma has no effect, as the scorer is replaced, got 3.0",
+        ),
+        (
+            "cake",
+            {"tau2": 3.0, "allocator": "pyramidkv"},
+            "cake: tau2 has no effect, as the allocator is replaced, got 3.0",
+        ),
+        (
+            "snapkv",
+            {"allocator": {"method": "cake", "kernel": 7}},
+            "cake: kernel has no effect, as only its allocator is used, got 7",
+        ),
+        (
+            "cake",
+            {"scorer": {"method": "pyramidkv", "beta": 7}},
+            "pyramidkv: beta has no effect, as only its scorer is used, got 7",
+        ),
+        (
+            "cake",
+            {"scorer": "tova", "allocator": "uniform", "window": 8, "gamma": 1.0},
+            "cake: gamma has no effect, as scorer and allocator are both replaced .*, got 1.0",
+        ),
+    ],
+)
+def test_what_cannot_be_combined_is_refused(
+    name: str, params: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_method(name, params)
+
+
+def test_scatter_does_not_offer_to_be_combined() -> None:
+    with pytest.raises(ValueError, match=r'scatter: unknown parameter "x", accepted are window$'):
+        get_method("scatter", {"x": 1})
+
+
+def test_parts_of_different_windows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"tova\+cake: all parts share the window of 1, got 32"):
+        Composed(window=1, scorer=Tova(), allocator=Cake())
+
+
+def test_a_composition_is_no_part_of_another() -> None:
+    with pytest.raises(ValueError, match=r"tova\+uniform: it cannot be combined"):
+        compose(compose(Tova(), Uniform(window=1)), Uniform(window=1))
+
+
+def test_the_names_of_the_parts_are_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Taker(Uniform):
+        name: ClassVar[str] = "taker"
+        scorer: int = 0
+
+    monkeypatch.setattr(registry, "_methods", {})
+    with pytest.raises(ValueError, match="taker: the parameter name scorer is reserved"):
+        register(Taker)
+
+
+def test_settings_of_an_engine_carry_compositions() -> None:
+    given = {
+        "method": "cake",
+        "budget": 64,
+        "window": 8,
+        "scorer": {"method": "streamingllm", "sinks": 2},
+    }
+    config = KVCompressionConfig.parse(given)
+    assert config.build_method() == compose(StreamingLLM(window=8, sinks=2), Cake(window=8))
+    again = KVCompressionConfig.parse(json.loads(json.dumps(config.as_dict())))
+    assert again.build_method() == config.build_method()
+
+
+# --------------------------------------------------------------------------------- what is computed
+
+
+@pytest.mark.parametrize("scorer", PARTS)
+@pytest.mark.parametrize("allocator", PARTS)
+def test_tokens_are_the_scorers_and_budgets_the_allocators(scorer: str, allocator: str) -> None:
+    first, second = (get_method(name, {"window": 8}) for name in (scorer, allocator))
+    method = compose(first, second)
+    found = score_all(method)
+    expected = [
+        replace(alone, stats=second.layer_stats(layer_of(method, index)))
+        for index, alone in enumerate(score_all(first))
+    ]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert torch.equal(mine.tokens, theirs.tokens)
+        assert dict(mine.stats) == dict(theirs.stats)
+    for budgets in (
+        lambda m: token_budgets(m, settled(found), base=24, num_layers=LAYERS),
+        lambda m: page_budgets(m, settled(found), pages_per_layer=4, block_size=8, lengths=TOKENS),
+    ):
+        assert budgets(method).tolist() == budgets(second).tolist()
+    assert torch.equal(method.select(found[0], 9), first.select(found[0], 9))
+    assert method.needs == first.needs | second.allocator_needs
+    assert method.nested
+    assert (method.local, method.steady, method.schedule) == (
+        (second.local, second.steady, second.schedule)
+    )
+
+
+def test_a_method_composed_with_itself_is_that_method() -> None:
+    for name in PARTS:
+        alone = get_method(name, {"window": 8})
+        for mine, theirs in zip(score_all(compose(alone, alone)), score_all(alone), strict=True):
+            assert torch.equal(mine.tokens, theirs.tokens)
+            assert dict(mine.stats) == dict(theirs.stats)
+
+
+def test_only_what_is_used_is_collected() -> None:
+    assert get_method("cake", {"scorer": "random"}).needs == BOTH
+    assert get_method("dynamickv", {"scorer": "random"}).needs == frozenset()
+    assert get_method("dynamickv", {"scorer": "knorm"}).needs == {Need.KEYS}
+    assert get_method("random", {"allocator": "snapkv"}).needs == frozenset()
+    assert not get_method("dynamickv", {"scorer": "knorm"}).observes
+    assert get_method("cake", {"scorer": "knorm"}).observes
+    assert get_method("cake", {"scorer": "tova"}).observes
+
+
+class Counter:
+    """Counts calls of what hands out keys or statistics."""
+
+    def __init__(self, result: Any) -> None:
+        self.calls = 0
+        self._result = result
+
+    def __call__(self) -> Any:
+        self.calls += 1
+        return self._result
+
+
+@pytest.mark.parametrize(
+    ("scorer", "allocator", "sweeps", "reads", "observed", "reads_observed"),
+    [
+        # Both read the window's statistics: once, from the keys or from a kernel.
+        ("snapkv", "cake", 1, 1, 1, 0),
+        ("dynamickv", "cake", 1, 1, 1, 0),
+        ("cake", "cake", 1, 1, 1, 0),
+        # One does, the other reads keys.
+        ("keydiff", "cake", 1, 1, 1, 1),
+        # TOVA's one query is a sweep of its own, from the same keys.
+        ("tova", "cake", 2, 1, 1, 1),
+        # One part reads nothing.
+        ("streamingllm", "cake", 1, 1, 1, 0),
+        ("snapkv", "dynamickv", 1, 1, 1, 0),
+        ("knorm", "pyramidkv", 0, 1, 0, 1),
+        ("random", "dynamickv", 0, 0, 0, 0),
+    ],
+)
+def test_nothing_is_computed_twice(
+    monkeypatch: pytest.MonkeyPatch,
+    scorer: str,
+    allocator: str,
+    sweeps: int,
+    reads: int,
+    observed: int,
+    reads_observed: int,
+) -> None:
+    method = compose(*(get_method(name, {"window": 8}) for name in (scorer, allocator)))
+    layer = layer_of(method, 3)
+    expected = method.score(layer)
+    made = []
+
+    def counted(*args: Any, **kwargs: Any) -> WindowStatistics:
+        made.append(True)
+        return window_statistics(*args, **kwargs)
+
+    monkeypatch.setattr(window, "window_statistics", counted)
+    keys = Counter(layer.keys)
+    found = method.score(replace(layer, keys=None, read_keys=keys))
+    assert (len(made), keys.calls) == (sweeps, reads)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert dict(found.stats) == dict(expected.stats)
+
+    assert layer.queries is not None
+    assert layer.keys is not None
+    statistics = Counter(window_statistics(layer.queries, layer.keys, window=8, scale=layer.scale))
+    keys = Counter(layer.keys)
+    found = method.score(replace(layer, keys=None, read_keys=keys, observe=statistics))
+    assert (statistics.calls, keys.calls) == (observed, reads_observed)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert dict(found.stats) == dict(expected.stats)
+
+
+def test_what_is_missing_is_named_after_the_part_or_the_composition() -> None:
+    layer = replace(layer_of(Uniform(window=8)), queries=None, keys=None)
+    for name, params, message in (
+        ("cake", {"scorer": "keydiff"}, "keydiff: scoring needs all keys"),
+        ("cake", {"scorer": "snapkv"}, r"snapkv\+cake: scoring needs the window's queries"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            get_method(name, {"window": 8, **params}).score(layer)
+
+
+def test_dynamickv_counts_winners_among_the_scorers_tokens() -> None:
+    method = get_method(
+        "dynamickv", {"window": 8, "scorer": "knorm", "every": 2, "compare": "mass"}
+    )
+    found = score_all(method)
+    entries = torch.stack([layer.tokens for layer in found])
+    limit = entries.flatten().topk(24 * KV_HEADS * LAYERS).values[-1]
+    winners = (entries >= limit).sum(dim=(1, 2))
+    weights = method.weights(found, base=24, num_layers=LAYERS)
+    assert weights.tolist() == winners.tolist()

@@ -1,0 +1,446 @@
+"""Methods and their registry: parameters, scores, weights, and independence of requests."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_kvcompress.eviction.layer_budgets import page_budgets, token_budgets
+from vllm_kvcompress.methods import (
+    END,
+    Cake,
+    DynamicKV,
+    Every,
+    LayerInput,
+    LayerScores,
+    Method,
+    Need,
+    Random,
+    Scatter,
+    Uniform,
+    available,
+    get_method,
+    register,
+    registry,
+)
+
+SCORING = [
+    "cake",
+    "dynamickv",
+    "h2o",
+    "keydiff",
+    "knorm",
+    "pyramidkv",
+    "random",
+    "snapkv",
+    "streamingllm",
+    "tova",
+    "uniform",
+]
+
+
+def layer_input(
+    layer: int = 0,
+    *,
+    tokens: int = 120,
+    window: int = 8,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> LayerInput:
+    generator = torch.Generator().manual_seed(1000 * seed + layer)
+    width = 1.0 + layer
+    return LayerInput(
+        layer=layer,
+        num_layers=6,
+        num_tokens=tokens,
+        num_kv_heads=2,
+        base=24,
+        queries=(torch.randn(6, window, 16, generator=generator) * width).to(dtype),
+        keys=torch.randn(2, tokens, 16, generator=generator).to(dtype),
+        scale=0.25,
+    )
+
+
+def score_all(method: Method, seed: int = 0, **kwargs) -> list[LayerScores]:
+    return [method.score(layer_input(i, seed=seed, **kwargs)) for i in range(6)]
+
+
+# -------------------------------------------------------------------------------------- registry
+
+
+def test_all_methods_are_known():
+    assert set(available()) >= {*SCORING, "none", "scatter"}
+    for name in available():
+        method = get_method(name, {})
+        assert method.name == name
+        # One query is what TOVA judges by; the others share a window, so that they can be compared.
+        assert method.window == (1 if name == "tova" else 32)
+        assert method.keeps_all == (name not in SCORING)
+
+
+def test_parameters_arrive():
+    method = get_method("cake", {"window": 16, "tau1": 2, "gamma": 0.5, "faithful": True})
+    assert method == Cake(window=16, tau1=2, gamma=0.5, faithful=True)
+
+
+def test_unknown_method_names_the_known_ones():
+    with pytest.raises(ValueError, match=r'unknown method "lru", known are cake, dynamickv, '):
+        get_method("lru", {})
+
+
+def test_unknown_parameter_names_the_accepted_ones():
+    message = 'random: unknown parameter "gamma", accepted are allocator, scorer, seed, window'
+    with pytest.raises(ValueError, match=message):
+        get_method("random", {"gamma": 1.0})
+
+
+BAD = [
+    ("cake", "window", 1, "an integer of at least 2"),
+    ("cake", "window", 8.0, "an integer of at least 2"),
+    ("cake", "tau1", 0, "a number above 0"),
+    ("cake", "tau2", -1.0, "a number above 0"),
+    ("cake", "tau1", math.nan, "a number above 0"),
+    ("cake", "tau1", math.inf, "a number above 0"),
+    ("cake", "tau1", "1", "a number above 0"),
+    ("cake", "tau1", True, "a number above 0"),
+    ("cake", "gamma", -0.1, "a number of at least 0"),
+    ("cake", "kernel", 4, "an odd integer of at least 1"),
+    ("cake", "every", -1, "an integer of at least 0"),
+    ("cake", "faithful", 1, "true or false"),
+    ("dynamickv", "window", 0, "an integer of at least 1"),
+    ("dynamickv", "kernel", True, "an odd integer of at least 1"),
+    ("dynamickv", "pooling", "avgpool", "one of avg, max"),
+    ("dynamickv", "reduce", None, "one of mean, max"),
+    ("dynamickv", "r_max", 0.5, "a number of at least 1"),
+    ("dynamickv", "every", 0, "an integer of at least 1"),
+    ("dynamickv", "min_tokens", -1, "an integer of at least 0"),
+    ("dynamickv", "compare", "share", "one of background, mass"),
+    ("dynamickv", "background", 0.0, "a number above 0 and below 1"),
+    ("dynamickv", "background", 1, "a number above 0 and below 1"),
+    ("dynamickv", "background", math.nan, "a number above 0 and below 1"),
+    ("dynamickv", "faithful", "yes", "true or false"),
+    ("snapkv", "kernel", 2, "an odd integer of at least 1"),
+    ("snapkv", "pooling", "sum", "one of avg, max"),
+    ("snapkv", "reduce", "sum", "one of mean, max"),
+    ("pyramidkv", "beta", 0, "an integer of at least 1"),
+    ("pyramidkv", "kernel", 2, "an odd integer of at least 1"),
+    ("streamingllm", "sinks", -1, "an integer of at least 0"),
+    ("streamingllm", "variant", "last", "one of recent, first"),
+    ("tova", "window", 0, "an integer of at least 1"),
+    ("uniform", "window", "32", "an integer of at least 1"),
+    ("uniform", "kernel", 0, "an odd integer of at least 1"),
+    ("random", "seed", -1, "an integer of at least 0"),
+    ("random", "seed", True, "an integer of at least 0"),
+    ("scatter", "window", 0, "an integer of at least 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "param", "value", "expected"), BAD)
+def test_bad_values_are_refused_in_one_sentence(name, param, value, expected):
+    with pytest.raises(ValueError, match=f"{name}: {param} must be {expected}, got") as caught:
+        get_method(name, {param: value})
+    assert str(caught.value) == f"{name}: {param} must be {expected}, got {value!r}"
+
+
+def test_every_parameter_has_a_bad_value_that_is_refused():
+    """A new field without a check fails here, not in a user's server."""
+    for name in SCORING:
+        for field in fields(get_method(name, {})):
+            with pytest.raises(ValueError, match=f"{name}: {field.name} must be"):
+                get_method(name, {field.name: object()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latest(Method):
+    name: ClassVar[str] = "latest"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+
+    def score(self, layer: LayerInput) -> LayerScores:
+        history = layer.num_tokens - self.window
+        return LayerScores(torch.arange(history).float().expand(layer.num_kv_heads, -1))
+
+
+class FakeEntry:
+    name = "latest"
+    value = "elsewhere:Latest"
+    dist = None
+
+    def __init__(self, loaded: object) -> None:
+        self._loaded = loaded
+
+    def load(self) -> object:
+        return self._loaded
+
+
+@pytest.fixture
+def entry(monkeypatch):
+    """Let one third-party entry point be found, with a registry of its own."""
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+
+    def install(loaded: object) -> None:
+        found = {registry.ENTRY_POINT_GROUP: [FakeEntry(loaded)]}
+        monkeypatch.setattr(registry, "entry_points", lambda group: found.get(group, []))
+        registry._load_third_party.cache_clear()
+
+    yield install
+    registry._load_third_party.cache_clear()
+
+
+def test_third_party_methods_are_found_by_entry_point(entry):
+    assert "latest" not in available()
+    entry(Latest)
+    assert "latest" in available()
+    method = get_method("latest", {"window": 8})
+    assert method.select(method.score(layer_input()), 2).tolist() == [[110, 111]] * 2
+    assert method.schedule is END
+    assert method.weights([], base=1, num_layers=1).shape == (0,)
+
+
+def test_names_cannot_be_taken_over(entry):
+    @dataclass(frozen=True, kw_only=True)
+    class Impostor(Latest):
+        name: ClassVar[str] = "cake"
+
+    with pytest.raises(ValueError, match='"cake" is taken by'):
+        register(Impostor)
+    assert register(Cake) is Cake
+
+
+def test_importing_the_methods_does_not_import_vllm():
+    code = (
+        "import sys, vllm_kvcompress.methods, vllm_kvcompress.eviction.layer_budgets; "
+        "sys.exit('vLLM was imported' if 'vllm' in sys.modules else 0)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+# ---------------------------------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_scores_have_the_promised_shape(name):
+    method = get_method(name, {"window": 8})
+    scores = method.score(layer_input())
+    assert scores.tokens.shape == (2, 112)
+    assert scores.tokens.dtype == torch.float32
+    assert bool(scores.tokens.isfinite().all())
+    assert method.needs <= {Need.WINDOW_QUERIES, Need.KEYS}
+
+
+@pytest.mark.parametrize("name", ["cake", "dynamickv"])
+@pytest.mark.parametrize("faithful", [False, True])
+def test_missing_tensors_are_named(name, faithful):
+    method = get_method(name, {"window": 8, "faithful": faithful})
+    empty = LayerInput(0, 6, 120, 2, 24, None, None, 0.25)
+    with pytest.raises(ValueError, match=f"{name}: scoring needs"):
+        method.score(empty)
+
+
+@pytest.mark.parametrize("name", SCORING)
+def test_a_request_does_not_see_its_neighbours(name):
+    """Scored alone, or after another request: the same budgets and the same tokens, bit by bit."""
+    method = get_method(name, {"window": 8})
+    alone = score_all(method)
+    other = score_all(method, seed=1)
+    after = score_all(method)
+    for first, again in zip(alone, after, strict=True):
+        assert torch.equal(first.tokens, again.tokens)
+        assert first.stats == again.stats
+    budgets = token_budgets(method, alone, base=24, num_layers=6)
+    assert token_budgets(method, other, base=24, num_layers=6).sum() == budgets.sum()
+    assert token_budgets(method, after, base=24, num_layers=6).tolist() == budgets.tolist()
+
+
+def test_cake_prefers_restless_and_spread_out_layers():
+    method = Cake(window=2, tau1=1.0)
+    calm = LayerScores(torch.zeros(1, 50), {"log_entropy": 0.0, "log_shift": 0.0})
+    spread = LayerScores(torch.zeros(1, 50), {"log_entropy": math.log(3.0), "log_shift": 0.0})
+    still = LayerScores(torch.zeros(1, 50), {"log_entropy": 5.0, "log_shift": -math.inf})
+    weights = method.weights([calm, spread, still], base=9, num_layers=3)
+    assert weights[1] / weights[0] == pytest.approx(3.0, rel=1e-12)
+    assert weights[2] == 0.0
+    warm = Cake(window=2, tau1=2.0).weights([calm, spread], base=9, num_layers=3)
+    assert warm[1] / warm[0] == pytest.approx(math.sqrt(3.0), rel=1e-12)
+    assert Cake(window=2).weights([still] * 3, base=9, num_layers=3).tolist() == [0.0] * 3
+
+
+def test_cakes_temperatures_are_the_authors_where_none_are_given():
+    calm = LayerScores(torch.zeros(1, 50), {"log_entropy": 0.0, "log_shift": 0.0})
+    restless = LayerScores(torch.zeros(1, 50), {"log_entropy": 3.0, "log_shift": 1.2})
+    weights = Cake().weights([calm, restless], base=9, num_layers=2)
+    assert weights[1] / weights[0] == pytest.approx(math.exp(3.0 / 1.5 + 1.2 / 0.6), rel=1e-12)
+    assert Cake().temperatures == (1.5, 0.6)
+    assert Cake(faithful=True).temperatures == (1.0, 1.0)
+    assert Cake(faithful=True, tau1=0.4, tau2=0.6).temperatures == (0.4, 0.6)
+    assert Cake(tau2=1.0).temperatures == (1.5, 1.0)
+
+
+def test_cake_weights_survive_what_overflows_outside_the_log_domain():
+    def layer(log_shift: float) -> LayerScores:
+        return LayerScores(torch.zeros(1, 50), {"log_entropy": 9.0, "log_shift": log_shift})
+
+    weights = Cake(tau2=0.01).weights([layer(-20), layer(-19), layer(-20)], base=9, num_layers=3)
+    assert np.isfinite(weights).all()
+    assert weights[0] == weights[2] > 0.0
+    assert weights[1] / weights[0] == pytest.approx(math.exp(100), rel=1e-9)
+
+
+def test_cake_gamma_rewards_variance():
+    flat = Cake(window=8, gamma=0.0).score(layer_input()).tokens
+    sharp = Cake(window=8, gamma=50.0).score(layer_input()).tokens
+    assert bool((sharp >= flat).all())
+    assert float((sharp - flat).max()) > 0.0
+    same = Uniform(window=8).score(layer_input()).tokens
+    torch.testing.assert_close(flat, same, atol=0, rtol=0)
+
+
+def test_dynamickv_reductions():
+    by_mean = DynamicKV(window=8).score(layer_input()).tokens
+    by_max = DynamicKV(window=8, reduce="max").score(layer_input()).tokens
+    assert bool((by_max >= by_mean).all())
+    assert not torch.equal(by_max, by_mean)
+    # The window's sum is its mean times the number of queries.
+    mean = Uniform(window=8, kernel=7).score(layer_input()).tokens
+    torch.testing.assert_close(by_mean, mean * 8, atol=1e-7, rtol=1e-5)
+
+
+def test_dynamickv_counts_as_many_entries_as_the_layers_seen_may_keep():
+    method = DynamicKV(window=8, compare="mass")
+    seen = score_all(method)[:4]
+    weights = method.weights(seen, base=24, num_layers=6)
+    entries = torch.stack([layer.tokens for layer in seen]).flatten()
+    threshold = entries.topk(24 * 2 * 4).values[-1]
+    assert weights.tolist() == [float((layer.tokens >= threshold).sum()) for layer in seen]
+    assert weights.sum() == 24 * 2 * 4
+
+
+def test_dynamickv_counts_entries_by_how_far_they_stand_out():
+    seen = score_all(DynamicKV(window=8))[:4]
+    for share in (0.1, 0.5):
+        method = DynamicKV(window=8, background=share)
+        weights = method.weights(seen, base=24, num_layers=6)
+        scores = torch.stack([s.tokens for s in seen])
+        ranked = scores.sort(dim=-1).values
+        entries = scores / ranked[..., math.ceil(share * ranked.shape[-1]) - 1, None]
+        threshold = entries.flatten().topk(24 * 2 * 4).values[-1]
+        assert weights.tolist() == [float((layer >= threshold).sum()) for layer in entries]
+    weights = DynamicKV().weights(seen, base=24, num_layers=6)
+    # What a layer's scores are measured in does not matter, as it does for the published count.
+    louder = [replace(s, tokens=s.tokens * 2.0**i) for i, s in enumerate(seen)]
+    assert DynamicKV().weights(louder, base=24, num_layers=6).tolist() == weights.tolist()
+    by_mass = DynamicKV(compare="mass")
+    assert (
+        by_mass.weights(louder, base=24, num_layers=6).tolist()
+        != by_mass.weights(seen, base=24, num_layers=6).tolist()
+    )
+
+
+def test_dynamickv_gives_a_sharp_layer_what_a_flat_one_takes_by_mass():
+    # The same mass: spread over all tokens, or on 30 of them beside a sink that has most of it.
+    flat = torch.linspace(0.9, 1.1, 400)[None] / 400
+    sharp = torch.full((1, 400), 0.05 / 369)
+    sharp[0, 0], sharp[0, 1:31] = 0.9, 0.05 / 30
+    layers = [LayerScores(flat), LayerScores(sharp)]
+    by_mass = DynamicKV(compare="mass").weights(layers, base=30, num_layers=2)
+    assert by_mass.tolist() == [59, 1]
+    assert DynamicKV().weights(layers, base=30, num_layers=2).tolist() == [29, 31]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.0])
+def test_dynamickv_compares_rows_without_a_middle(value):
+    flat = LayerScores(torch.full((2, 50), value))
+    spike = LayerScores(torch.nn.functional.one_hot(torch.tensor([3, 9]), 50).float())
+    assert DynamicKV().weights([flat, spike], base=1, num_layers=2).tolist()[1] == 2
+    assert DynamicKV().weights([flat, flat], base=10, num_layers=2).sum() == 40
+
+
+def test_dynamickv_caps_a_dominant_layer():
+    layers = [LayerScores(torch.full((1, 900), float(i == 2))) for i in range(8)]
+    method = DynamicKV(window=8, r_max=3.0, compare="mass")
+    budgets = token_budgets(method, layers, base=50, num_layers=8)
+    assert budgets[2] == 150
+    assert budgets.sum() == 400
+
+
+def test_random_is_seeded_by_parameter_and_layer():
+    first = Random(window=8, seed=1).score(layer_input(0)).tokens
+    assert torch.equal(first, Random(window=8, seed=1).score(layer_input(0, seed=5)).tokens)
+    assert not torch.equal(first, Random(window=8, seed=1).score(layer_input(1)).tokens)
+    assert not torch.equal(first, Random(window=8, seed=2).score(layer_input(0)).tokens)
+    blind = LayerInput(0, 6, 120, 2, 24, None, None, 0.25)
+    assert torch.equal(first, Random(window=8, seed=1).score(blind).tokens)
+
+
+def test_scatter_keeps_all_and_has_no_scores():
+    assert Scatter().keeps_all
+    assert not any(get_method(name, {}).keeps_all for name in SCORING)
+    with pytest.raises(RuntimeError, match="no scores"):
+        Scatter().score(layer_input())
+
+
+def test_schedules():
+    assert Cake().schedule == Every(1)
+    assert Cake(every=0).schedule is END
+    assert DynamicKV(every=3).schedule == Every(3)
+    assert [n for n in range(1, 8) if Every(3).cuts_after(n, 7)] == [3, 6, 7]
+    assert [n for n in range(1, 8) if END.cuts_after(n, 7)] == [7]
+
+
+# ----------------------------------------------------------------------- from scores to tokens
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    name=st.sampled_from(SCORING),
+    seed=st.integers(0, 20),
+    window=st.integers(2, 8),
+    pages=st.integers(1, 8),
+    block=st.sampled_from([8, 16]),
+    extra=st.integers(1, 60),
+)
+def test_protected_tokens_are_kept_exactly_once(name, seed, window, pages, block, extra):
+    tokens = pages * block + extra
+    method = get_method(name, {"window": window})
+    scores = score_all(method, seed, tokens=tokens, window=window)
+    found = page_budgets(method, scores, pages_per_layer=pages, block_size=block, lengths=tokens)
+    assert found.sum() == pages * 6
+    own_window = torch.arange(tokens - window, tokens).expand(2, -1)
+    for layer, held in zip(scores, found.tolist(), strict=True):
+        chosen = method.select(layer, held * block - window)
+        ids = torch.cat((chosen, own_window), dim=-1)
+        assert ids.shape == (2, held * block)
+        assert all(len(set(head)) == held * block for head in ids.tolist())
+        assert bool((ids.diff(dim=-1) > 0).all())
+
+
+@pytest.mark.parametrize("name", ["cake", "dynamickv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_faithful_mode_works_in_pages(name, dtype):
+    method = get_method(name, {"window": 8, "faithful": True})
+    scores = score_all(method, tokens=400, dtype=dtype)
+    found = page_budgets(method, scores, pages_per_layer=4, block_size=16, lengths=400)
+    assert found.sum() == 24
+    assert (found >= 1).all()
+    assert scores[0].tokens.dtype == torch.float32
+
+
+def test_faithful_differs_from_corrected_in_half_precision():
+    plain = score_all(Cake(window=8), tokens=400, dtype=torch.bfloat16)
+    faithful = score_all(Cake(window=8, faithful=True), tokens=400, dtype=torch.bfloat16)
+    distinct = [len(scores[0].tokens.unique()) for scores in (plain, faithful)]
+    assert distinct[1] < distinct[0] == 2 * 392
+    torch.testing.assert_close(faithful[0].tokens, plain[0].tokens, rtol=0.1, atol=1e-3)

@@ -1,0 +1,249 @@
+"""Per-layer tables of a step against a per-row, per-layer, per-token reference.
+
+Both builders: the one for the CPU backend, and the one that fills a device's buffers (here through
+the torch twin of its kernel; the kernel is compared with its twin in tests/kernels).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.table_world import LIMITS, NUM_BLOCKS, Make, Row, World, both_builders, on_device
+from vllm_kvcompress.paging.page_tables import TableBuilder
+
+
+@st.composite
+def uneven(draw: st.DrawFn, layers: int) -> list[int]:
+    """Pages per layer: at least one each, a whole number of blocks in all."""
+    blocks = draw(st.integers(1, 3))
+    free = (blocks - 1) * layers
+    cuts = sorted(draw(st.integers(0, free)) for _ in range(layers - 1))
+    return (np.diff(np.asarray([0, *cuts, free])) + 1).tolist()
+
+
+@both_builders
+@settings(max_examples=120, deadline=None)
+@given(data=st.data())
+def test_tables_equal_the_reference(make: Make, data: st.DataObject) -> None:
+    layers = data.draw(st.integers(1, 4), "layers")
+    size = data.draw(st.sampled_from([2, 4]), "block size")
+    world = World(layers, size, data.draw(st.sampled_from(["layer", "block"]), "outermost"))
+    rows: list[Row] = []
+    for index in range(data.draw(st.integers(1, 5), "requests")):
+        if index and data.draw(st.booleans()):
+            length = data.draw(st.integers(1, 20))
+            # One token is a decode row, more are a prefill chunk, perhaps not the first.
+            rows.append(world.plain(length, data.draw(st.integers(1, length))))
+        else:
+            counts = data.draw(uneven(layers))
+            prompt = data.draw(st.integers(max(counts) * size, 60))
+            rows.append(world.admit(f"r{index}", prompt, counts, data.draw(st.integers(0, 1))))
+    builder = make(world.arena)
+    for _ in range(data.draw(st.integers(1, 3), "steps")):
+        for row in rows:
+            if row.name is not None:
+                # A request resumed after a preemption replays several tokens in one step.
+                world.feed(row, data.draw(st.sampled_from([1, 1, 2, 7])))
+        batch_rows = data.draw(st.permutations(rows))
+        padding = data.draw(st.integers(0, 3))
+        world.check(batch_rows, padding, builder.build(world.batch(batch_rows, padding)))
+        world.arena.check_integrity({r.name: r.blocks for r in rows if r.name is not None})
+
+
+@both_builders
+@pytest.mark.parametrize("outermost", ["layer", "block"])
+def test_plain_rows_beside_a_compressed_one_keep_plain_vllms_slots(
+    make: Make, outermost: str
+) -> None:
+    world = World(3, 4, outermost)
+    compressed = world.admit("a", 40, [1, 2, 3])
+    world.feed(compressed, 1)
+    prefill, decode = world.plain(11, 7), world.plain(9, 1)
+    batch = world.batch([prefill, compressed, decode], padding=2)
+    built = make(world.arena).build(batch)
+    logical = batch.slot_mapping
+    theirs = [0, 1, 2, 3, 4, 5, 6, 8]  # token 7 is the compressed row's
+    # Layer l's own cache is every step-th page of the flat view from origin[l] on.
+    flat = torch.arange(3 * NUM_BLOCKS * 4).view(3 * NUM_BLOCKS, 4)
+    for layer in range(3):
+        start, step = int(world.geometry.origin[layer]), world.geometry.step
+        own = flat[start::step][:NUM_BLOCKS].reshape(-1)
+        torch.testing.assert_close(built.slot_mapping[layer][theirs], own[logical[theirs]])
+        assert built.slot_mapping[layer, 9:].tolist() == [-1, -1]
+        for row in (0, 2):
+            blocks = batch.block_table[row, :3].long()
+            pages = built.block_tables[layer, row, :3].long()
+            torch.testing.assert_close(flat[pages], own.view(NUM_BLOCKS, 4)[blocks])
+        assert built.seq_lens[layer, [0, 2]].tolist() == [11, 9]
+
+
+@both_builders
+def test_layers_of_one_request_have_their_own_lengths(make: Make) -> None:
+    world = World(3, 4, "layer")
+    row = world.admit("a", 40, [1, 2, 3])
+    world.feed(row, 1)
+    built = make(world.arena).build(world.batch([row]))
+    assert built.seq_lens[:, 0].tolist() == [5, 9, 13]
+    # Their next slot is the first of the same growth block in each layer's own page.
+    first = [world.page(layer, row.blocks[-1]) * 4 for layer in range(3)]
+    assert built.slot_mapping[:, 0].tolist() == first
+
+
+def test_tables_are_reused_while_batch_and_arena_stay_the_same() -> None:
+    world = World(2, 4, "block")
+    rows = [world.admit("a", 30, [1, 3]), world.admit("b", 30, [2, 2])]
+    builder = TableBuilder(world.arena)
+    for row in rows:
+        world.feed(row, 1)
+    first = builder.build(world.batch(rows))
+    for row in rows:
+        world.feed(row, 1)
+    second = builder.build(world.batch(rows))
+    assert second.block_tables is first.block_tables
+    # Only the tables are: lengths and slots move with every token.
+    world.check(rows, 0, second)
+
+
+@both_builders
+def test_tables_are_refreshed_when_a_request_grows(make: Make) -> None:
+    world = World(2, 4, "block")
+    row = world.admit("a", 30, [1, 3])
+    builder = make(world.arena)
+    for _ in range(10):
+        world.feed(row, 1)
+        world.check([row], 0, builder.build(world.batch([row])))
+    assert len(row.blocks) == 2 + 3
+
+
+@both_builders
+def test_tables_are_refreshed_when_a_slot_gets_another_request(make: Make) -> None:
+    world = World(2, 4, "layer")
+    old = world.admit("a", 30, [1, 3])
+    world.feed(old, 1)
+    builder = make(world.arena)
+    world.check([old], 0, builder.build(world.batch([old])))
+    slot = world.arena.slot("a")
+    world.arena.drop("a")
+    new = world.admit("b", 34, [3, 1])
+    assert world.arena.slot("b") == slot
+    world.feed(new, 1)
+    world.check([new], 0, builder.build(world.batch([new])))
+
+
+@both_builders
+def test_tables_are_refreshed_when_rows_change_places_or_leave(make: Make) -> None:
+    world = World(2, 4, "layer")
+    rows = [world.admit("a", 30, [1, 3]), world.admit("b", 34, [3, 1])]
+    plain = world.plain(6, 1)
+    for row in rows:
+        world.feed(row, 1)
+    builder = make(world.arena)
+    for batch in (rows, rows[::-1], rows[:1], [rows[0], plain], [plain, rows[0]], rows):
+        world.check(batch, 0, builder.build(world.batch(batch)))
+
+
+@both_builders
+def test_a_chunk_of_another_prompt_growing_beside_a_compressed_row(make: Make) -> None:
+    # Same rows and arena version twice: only the plain row's blocks differ.
+    world = World(2, 4, "block")
+    row = world.admit("a", 30, [2, 2])
+    builder = make(world.arena)
+    for length in (4, 8, 12):
+        world.feed(row, 1)
+        batch = [row, world.plain(length, 4)]
+        world.check(batch, 0, builder.build(world.batch(batch)))
+
+
+@both_builders
+@pytest.mark.parametrize("outermost", ["layer", "block"])
+def test_a_request_that_is_cut_again_and_again(make: Make, outermost: str) -> None:
+    """Growth goes on behind all blocks that the request was ever given."""
+    world = World(3, 4, outermost)
+    row, other = world.admit("a", 30, [1, 3, 2]), world.admit("b", 40, [2, 2, 2])
+    builder = make(world.arena)
+    # Within their own pages, to other blocks, and within those.
+    for counts in (None, [4, 1, 4], None, None):
+        for _ in range(6):
+            world.feed(row, 1)
+            world.feed(other, 1)
+            world.check([row, other], 0, builder.build(world.batch([row, other])))
+        world.cut_again(row, counts)
+        assert world.arena.growth_column[world.arena.slot("a")] == row.first + len(row.blocks)
+        world.arena.check_integrity({"a": row.blocks, "b": other.blocks})
+    assert row.first > 8
+
+
+@both_builders
+@pytest.mark.parametrize(("cached", "at_once"), [(0, 1), (2, 2)])
+def test_a_prompt_whose_layers_share_pages_for_a_step(
+    make: Make, cached: int, at_once: int
+) -> None:
+    world = World(4, 4, "block")
+    old = world.admit("a", 30, [1, 2, 1, 4])
+    builder = make(world.arena)
+    world.feed(old, 1)
+    staged = world.stage("b", 22, cached, at_once)
+    assert staged.tokens == 22 - 4 * cached
+    batch = [staged, old, world.plain(6, 1)]
+    world.check(batch, 1, builder.build(world.batch(batch, padding=1)))
+    # After the step it is admitted as any other, perhaps to the same slot.
+    world.arena.drop("b")
+    new = world.admit("b", 22, [3, 2, 1, 2])
+    for _ in range(3):
+        world.feed(old, 1)
+        world.feed(new, 1)
+        world.check([new, old], 0, builder.build(world.batch([new, old])))
+
+
+def test_a_devices_buffers_never_move() -> None:
+    """A captured graph reads the addresses of the moment; slots and pages of the arena may grow."""
+    world = World(2, 4, "layer")
+    builder = on_device(world.arena)
+    captured = builder.capture(torch.ones(6, dtype=torch.int32), 6)
+    assert captured.block_tables.eq(0).all()
+    assert captured.seq_lens.eq(1).all()
+    assert captured.slot_mapping.eq(-1).all()
+    rows = []
+    for index in range(6):
+        row = world.admit(f"r{index}", 100 + index, [2 + index, 2 + index])
+        world.feed(row, 1)
+        rows.append(row)
+        built = builder.build(world.batch(rows))
+        world.check(rows, 0, built)
+        for now, then in (
+            (built.block_tables, captured.block_tables),
+            (built.seq_lens, captured.seq_lens),
+            (built.slot_mapping, captured.slot_mapping),
+        ):
+            assert now.data_ptr() == then.data_ptr()
+            assert now[1].data_ptr() == then[1].data_ptr()
+    # What was captured for six rows holds what the last step filled in.
+    world.check(rows, 0, captured)
+
+
+def test_a_replayed_batch_may_have_no_compressed_row() -> None:
+    world = World(2, 4, "block")
+    rows = [world.plain(9, 1), world.plain(4, 1)]
+    builder = on_device(world.arena)
+    world.check(rows, 2, builder.build(world.batch(rows, padding=2)))
+
+
+def test_warming_up_leaves_an_empty_row() -> None:
+    world = World(2, 4, "block")
+    builder = on_device(world.arena)
+    builder.warm_up()
+    built = builder.capture(torch.zeros(1, dtype=torch.int32), 0)
+    assert built.seq_lens.tolist() == [[0], [0]]
+    rows = [world.plain(9, 1)]
+    world.check(rows, 0, builder.build(world.batch(rows)))
+
+
+def test_a_batch_beyond_the_limits_is_refused() -> None:
+    world = World(2, 4, "block")
+    rows = [world.plain(1, 1) for _ in range(LIMITS.rows + 1)]
+    with pytest.raises(ValueError, match="a batch of 9 rows and 9 tokens exceeds"):
+        on_device(world.arena).build(world.batch(rows))

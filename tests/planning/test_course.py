@@ -1,0 +1,274 @@
+"""When a request is cut and what it holds in between, against a list of blocks kept token by token.
+
+The naive request below is given a block when a token finds no free slot, takes the blocks of its
+survivors at a cut, and throws out what no longer matters when a cut has been processed.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from vllm_kvcompress.paging.arena import ArenaPlan
+from vllm_kvcompress.planning.compression_schedule import Course, Cut, Repeat
+
+SIZE = 4
+
+
+class Naive:
+    """A request's blocks, each known by what it was appended for."""
+
+    def __init__(self, course: Course, lag: int, front: int | None = None) -> None:
+        self.course = course
+        self.lag = lag
+        self.front = front
+        self.tokens = 0
+        self.cuts = 0
+        self.released = 0
+        self.home = "home 0"
+        self.blocks: list[str] = []
+        self.gone: list[set[str]] = []  # per cut not yet processed, what it makes superfluous
+        self.free = 0
+        self._due: list[int] = []  # steps to plan until each of them has been processed
+        self.started = False
+
+    def next_cut(self) -> Cut | None:
+        return self.course.cut(self.cuts + 1) if self.course.has_cut(self.cuts + 1) else None
+
+    def step(self, tokens: int) -> None:
+        """Plan a step of so many tokens, which may end at a cut but not go beyond it."""
+        self._due = [steps - 1 for steps in self._due]
+        while self._due and self._due[0] < 0:
+            self.release()
+        if not self.started and self.front is not None:
+            self.blocks += ["text 0"] * self.front
+        self.started = True
+        for _ in range(tokens):
+            self.token()
+        cut = self.next_cut()
+        assert cut is None or self.tokens <= cut.position, "a step must end at its cut"
+        if cut is not None and self.tokens == cut.position:
+            self.cut(cut)
+
+    def token(self) -> None:
+        self.tokens += 1
+        if self.front is not None and self.cuts == 0:
+            return  # the workspace has room for all of them
+        if not self.free:
+            self.blocks.append(f"text {self.cuts}")
+            self.free = SIZE
+        self.free -= 1
+
+    def cut(self, cut: Cut) -> None:
+        gone = {f"text {self.cuts}"}
+        self.cuts += 1
+        if cut.moves:
+            gone.add(self.home)
+            self.home = f"home {self.cuts}"
+            self.blocks += [self.home] * cut.blocks
+        self.gone.append(gone)
+        self.free = cut.slack
+        self._due.append(self.lag)
+
+    def release(self) -> None:
+        """Throw out what the oldest cut made superfluous."""
+        gone = self.gone.pop(0)
+        self._due.pop(0)
+        self.blocks = [block for block in self.blocks if block not in gone]
+        self.released += 1
+
+
+@st.composite
+def courses(draw: st.DrawFn) -> Course:
+    """Cuts of a prefill, of a generation, or both; those of the planner and wilder ones."""
+    cuts: list[Cut] = []
+    position = 0
+    for _ in range(draw(st.integers(0, 3))):
+        position += draw(st.integers(1, 20))
+        slack = draw(st.integers(0, SIZE - 1))
+        cuts.append(Cut(position, draw(st.integers(1, 5)), slack=slack))
+    prompt = position if cuts else draw(st.integers(1, 30))
+    repeat = None
+    if not cuts or draw(st.booleans()):
+        moves = not cuts or draw(st.booleans())
+        blocks = draw(st.integers(1, 5)) if moves else cuts[-1].blocks
+        first = Cut(prompt + draw(st.integers(1, 20)), blocks, moves=moves)
+        repeat = Repeat(first, draw(st.integers(1, 12)))
+    return Course(prompt, SIZE, cuts, repeat)
+
+
+fronts = st.none() | st.integers(0, 9)
+lags = st.integers(0, 2)
+
+
+@settings(max_examples=200, deadline=None)
+@given(courses(), lags, fronts, st.lists(st.integers(1, 9), min_size=1, max_size=30))
+def test_blocks_are_those_of_a_request_kept_token_by_token(
+    course: Course, lag: int, front: int | None, steps: list[int]
+) -> None:
+    naive = Naive(course, lag, front)
+    peak = 0
+    for tokens in steps:
+        cut = naive.next_cut()
+        naive.step(min(tokens, cut.position - naive.tokens) if cut else tokens)
+        now, released = naive.tokens, naive.released
+        assert course.count(now) == naive.cuts
+        upcoming = naive.next_cut()
+        assert course.next_position(now) == (upcoming.position if upcoming else None)
+        assert course.blocks_for(now, released, front) == len(naive.blocks)
+        if naive.gone:
+            kept = course.superfluous(released, front)
+            doomed = [i for i, block in enumerate(naive.blocks) if block in naive.gone[0]]
+            assert list(kept) == doomed
+        peak = max(peak, len(naive.blocks))
+        assert peak <= course.peak_blocks(now, lag, front)
+
+
+@settings(max_examples=200, deadline=None)
+@given(courses(), lags, fronts, st.integers(1, 150))
+def test_the_peak_is_reached_by_steps_from_cut_to_cut(
+    course: Course, lag: int, front: int | None, tokens: int
+) -> None:
+    """As a resumed request takes them, whose generated tokens are known already."""
+    naive = Naive(course, lag, front)
+    held = []
+    while naive.tokens < tokens:
+        cut = naive.next_cut()
+        naive.step(min(tokens, cut.position if cut else tokens) - naive.tokens)
+        held.append(len(naive.blocks))
+    assert max(held) == course.peak_blocks(tokens, lag, front)
+
+
+@settings(max_examples=200, deadline=None)
+@given(courses(), lags, fronts, st.integers(1, 80), st.integers(0, 80))
+def test_the_peak_from_now_on_leaves_out_what_is_past(
+    course: Course, lag: int, front: int | None, tokens: int, more: int
+) -> None:
+    naive = Naive(course, lag, front)
+    while naive.tokens < tokens:
+        naive.step(1)
+    # Only what is still to come counts, so every cut made so far is processed first.
+    while naive.gone:
+        naive.release()
+    start = naive.released
+    held = [len(naive.blocks)]
+    while naive.tokens < tokens + more:
+        naive.step(1)
+        held.append(len(naive.blocks))
+    peak = course.peak_blocks(tokens + more, lag, front, start)
+    assert max(held) <= peak <= course.peak_blocks(tokens + more, lag, front)
+
+
+@given(courses(), lags, fronts, st.integers(1, 200), st.integers(0, 100))
+def test_more_tokens_never_lower_the_peak(
+    course: Course, lag: int, front: int | None, tokens: int, more: int
+) -> None:
+    low, high = (course.peak_blocks(n, lag, front) for n in (tokens, tokens + more))
+    assert low <= high
+
+
+@given(courses(), st.integers(0, 200))
+def test_cuts_are_numbered_in_the_order_of_their_positions(course: Course, tokens: int) -> None:
+    count = course.count(tokens)
+    positions = [course.cut(n).position for n in range(1, count + 1)]
+    assert positions == sorted(set(positions))
+    assert all(p <= tokens for p in positions)
+    assert course.first == course.cut(1).position
+    assert course.home(0) == 0
+    if course.has_cut(count + 1):
+        assert course.cut(count + 1).position > tokens
+        assert course.home(count + 1) == course.cut(count + 1).blocks
+
+
+@given(courses(), st.integers(0, 3))
+def test_cuts_that_are_not_there_are_refused(course: Course, beyond: int) -> None:
+    assert not course.has_cut(0)
+    with pytest.raises(LookupError, match="not 0"):
+        course.cut(0)
+    assume(course.repeat is None)
+    number = len(course.cuts) + 1 + beyond
+    assert not course.has_cut(number)
+    with pytest.raises(LookupError, match=f"cut {len(course.cuts)} times, not {number}"):
+        course.cut(number)
+    with pytest.raises(ValueError, match="have no end"):
+        course.segment(len(course.cuts))
+
+
+# --- numbers worked out by hand ------------------------------------------------------------------
+
+
+def once(plan: ArenaPlan) -> Course:
+    """The cut of a prompt at its end and nothing else."""
+    cut = Cut(plan.prompt_len, plan.arena_blocks, slack=plan.slack)
+    return Course(plan.prompt_len, plan.block_size, [cut])
+
+
+def test_growth_takes_one_block_every_block_size_tokens() -> None:
+    course = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
+    grown = [course.segment(1, 100 + n) for n in range(18)]
+    assert grown == [0, *[1] * 8, *[2] * 8, 3]
+    # Tokens in the last page of a prompt that was kept whole come first.
+    kept = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=13, slack=4))
+    assert [kept.segment(1, 100 + n) for n in range(6)] == [0, 0, 0, 0, 0, 1]
+
+
+@given(st.sampled_from([1, 4, 32]), st.integers(1, 1000), st.integers(0, 40), st.integers(0, 200))
+def test_growth_is_the_fewest_blocks_that_hold_what_the_slack_does_not(
+    size: int, prompt: int, slack: int, generated: int
+) -> None:
+    slack %= size
+    course = Course(prompt, size, [Cut(prompt, 2, slack=slack)])
+    growth = course.blocks_for(prompt + generated, released=1) - 2
+    assert growth * size + slack >= generated
+    assert growth == 0 or (growth - 1) * size + slack < generated
+
+
+def test_blocks_at_and_after_the_end_of_the_prompt() -> None:
+    course = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
+    assert [course.blocks_for(n) for n in (1, 8, 9, 96, 97, 99)] == [1, 1, 2, 12, 13, 13]
+    assert course.blocks_for(100) == 13 + 4
+    assert course.blocks_for(101) == 13 + 4 + 1
+    assert course.blocks_for(100, released=1) == 4
+    assert course.blocks_for(109, released=1) == 4 + 2
+    assert course.superfluous(0) == range(13)
+    # The step after the cut is planned before the cut's own has been processed, or is not.
+    assert course.peak_blocks(101, lag=1) == 13 + 4 + 1
+    assert course.peak_blocks(101, lag=0) == 13 + 4
+    assert course.peak_blocks(101, lag=1, released=1) == 4 + 1
+
+
+def test_a_workspace_takes_the_place_of_the_prompts_blocks() -> None:
+    course = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
+    assert course.blocks_for(1, front=3) == course.blocks_for(99, front=3) == 3
+    assert course.blocks_for(100, front=3) == 3 + 4
+    assert course.superfluous(0, front=3) == range(3)
+    assert course.peak_blocks(101, lag=1, front=3) == 3 + 4 + 1
+
+
+def test_cuts_while_generating_stay_where_they_are_or_move_once() -> None:
+    # 20 kept, then a cut back to 20 whenever there are 16 more: nothing moves.
+    stay = Course(100, 4, [Cut(100, 5)], Repeat(Cut(116, 5, moves=False), 16))
+    assert [stay.cut(n).position for n in range(1, 5)] == [100, 116, 132, 148]
+    assert [stay.cut(n).moves for n in range(1, 5)] == [True, False, False, False]
+    assert stay.blocks_for(116, released=1) == stay.blocks_for(131, released=2) == 5 + 4
+    assert stay.superfluous(1) == stay.superfluous(2) == range(5, 9)
+    assert stay.peak_blocks(10_000, lag=0, released=1) == 5 + 4
+    assert stay.peak_blocks(10_000, lag=1, released=1) == 5 + 4 + 4
+    # Down from 5 to 3: survivors move to blocks of their own, once.
+    move = Course(100, 4, [Cut(100, 5)], Repeat(Cut(116, 3), 16))
+    assert [move.cut(n).moves for n in range(1, 5)] == [True, True, False, False]
+    assert move.superfluous(1) == range(9)
+    assert move.superfluous(2) == range(3, 7)
+    assert move.peak_blocks(10_000, lag=0, released=1) == 5 + 4 + 3
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_prompt_cut_between_chunks_holds_the_same_however_long_it_is(lag: int) -> None:
+    def peak(chunks: int) -> int:
+        cuts = [Cut(32 * n, 6) for n in range(1, chunks)]
+        return Course(32 * chunks, 4, [*cuts, Cut(32 * chunks, 3)]).peak_blocks(32 * chunks, lag)
+
+    # Survivors, a chunk of 8 blocks, and where its survivors go; before it is processed, all of
+    # the next chunk too.
+    assert peak(5) == peak(50) == 6 + (8 + 6) * (1 + lag)

@@ -1,0 +1,191 @@
+"""Models that are only a config.json, and what refusing them looks like."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import (
+    KVCacheSpec,
+)
+
+from vllm_kvcompress.engine import checks
+from vllm_kvcompress.engine.attention.cpu_attn import ArenaCPUImpl
+from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
+
+BASE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    "torch_dtype": "bfloat16",
+}
+LLAMA = {**BASE, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "head_dim": 32}
+MLA = {
+    **BASE,
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+}
+MAMBA = {
+    "architectures": ["MambaForCausalLM"],
+    "model_type": "mamba",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "state_size": 16,
+    "vocab_size": 256,
+    "torch_dtype": "bfloat16",
+}
+MAMBA2 = {
+    **MAMBA,
+    "architectures": ["Mamba2ForCausalLM"],
+    "model_type": "mamba2",
+    "head_dim": 32,
+    "num_heads": 4,
+    "n_groups": 1,
+}
+JAMBA = {**BASE, "architectures": ["JambaForCausalLM"], "model_type": "jamba"}
+JAMBA["num_hidden_layers"] = 8  # attention comes once in eight layers
+WHISPER = {
+    "architectures": ["WhisperForConditionalGeneration"],
+    "model_type": "whisper",
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "vocab_size": 256,
+    "max_target_positions": 448,
+    "torch_dtype": "bfloat16",
+}
+GEMMA3N = {
+    **BASE,
+    "architectures": ["Gemma3nForCausalLM"],
+    "model_type": "gemma3n_text",
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "head_dim": 32,
+    "layer_types": ["full_attention"] * 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+GEMMA3 = {
+    **BASE,
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+}
+# vLLM makes groups as large as the rarer kind of layer.
+MOSTLY_FULL = {**GEMMA3, "layer_types": ["sliding_attention"] + ["full_attention"] * 5}
+CHUNKED = {**LLAMA, "attention_chunk_size": 128}
+BERT = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    "torch_dtype": "bfloat16",
+}
+
+
+def start(
+    root: Path, model: dict[str, Any] = LLAMA, settings: Any = None, **options: Any
+) -> VllmConfig:
+    """What every way of starting vLLM does first, on a model that is only a config.json."""
+    folder = root / str(model["model_type"])
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model))
+    if settings is None:
+        settings = {"method": "uniform", "budget": 256}
+    return EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        additional_config={"kv_compression": settings},
+        **options,
+    ).create_engine_config()
+
+
+def check_sentence(error: ValueError, *names: str) -> None:
+    """One line that names what to change."""
+    text = str(error)
+    assert "\n" not in text, text
+    assert 20 < len(text) < 300, text
+    assert "Error" not in text, text
+    assert [n for n in names if n not in text] == [], text
+
+
+def refusal(root: Path, *names: str, **options: Any) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        start(root, **options)
+    check_sentence(caught.value, *names)
+
+
+def gpu_config(root: Path, monkeypatch: pytest.MonkeyPatch) -> VllmConfig:
+    """A configuration as a GPU would make it; nothing here can make one."""
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)  # no configuration for the CPU
+    config = plain_config(root)
+    config.parallel_config.worker_cls = checks.GPU_WORKER
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    return config
+
+
+def plain_config(root: Path) -> VllmConfig:
+    """A finished configuration as it is just before ours is checked."""
+    config = copy.deepcopy(start(root))
+    config.scheduler_config.scheduler_cls = None
+    config.parallel_config.worker_cls = next(w for w in checks.WORKERS if "cpu" in w)
+    checks.check_config(config)
+    return config
+
+
+SHAPE: dict[str, Any] = {
+    "block_size": 32,
+    "num_kv_heads": 2,
+    "head_size": 64,
+    "dtype": torch.bfloat16,
+}
+
+
+class Layer:
+    """An attention layer, as far as the check looks at it."""
+
+    def __init__(self, impl_cls: type[Any] = ArenaCPUImpl) -> None:
+        # Without its __init__, which wants a whole model.
+        self.impl: Any = object.__new__(impl_cls)
+        if issubclass(impl_cls, ArenaCPUImpl):
+            setattr(self.impl, "kv_cache_dtype", "auto")  # noqa: B010
+
+
+def refused_layer(spec: KVCacheSpec, layer: Layer | None = None) -> ValueError:
+    """The second of two layers is the wrong one."""
+    specs = {"layers.0": ArenaSpec(**SHAPE), "layers.1": spec}
+    layers = {"layers.0": Layer(), "layers.1": layer or Layer()}
+    with pytest.raises(checks.Unsupported) as caught:
+        checks.check_specs(specs, layers, ArenaCPUImpl)
+    return caught.value

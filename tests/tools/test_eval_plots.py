@@ -1,0 +1,205 @@
+"""Pictures of cells: their axes, lines and labels, and that no label covers another."""
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from tests.support.eval_records import KVPRESS, answers, full, measured, needle_grid, small_run
+from vllm_kvcompress.tools.evaluation import heatmap, plots
+from vllm_kvcompress.tools.evaluation.cells import make_cells
+from vllm_kvcompress.tools.evaluation.looks import looks_of
+from vllm_kvcompress.tools.evaluation.panels import Panel, make_panels
+from vllm_kvcompress.tools.evaluation.record import Record
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def panels(records: list[Record]) -> list[Panel]:
+    return make_panels(make_cells(records))
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def lines_with_bars(axes: Axes) -> int:
+    return sum(type(container).__name__ == "ErrorbarContainer" for container in axes.containers)
+
+
+def likelihood_run() -> list[Record]:
+    cut = {"budget": "0.5", "kept_tokens": 512}
+    return [
+        *measured([2.0, 3.0], label="full", method="none", budget="", kept_tokens=1000),
+        *measured([2.2, 3.1]),
+        *measured([2.1, 3.0], **cut),
+        *measured([2.4, 3.5], label="random", method="random"),
+        *measured([2.2, 3.2], label="random", method="random", **cut),
+    ]
+
+
+def test_share_figure(tmp_path: Path) -> None:
+    figure = plots.share_figure(panels(small_run()))
+    assert [ax.get_title() for ax in figure.axes] == [
+        "1024 tokens, 2 tasks",
+        "2048 tokens, 2 tasks",
+    ]
+    assert [lines_with_bars(ax) for ax in figure.axes] == [4, 4]
+    assert legend(figure) == ["full", "cake", "random", "snapkv", "snapkv (kvpress)"]
+    cake = figure.axes[0].containers[0]
+    middle = cake[0].get_ydata()
+    assert list(middle) == [62.5, 62.5]
+    dashed = figure.axes[0].lines[-1]
+    assert np.unique(dashed.get_ydata()) == [87.5]
+    assert dashed.get_linestyle() == "--"
+    labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
+    assert labels == ["12.8 %", "25.6 %"]
+    path = tmp_path / "new" / "share.png"
+    plots.save(figure, path)
+    assert path.read_bytes().startswith(PNG)
+    with Image.open(path) as image:
+        assert image.size[0] > image.size[1] > 300
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+def test_task_figure() -> None:
+    panel = panels(small_run())[0]
+    (axes,) = (figure := plots.task_figure(panel, "0.125")).axes
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["cwe", "vt"]
+    assert len(axes.patches) == 4 * 2
+    assert [round(bar.get_height(), 1) for bar in axes.patches[:2]] == [62.5, 62.5]  # type: ignore[attr-defined]
+    assert legend(figure) == ["full", "cake", "random", "snapkv", "snapkv (kvpress)"]
+
+
+def test_a_setting_without_a_mean_is_not_in_the_legend() -> None:
+    records = [one for task in ("vt", "cwe") for one in answers([1, 0], task=f"ruler/{task}")]
+    records += answers([1, 1], task="ruler/cwe", label="keydiff")
+    shown = panels(records)
+    assert legend(plots.share_figure(shown)) == ["cake"]
+    assert legend(plots.task_figure(shown[0], "0.125")) == ["cake", "keydiff"]
+
+
+def test_many_tasks_break_into_several_rows() -> None:
+    records = [
+        one
+        for task in range(13)
+        for label in ("cake", "dynamickv", "snapkv", "uniform", "h2o", "tova", "random")
+        for one in answers([1, 0], task=f"ruler/task_{task:02}", label=label)
+    ]
+    figure = plots.task_figure(panels(records)[0], "0.125")
+    assert [len(ax.get_xticklabels()) for ax in figure.axes] == [7, 6]
+
+
+def test_likelihoods_with_perplexities_beside_them() -> None:
+    figure = plots.share_figure(panels(likelihood_run()))
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "nats per token"
+    assert [child.get_ylabel() for child in axes.child_axes] == ["perplexity"]
+    bars = axes.containers[0]
+    _, _, (segments,) = bars
+    # At 0.125 CAKE has 0.2 and 0.1 nats more than the full cache: the mean is 2.65, and resamples
+    # of two differences lie between 0.05 below and 0.05 above it.
+    low, high = segments.get_segments()[1][:, 1]
+    assert (low, high) == (pytest.approx(2.6), pytest.approx(2.7))
+
+
+def test_needle_figure() -> None:
+    figure = heatmap.needle_figure(panels(needle_grid()), "0.125")
+    assert [ax.get_title() for ax in figure.axes[:2]] == ["full", "cake"]
+    assert len(figure.axes) == 3  # and the colours
+    shown = figure.axes[1].images[0].get_array()
+    assert shown is not None
+    # Depths 0, 50, 100 down, lengths across; of the two prompts at depth 0 the first is found.
+    assert shown.tolist() == [[50, 50], [0, 0], [100, 100]]
+    assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == ["1k", "2k"]
+
+
+def test_fields_without_prompts_are_empty() -> None:
+    records = [r for r in needle_grid() if (r.length, r.labels["depth"]) != (2048, 50)]
+    figure = heatmap.needle_figure(panels(records), "0.125")
+    shown = figure.axes[0].images[0].get_array()
+    assert shown is not None
+    assert np.isnan(np.ma.filled(shown, np.nan)[1, 1])
+
+
+def test_looks_tell_settings_apart() -> None:
+    labels = [f"method {number}" for number in range(12)]
+    labels += ["method 0, this", "method 0, that", "method 11, this"]
+    records = [one for label in labels for one in answers([1], label=label)]
+    looks = looks_of(panels([*records, *answers([1], label=labels[0], source=KVPRESS)]))
+    assert len(looks) == 16
+    assert len({(look.color, look.marker, look.hollow) for look in looks.values()}) == 16
+    first, *_, theirs = looks.values()
+    assert (first.color, first.marker) == (theirs.color, theirs.marker)
+    assert (first.hollow, theirs.hollow) == (False, True)
+
+
+def test_variants_of_a_setting_share_its_colour() -> None:
+    records = list(answers([1], label="cake")) + list(answers([1], label="cake, faithful"))
+    records += list(answers([1], label="snapkv", source=KVPRESS))
+    cake, faithful, theirs = looks_of(panels(records)).values()
+    assert cake.color == faithful.color != theirs.color
+    assert cake.marker != faithful.marker
+    assert (cake.hatch, faithful.hatch, theirs.hatch) == (None, "xx", "////")
+
+
+def crowded() -> list[Record]:
+    records: list[Record] = []
+    for length in (1024, 2048, 4096, 8192):
+        for task in ("niah_multikey_1", "niah_multivalue", "vt", "cwe", "fwe", "qa_1", "qa_2"):
+            where = {"length": length, "task": f"ruler/{task}", "prompt_tokens": length}
+            records += full([1, 0], **{**where, "kept_tokens": length})
+            for label in ("cake, faithful, gamma 5", *"abcdefgh"):
+                for budget in ("0.5", "0.25", "0.125", "0.069"):
+                    cut = {**where, "budget": budget, "kept_tokens": int(length * float(budget))}
+                    records += answers([1, 0], label=label, **cut)
+    return records
+
+
+@pytest.mark.parametrize("kind", ["one", "four", "tasks", "nll", "needles"])
+def test_no_label_covers_another_or_is_cut_off(kind: str) -> None:
+    shown = panels(crowded())
+    figure = {
+        "one": lambda: plots.share_figure(shown[:1]),
+        "four": lambda: plots.share_figure(shown),
+        "tasks": lambda: plots.task_figure(shown[0], "0.125"),
+        "nll": lambda: plots.share_figure(panels(likelihood_run())),
+        "needles": lambda: heatmap.needle_figure(panels(needle_grid()), "0.125"),
+    }[kind]()
+    figure.canvas.draw()
+    width, height = figure.get_size_inches() * figure.dpi
+    beyond = _beyond(figure)
+    boxes = [
+        (text.get_text(), text.get_window_extent())
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text() and text not in beyond
+    ]
+    assert len(boxes) > 10
+    for label, box in boxes:
+        assert box.x0 >= 0, label
+        assert box.y0 >= 0, label
+        assert box.x1 <= width, label
+        assert box.y1 <= height, label
+    for (one, a), (other, b) in combinations(boxes, 2):
+        if kind == "tasks" and "_" in one + other:
+            continue  # boxes of slanted labels overlap where the labels do not
+        apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 or b.y1 <= a.y0
+        assert apart, (one, other)
+
+
+def _beyond(figure: Figure) -> set[Text]:
+    """Labels of ticks beyond their axes, which matplotlib keeps and does not draw."""
+    found: set[Text] = set()
+    for axes in (one for ax in figure.axes for one in (ax, *ax.child_axes)):
+        for axis, place in ((axes.xaxis, 0), (axes.yaxis, 1)):
+            low, high = sorted(axis.get_view_interval())
+            for tick in (*axis.majorTicks, *axis.minorTicks):
+                for text in (tick.label1, tick.label2):
+                    if not low <= text.get_position()[place] <= high:
+                        found.add(text)
+    return found

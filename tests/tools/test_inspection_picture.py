@@ -1,0 +1,85 @@
+"""The picture of ``kvcompress inspect``: its size, its colours, and room for every label."""
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+
+from tests.support.inspections import inspection
+from vllm_kvcompress.tools.inspection import Inspection, Run, excerpts, passages, picture
+
+SIZES = [
+    (tokens, layers, methods)
+    for tokens, layers in ((500, 3), (8000, 24), (500, 32), (8000, 80))
+    for methods in (1, 3)
+]
+
+
+@pytest.mark.parametrize(("tokens", "layers", "methods"), SIZES)
+def test_no_label_covers_another_or_is_cut_off(tokens: int, layers: int, methods: int) -> None:
+    drawn = inspection(tokens, layers, methods, model="a-" * 40, question="Why? " * 200)
+    figure = picture._draw(drawn)
+    figure.canvas.draw()
+    # Tokens of the excerpts touch each other; everything else has room.
+    tight = {text for ax in figure.axes for text in ax.texts}
+    boxes = [
+        (text.get_text(), text.get_window_extent())
+        for text in figure.findobj(Text)
+        if text.get_visible() and text.get_text() and text not in tight and _on_axis(text)
+    ]
+    width, height = picture.size(drawn)
+    assert len(boxes) > 20
+    for label, box in boxes:
+        assert box.x0 >= 0, label
+        assert box.y0 >= 0, label
+        assert box.x1 <= width, label
+        assert box.y1 <= height, label
+    for (one, a), (other, b) in combinations(boxes, 2):
+        apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 or b.y1 <= a.y0
+        assert apart, (one, other)
+    for ax in figure.axes:
+        for text in ax.texts:
+            box, inside = text.get_window_extent(), ax.get_window_extent()
+            assert box.x1 <= inside.x1 + 3, text.get_text()
+            assert box.y0 >= inside.y0 - 3, text.get_text()
+
+
+def _on_axis(text: Text) -> bool:
+    """Whether a tick's label lies within its axis; matplotlib keeps some beyond, undrawn."""
+    axes = text.axes
+    if axes is None:
+        return True
+    for axis, position in ((axes.xaxis, 0), (axes.yaxis, 1)):
+        if text in axis.get_ticklabels():
+            low, high = sorted(axis.get_view_interval())
+            shown = axis.get_tick_params().get(("labelbottom", "labelleft")[position], True)
+            return bool(shown) and low <= text.get_position()[position] <= high
+    return True
+
+
+@pytest.mark.parametrize(("layers", "methods"), [(3, 1), (24, 3)])
+def test_picture_has_the_size_it_says(tmp_path: Path, layers: int, methods: int) -> None:
+    drawn = inspection(600, layers, methods)
+    picture.save_picture(drawn, tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == picture.size(drawn)
+        colors = image.convert("RGB").getcolors(1 << 20)
+    assert colors is not None
+    found = {color for _, color in colors}
+    # The ends of the scale of shares, the bars and the mean.
+    for wanted in ((253, 231, 37), (68, 1, 84), (0, 114, 178), (213, 94, 0)):
+        assert min(max(map(abs, np.subtract(wanted, color))) for color in found) <= 6, wanted
+
+
+def test_lines_of_an_excerpt_break_at_spaces_and_count_wide_characters() -> None:
+    whole = Run("x", 3, 1, 1, (np.arange(3)[None],))
+    text = Inspection("m", 3, np.arange(3), ("aaa bbb", "\u4f60\u597d", "e\u0301"), (whole,))
+    glyphs = excerpts.glyphs_of(text, whole, passages(whole, text.pieces, length=2, count=1)[0])
+    lines = excerpts.layout(glyphs, 5)
+    assert "".join(g.text for g in lines[0]) == "aaa "
+    assert all(sum(g.cells for g in line) <= 5 for line in lines)
+    assert [g.cells for g in glyphs[-2:]] == [2, 2] or glyphs[-1].text == "\u25a1"
+    assert [g.token for g in glyphs] == [0] * 7 + [1] * 2

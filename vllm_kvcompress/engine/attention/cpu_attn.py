@@ -1,0 +1,158 @@
+"""vLLM's CPU attention with per-layer page tables where the batch has compressed requests."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+
+from vllm_kvcompress.engine.attention.common import ArenaBackend, ArenaBuilder, ArenaImpl
+from vllm_kvcompress.engine.attention.cpu_codec import CpuPageCodec
+from vllm_kvcompress.engine.step.session import StepPlan
+from vllm_kvcompress.paging.arena import PageArena
+from vllm_kvcompress.paging.page_codec import PageCodec
+from vllm_kvcompress.paging.page_tables import (
+    LayerTables,
+    StepTableBuilder,
+    TableBuilder,
+    TableLimits,
+)
+
+
+class ArenaCPUBackend(ArenaBackend, CPUAttentionBackend):
+    """Registered over CPU_ATTN by the worker of an engine with compression on."""
+
+    @staticmethod
+    def get_impl_cls() -> type["ArenaCPUImpl"]:
+        """See the base class."""
+        return ArenaCPUImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["ArenaCPUMetadataBuilder"]:
+        """See the base class."""
+        return ArenaCPUMetadataBuilder
+
+
+class ArenaCPUMetadataBuilder(ArenaBuilder, CPUAttentionMetadataBuilder):
+    """Plain metadata, plus one per layer for batches with compressed rows."""
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CPUAttentionMetadata:
+        """See the base class."""
+        common = common_attn_metadata
+        base = super().build(common_prefix_len, common, fast_build)
+        step = self.plan(common)
+        if step is not None:
+            base.arena_step = step
+            if step.tables is not None:
+                base.arena_layers = self._build_layers(common_prefix_len, common, step.tables)
+        return base
+
+    def _build_layers(
+        self, common_prefix_len: int, common: CommonAttentionMetadata, tables: LayerTables
+    ) -> list[CPUAttentionMetadata]:
+        layers: list[CPUAttentionMetadata] = []
+        # The kernel's schedule depends on the lengths alone, and layers may share them.
+        by_lengths: dict[bytes, CPUAttentionMetadata] = {}
+        lengths = tables.seq_lens.numpy()
+        own = copy.copy(common)
+        own._num_computed_tokens_cache = None
+        for layer in range(len(lengths)):
+            key = lengths[layer].tobytes()
+            if key in by_lengths:
+                metadata = copy.copy(by_lengths[key])
+                metadata.block_table = tables.block_tables[layer]
+                metadata.slot_mapping = tables.slot_mapping[layer]
+            else:
+                own.block_table_tensor = tables.block_tables[layer]
+                own.seq_lens = tables.seq_lens[layer]
+                own.max_seq_len = int(lengths[layer].max())
+                own.slot_mapping = tables.slot_mapping[layer]
+                metadata = by_lengths[key] = super().build(common_prefix_len, own)
+            layers.append(metadata)
+        return layers
+
+
+class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
+    """The stock kernel, on the flat view of the pool where its layer's own tables say so."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """See the base class."""
+        step: StepPlan | None = getattr(attn_metadata, "arena_step", None)
+        if step is not None and self.session is not None and attn_metadata is not None:
+            for capture in step.captures:
+                capture.take(self.arena_layer, query)
+                if capture.whole:
+                    # The prompt's keys are at hand; reading them back out of the pages costs more.
+                    self.session.score(self.arena_layer, capture, key)
+            if step.ring is not None:
+                step.ring.take(self.arena_layer, query)
+            if step.tables is not None:
+                kv_cache = self.session.flat_cache
+                attn_metadata = attn_metadata.arena_layers[self.arena_layer]
+        result = super().forward(
+            layer,
+            query,
+            key,
+            value,
+            kv_cache,
+            attn_metadata,
+            output,
+            output_scale,
+            output_block_scale,
+        )
+        if step is not None and self.session is not None:
+            for row in step.cascades:
+                self.session.cascade(self.arena_layer, row, key)
+        return result
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> None:
+        """See the base class."""
+        step = self.session.step if self.session is not None else None
+        if self.session is not None and step is not None and step.tables is not None:
+            kv_cache = self.session.flat_cache
+            slot_mapping = step.tables.slot_mapping[self.arena_layer]
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+
+    @staticmethod
+    def make_codec(
+        flat_cache: Tensor, layer: Any, cache_dtype: str, dtype: torch.dtype
+    ) -> PageCodec:
+        """See the base class."""
+        return CpuPageCodec(flat_cache, layer.isa, cache_dtype, dtype)
+
+    @staticmethod
+    def make_tables(
+        arena: PageArena, limits: TableLimits, device: torch.device
+    ) -> StepTableBuilder:
+        """See the base class."""
+        return TableBuilder(arena)

@@ -1,0 +1,42 @@
+"""vLLM's FlashAttention (2 and 3) with per-layer page tables."""
+
+from typing import Any
+
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+)
+
+from vllm_kvcompress.engine.attention.common import ArenaBackend, DeviceBuilder, DeviceImpl
+from vllm_kvcompress.engine.step.session import StepPlan
+
+
+class ArenaFlashBackend(ArenaBackend, FlashAttentionBackend):
+    """Registered over FLASH_ATTN by the worker of an engine with compression on."""
+
+    forward_includes_kv_cache_update: bool = True
+
+    @staticmethod
+    def get_impl_cls() -> type["ArenaFlashImpl"]:
+        """See the base class."""
+        return ArenaFlashImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["ArenaFlashMetadataBuilder"]:
+        """See the base class."""
+        return ArenaFlashMetadataBuilder
+
+
+class ArenaFlashMetadataBuilder(DeviceBuilder, FlashAttentionMetadataBuilder):
+    """Plain metadata plus the step's per-layer tables."""
+
+
+class ArenaFlashImpl(DeviceImpl, FlashAttentionImpl):
+    """The stock kernel on the flat view of the pool."""
+
+    def layer_metadata(self, base: Any, step: StepPlan) -> Any:
+        """See the base class; a schedule made for the logical lengths must not be used."""
+        own = super().layer_metadata(base, step)
+        own.scheduler_metadata = None
+        return own

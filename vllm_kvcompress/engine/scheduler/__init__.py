@@ -1,0 +1,1 @@
+"""The scheduler's side: which blocks a request holds, is promised, and gives back when."""

@@ -1,0 +1,136 @@
+"""vLLM's schedulers with a few small changes, each at a method they offer for the purpose.
+
+* the manager sees the requests, and decides where a prompt lies while it is computed;
+* a step ends where a cut is due, so that a request that is preempted and replayed is cut where it
+  was the first time, and tokens after a cut see what they saw then;
+* a prefix-cache hit leaves the observation window of the first cut to be computed, so that what is
+  kept does not depend on what happened to be cached;
+* the step's message tells the worker which prompts run as a cascade.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_kvcompress.engine.metrics import put_books
+from vllm_kvcompress.engine.scheduler.arena_manager import ArenaManager
+from vllm_kvcompress.engine.scheduler.sliding_window_groups import keep_books
+from vllm_kvcompress.engine.settings import plans_of
+from vllm_kvcompress.engine.step.measurement_channel import report_of
+from vllm_kvcompress.engine.step.messages import Orders, attach
+from vllm_kvcompress.eviction.measurements import Report
+
+
+class _ArenaScheduling(Scheduler):
+    """The changes, for both schedulers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        coordinator = self.kv_cache_manager.coordinator
+        managers = coordinator.single_type_managers
+        (self._arena,) = (m for m in managers if isinstance(m, ArenaManager))
+        self._group = managers.index(self._arena)
+        self._plans = plans_of(self.vllm_config, self._arena.block_size)
+        self._arena.bind(
+            self.requests,
+            self._plans,
+            self.max_model_len,
+            self.kv_cache_manager.watermark_blocks,
+        )
+        if len(managers) > 1:
+            keep_books(coordinator, self._arena, self.max_model_len)
+        self._hits: tuple[str, Sequence[KVCacheBlock]] = ("", ())
+        self._report = Report()
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """See the base class; verifies the books first when asked to."""
+        if self._plans.own.config.check_integrity:
+            self._arena.check_integrity()
+        for request in self.running:
+            # Else a request could be preempted for want of blocks that another is about to return.
+            done = max(request.num_computed_tokens - request.num_in_flight_tokens, 0)
+            self.kv_cache_manager.remove_skipped_blocks(request.request_id, done)
+        output = super().schedule(throttle_prefills)
+        begun = [r.req_id for r in output.scheduled_new_reqs]
+        begun += output.scheduled_cached_reqs.resumed_req_ids
+        fronts = {name: self._arena.front_of(name) for name in begun}
+        attach(
+            output,
+            Orders(
+                fronts={name: front for name, front in fronts.items() if front is not None},
+                books=self._arena.books(),
+            ),
+        )
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """See the base class; takes in what the worker measured."""
+        if self.log_stats and (report := report_of(model_runner_output)) is not None:
+            self._report.add(report)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """See the base class; the books travel along."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            put_books(stats, {**self._arena.books(), **self._arena.running()}, self._report)
+            self._report = Report()
+        return stats
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        course = self._arena.course_of(request.request_id)
+        if course is not None:
+            window = self._arena.terms_of(request).planner.window
+            most = max(course.first - window, 0)
+            most = self._arena.usable_hits(request, min(hit, most) // course.block_size)
+            most *= course.block_size
+            if hit > most:
+                # Looked up anew: what a sliding window sees before an earlier end may be missing.
+                found, hit, behind = self.kv_cache_manager.coordinator.find_longest_cache_hit(
+                    request.block_hashes, most
+                )
+                blocks = self.kv_cache_manager.create_kv_cache_blocks(found)
+                boundary = hit + behind if behind else 0
+        self._hits = (request.request_id, blocks.blocks[self._group])
+        return blocks, hit, boundary, diverged
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        course = self._arena.course_of(request.request_id)
+        if course is None:
+            return int(num_new_tokens)
+        if (cut := course.next_position(num_computed_tokens)) is not None:
+            num_new_tokens = min(num_new_tokens, cut - num_computed_tokens)
+        if not self._arena.is_admitted(request.request_id):
+            name, hits = self._hits
+            num_new_tokens = self._arena.choose_prefill(
+                request,
+                hits if name == request.request_id else (),
+                num_computed_tokens,
+                num_new_tokens,
+            )
+        return int(num_new_tokens)
+
+
+class ArenaScheduler(_ArenaScheduling):
+    """For synchronous scheduling."""
+
+
+class ArenaAsyncScheduler(_ArenaScheduling, AsyncScheduler):
+    """For asynchronous scheduling."""

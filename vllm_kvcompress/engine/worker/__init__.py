@@ -1,0 +1,1 @@
+"""vLLM's workers with compression around each step."""

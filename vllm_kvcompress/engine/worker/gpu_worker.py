@@ -1,0 +1,80 @@
+"""vLLM's GPU worker with compression, under model runner V2."""
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_kvcompress.engine.settings import plans_of
+from vllm_kvcompress.engine.worker.arena_worker import ArenaWorker
+from vllm_kvcompress.paging.page_tables import TableLimits
+from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES
+from vllm_kvcompress.planning.workspace_memory import (
+    ModelShape,
+    ring_bytes,
+    table_bytes,
+    transient_bytes,
+)
+
+logger = init_logger("vllm.kvcompress.gpu_worker")
+
+
+class ArenaGPUWorker(ArenaWorker, Worker):
+    """GPU worker of an engine with compression on."""
+
+    def determine_available_memory(self) -> int:
+        """See vLLM's Worker; leaves room for tables and for scoring a prompt."""
+        available = int(super().determine_available_memory())
+        if self.cache_config.kv_cache_memory_bytes:
+            return available  # the user chose the size, and what is left, by hand
+        tables, transient = self._workspace()
+        logger.info(
+            "KV-cache compression sets %.2f GiB aside: %.2f for the page tables of all layers, and "
+            "queries if there is a decode budget (lower --max-num-seqs or raise --block-size to "
+            "shrink them), %.2f to score a prompt of max_model_len",
+            (tables + transient) / 2**30,
+            tables / 2**30,
+            transient / 2**30,
+        )
+        return available - tables - transient
+
+    def compile_or_warm_up_model(self) -> Any:
+        """See vLLM's Worker; compiles our kernels too."""
+        times = super().compile_or_warm_up_model()
+        self._session.warm_up(self.model_config.max_model_len)
+        return times
+
+    def _workspace(self) -> tuple[int, int]:
+        config, model = self.vllm_config, self.model_config
+        parallel = config.parallel_config
+        plans = plans_of(config, self.cache_config.block_size)
+        planner = plans.own
+        shape = ModelShape(
+            layers=planner.limits.num_layers,
+            heads=model.get_num_attention_heads(parallel),
+            kv_heads=model.get_num_kv_heads(parallel),
+            head_size=model.get_head_size(),
+            itemsize=model.dtype.itemsize,
+        )
+        limits = TableLimits(
+            rows=config.scheduler_config.max_num_seqs,
+            width=plans.row_blocks(model.max_model_len),
+            tokens=config.scheduler_config.max_num_batched_tokens,
+        )
+        staged, ring = 0, 0
+        if planner.can_cascade and planner.config.prefill != "full":
+            longest = min(planner.limits.one_step_tokens, model.max_model_len)
+            staged = -(-longest // planner.block_size)
+        if planner.config.decode_budget is not None:
+            ring = ring_bytes(shape, limits.rows, plans.decode_queries)
+        plan = planner.plan(model.max_model_len)
+        # A layer can at most be given every page of the arena.
+        most = plan.arena_blocks * plan.block_size * shape.layers if plan else 0
+        transient = transient_bytes(
+            shape,
+            max_model_len=model.max_model_len,
+            window=plans.most_window,
+            most_kept=min(most, model.max_model_len),
+            observed=OBSERVED_BYTES,
+        )
+        return table_bytes(shape, limits, staged) + ring, transient

@@ -1,0 +1,1 @@
+"""From scores to kept tokens, on pages; knows nothing of vLLM."""

@@ -1,0 +1,86 @@
+"""What a compression kept, for those who want to look at it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from vllm_kvcompress.methods import LayerScores, Method, settled
+from vllm_kvcompress.paging.arena import IntArray
+
+
+@dataclass(frozen=True)
+class CutRecord:
+    """One compression of a request.
+
+    Attributes:
+        request_id: vLLM's id of the request.
+        number: Of the cut, from 1. Until the first one a token lies where it stands in the text.
+        method: Name of the method.
+        prompt_len: Tokens S of the text before the cut: the prompt's, for the cut at its end.
+        block_size: Tokens per block.
+        window: Tokens at the end that are always kept.
+        kept: Per layer int64 [N, T_l], where kept tokens lay, ascending for every KV head: for the
+            first cut positions in the text, for a later one places in what the layer held.
+        stats: Per layer what the method's allocator read beside the scores; for CAKE
+            ``log_entropy`` and ``log_shift``, natural logarithms.
+        weights: fp64 [L], the allocator's weights of the layers, which sum to 1; None if it gives
+            none or treats all layers alike.
+
+    """
+
+    request_id: str
+    number: int
+    method: str
+    prompt_len: int
+    block_size: int
+    window: int
+    kept: tuple[IntArray, ...]
+    stats: tuple[Mapping[str, float], ...]
+    weights: npt.NDArray[np.float64] | None
+
+
+def make_record(
+    method: Method,
+    scores: Sequence[LayerScores],
+    kept: Sequence[Tensor],
+    *,
+    request_id: str,
+    number: int,
+    prompt_len: int,
+    block_size: int,
+    capacity: int,
+) -> CutRecord:
+    """Describe a compression.
+
+    Args:
+        method: That made it.
+        scores: Of all layers, stats on any device.
+        kept: Per layer int [N, T_l], where kept tokens lay, in any order.
+        request_id: vLLM's id of the request.
+        number: Of the cut, from 1.
+        prompt_len: Tokens of the text before the cut.
+        block_size: Tokens per block.
+        capacity: Tokens that an average layer keeps, window included.
+
+    """
+    found = settled(scores)
+    weights = np.asarray(
+        method.weights(found, base=capacity - method.window, num_layers=len(found)), np.float64
+    )
+    alike = not weights.sum() > 0.0 or bool((weights == weights[0]).all())
+    return CutRecord(
+        request_id=request_id,
+        number=number,
+        method=method.name,
+        prompt_len=prompt_len,
+        block_size=block_size,
+        window=method.window,
+        kept=tuple(
+            np.asarray(tokens.sort(dim=1).values.cpu().numpy(), np.int64) for tokens in kept
+        ),
+        stats=tuple({k: s.stat(k) for k in s.stats} for s in found),
+        weights=None if alike else weights / weights.sum(),
+    )

@@ -1,0 +1,107 @@
+"""Scores of one request's tokens, from its pages or from keys that are at hand."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from kvcompress_kernels.scoring import WindowStatistics
+from vllm_kvcompress.methods import LayerInput, LayerScores, Method, Need
+from vllm_kvcompress.paging.arena import IntArray
+from vllm_kvcompress.paging.attention_layer import LayerFacts
+from vllm_kvcompress.paging.page_codec import PageCodec
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a request's layers hold when they are scored.
+
+    Attributes:
+        pages: Per layer the flat page ids in token order.
+        lengths: Per layer the tokens in them.
+        capacity: Tokens that an average layer is to keep, window included.
+        windows: Queries of the last tokens, [L, w, H, D]; None if the method looks at none.
+
+    """
+
+    pages: Sequence[IntArray]
+    lengths: Sequence[int]
+    capacity: int
+    windows: Tensor | None
+
+
+class Scorer:
+    """Puts a layer's facts before the engine's method.
+
+    Args:
+        method: The engine's.
+        codec: Reads tokens of pages.
+        layers: One entry per layer of the arena.
+
+    """
+
+    def __init__(self, method: Method, codec: PageCodec, layers: Sequence[LayerFacts]) -> None:
+        self._method = method
+        self._codec = codec
+        self._layers = layers
+        self.needs_queries = Need.WINDOW_QUERIES in method.needs
+
+    def score_all(self, held: Held) -> list[LayerScores]:
+        """Score every layer from its pages."""
+        num_layers = len(self._layers)
+        step = 1
+        if held.windows is not None:
+            step = self._codec.layers_at_once(max(held.lengths), held.windows.shape[2])
+        scores: list[LayerScores] = []
+        for first in range(0, num_layers, step):
+            scores += self.score_some(held, range(first, min(first + step, num_layers)))
+        return scores
+
+    def score_some(self, held: Held, layers: range) -> list[LayerScores]:
+        """Score neighbouring layers from their pages, in one launch where there is a kernel."""
+        found = None
+        part = slice(layers.start, layers.stop)
+        if held.windows is not None and self._method.observes:
+            found = self._codec.observe(
+                held.windows[part], held.pages[part], held.lengths[part], self._layers[part]
+            )
+        return [
+            self._score(
+                held,
+                layer,
+                read_keys=partial(self._codec.read_keys, held.pages[layer], held.lengths[layer]),
+                statistics=None if found is None else found[layer - layers.start],
+            )
+            for layer in layers
+        ]
+
+    def score_keys(self, held: Held, layer: int, keys: Tensor) -> LayerScores:
+        """Score a layer from all its keys after RoPE, [N, S, D]."""
+        return self._score(held, layer, keys=keys)
+
+    def _score(
+        self,
+        held: Held,
+        layer: int,
+        *,
+        keys: Tensor | None = None,
+        read_keys: Callable[[], Tensor] | None = None,
+        statistics: WindowStatistics | None = None,
+    ) -> LayerScores:
+        facts = self._layers[layer]
+        given = LayerInput(
+            layer=layer,
+            num_layers=len(self._layers),
+            num_tokens=held.lengths[layer],
+            num_kv_heads=self._codec.num_kv_heads,
+            base=held.capacity - self._method.window,
+            queries=None if held.windows is None else held.windows[layer].transpose(0, 1),
+            keys=keys,
+            scale=facts.scale,
+            soft_cap=facts.soft_cap,
+            sinks=facts.sinks,
+            read_keys=read_keys if Need.KEYS in self._method.needs else None,
+            observe=None if statistics is None else lambda: statistics,
+        )
+        return self._method.score(given)

@@ -1,0 +1,1 @@
+"""Pages of the KV-cache pool: who holds which, tables for attention, moving tokens."""

@@ -1,0 +1,94 @@
+"""Read and write tokens of KV pages, whatever order a kernel stores them in."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcompress_kernels.scoring import WindowStatistics
+from vllm_kvcompress.paging.arena import IntArray
+from vllm_kvcompress.paging.attention_layer import LayerFacts
+
+
+class PageCodec(ABC):
+    """Tokens in, tokens out, for one way of storing pages.
+
+    Attributes:
+        block_size: Tokens per page.
+        num_kv_heads: Heads of a page.
+        head_size: D.
+        device: Where the pages lie.
+
+    """
+
+    block_size: int
+    num_kv_heads: int
+    head_size: int
+    device: torch.device
+
+    @abstractmethod
+    def read_keys(self, pages: IntArray, num_tokens: int) -> Tensor:
+        """Return the keys of the first num_tokens tokens of some pages, [N, num_tokens, D].
+
+        Args:
+            pages: Flat page ids in token order.
+            num_tokens: At most len(pages) * block_size.
+
+        """
+
+    @abstractmethod
+    def move(
+        self, sources: Sequence[IntArray], kept: Sequence[Tensor], targets: Sequence[IntArray]
+    ) -> None:
+        """Copy survivors of several layers. Mutates just the target pages, from slot 0 on.
+
+        Args:
+            sources: Per layer the flat page ids of the prompt in token order.
+            kept: Per layer int [N, T_l], token numbers, ascending, each head its own.
+            targets: Per layer the flat page ids that take them; none is a source.
+
+        """
+
+    @abstractmethod
+    def rewrite(self, source: IntArray, kept: Tensor, target: IntArray) -> None:
+        """Copy survivors of one layer to pages that may be among its own. Mutates the targets.
+
+        Args:
+            source: Flat page ids in token order.
+            kept: int [N, T], token numbers, each head its own; what is not kept may be lost.
+            target: Flat page ids that take them, from slot 0 on.
+
+        """
+
+    @abstractmethod
+    def copy(self, source: IntArray, target: IntArray) -> None:
+        """Copy whole pages. Mutates the target pages, none of which is a source."""
+
+    def observe(
+        self,
+        windows: Tensor,
+        sources: Sequence[IntArray],
+        num_tokens: Sequence[int],
+        facts: Sequence[LayerFacts],
+    ) -> list[WindowStatistics] | None:
+        """Statistics of the window's attention of several layers, straight from the pages.
+
+        Args:
+            windows: Queries [layers, w, H, D].
+            sources: Per layer the flat page ids in token order.
+            num_tokens: Per layer the tokens in them.
+            facts: Per layer how products become logits.
+
+        Returns:
+            None if this codec has no kernel for it: keys have to be read then.
+
+        """
+        return None
+
+    def layers_at_once(self, num_tokens: int, num_heads: int) -> int:
+        """How many layers :meth:`observe` should be given in one call."""
+        return 1
+
+    def warm_up(self) -> None:  # noqa: B027 - most codecs have nothing to compile
+        """Compile what :meth:`move` needs. Mutates no page."""

@@ -1,0 +1,137 @@
+"""Pages that hold each token's keys and values at one address, as CUDA backends store them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcompress_kernels.compaction import copy_pages, move_tokens
+from kvcompress_kernels.dispatch import Implementation
+from kvcompress_kernels.scoring import WindowStatistics, paged_window_statistics
+from kvcompress_kernels.transfer import upload
+from vllm_kvcompress.paging.arena import IntArray
+from vllm_kvcompress.paging.attention_layer import LayerFacts
+from vllm_kvcompress.paging.page_codec import PageCodec
+
+OBSERVED_BYTES = 256 << 20
+"""Statistics held at once: layers are scored in groups whose mean and variance fit in this."""
+
+
+class StridedPageCodec(PageCodec):
+    """Tokens in, tokens out, for caches [pages, N, block_size, 2 * D] of any strides.
+
+    Args:
+        kv_cache: Flat view of the pool; K and V of a token lie side by side in the last dimension.
+        cache_dtype: vLLM's name of the cache dtype; ``fp8...`` views bytes as that type.
+        dtype: The model's dtype.
+        implementation: Which kernels run.
+
+    Raises:
+        ValueError: The last dimension is not contiguous.
+
+    """
+
+    def __init__(
+        self,
+        kv_cache: Tensor,
+        cache_dtype: str,
+        dtype: torch.dtype,
+        implementation: Implementation = "triton",
+    ) -> None:
+        if kv_cache.stride(-1) != 1:
+            raise ValueError("keys and values of a token must be contiguous")
+        if cache_dtype.startswith("fp8"):
+            fp8 = torch.float8_e5m2 if cache_dtype.endswith("e5m2") else torch.float8_e4m3fn
+            kv_cache = kv_cache.view(fp8)
+        self._cache = kv_cache
+        self._keys = kv_cache[..., : kv_cache.shape[-1] // 2]
+        self._dtype = dtype
+        self._implementation = implementation
+        self.block_size = kv_cache.shape[2]
+        self.num_kv_heads = kv_cache.shape[1]
+        self.head_size = kv_cache.shape[3] // 2
+        self.device = kv_cache.device
+
+    def read_keys(self, pages: IntArray, num_tokens: int) -> Tensor:
+        """See the base class; an FP8 cache's numbers come without their scale."""
+        picked = self._bytes(self._keys).index_select(0, self._send([pages])[0])
+        tokens = picked.view(self._keys.dtype).to(self._dtype).transpose(0, 1)
+        return tokens.reshape(self.num_kv_heads, -1, self.head_size)[:, :num_tokens]
+
+    def move(
+        self, sources: Sequence[IntArray], kept: Sequence[Tensor], targets: Sequence[IntArray]
+    ) -> None:
+        """See the base class."""
+        counts = [tokens.shape[-1] for tokens in kept]
+        most = max(counts)
+        padded = [
+            # One type: for another the kernel would be compiled anew.
+            torch.nn.functional.pad(t.to(self.device, torch.int32), (0, most - t.shape[-1]))
+            for t in kept
+        ]
+        move_tokens(
+            self._cache,
+            self._send(sources),
+            torch.stack(padded),
+            counts,
+            self._send(targets),
+            implementation=self._implementation,
+        )
+
+    def rewrite(self, source: IntArray, kept: Tensor, target: IntArray) -> None:
+        """See the base class; survivors of the one layer lie in memory of their own meanwhile."""
+        cache, size = self._bytes(self._cache), self.block_size
+        tokens = kept.to(self.device, torch.int64)
+        heads = torch.arange(len(tokens), device=self.device).unsqueeze(1)
+        picked = cache[self._send([source])[0][tokens // size], heads, tokens % size]
+        slots = torch.arange(tokens.shape[1], device=self.device)
+        cache[self._send([target])[0][slots // size], heads, slots % size] = picked
+
+    def copy(self, source: IntArray, target: IntArray) -> None:
+        """See the base class."""
+        pages = self._send([source, target])
+        copy_pages(self._cache, pages[0], pages[1], implementation=self._implementation)
+
+    def observe(
+        self,
+        windows: Tensor,
+        sources: Sequence[IntArray],
+        num_tokens: Sequence[int],
+        facts: Sequence[LayerFacts],
+    ) -> list[WindowStatistics] | None:
+        """See the base class."""
+        sinks = [f.sinks for f in facts if f.sinks is not None]
+        found = paged_window_statistics(
+            windows.transpose(1, 2),
+            self._keys,
+            self._send(sources),
+            num_tokens=list(num_tokens),
+            window=windows.shape[1],
+            scale=[f.scale for f in facts],
+            soft_cap=facts[0].soft_cap,
+            sinks=torch.stack(sinks) if sinks else None,
+            implementation=self._implementation,
+        )
+        return [found.job(index) for index in range(len(sources))]
+
+    def layers_at_once(self, num_tokens: int, num_heads: int) -> int:
+        """See the base class."""
+        return max(1, OBSERVED_BYTES // (2 * 4 * num_heads * num_tokens))
+
+    def warm_up(self) -> None:
+        """See the base class; launches a move of no tokens."""
+        page = self._send([np.zeros(1, dtype=np.int64)])
+        nothing = page.new_zeros(1, self.num_kv_heads, 1, dtype=torch.int32)
+        move_tokens(self._cache, page, nothing, [0], page, implementation=self._implementation)
+
+    def _send(self, pages: Sequence[IntArray]) -> Tensor:
+        """Page ids as int64 [jobs, most], short rows filled with page 0, on the pool's device."""
+        table = np.zeros((len(pages), max(len(p) for p in pages)), dtype=np.int64)
+        for row, ids in zip(table, pages, strict=True):
+            row[: len(ids)] = ids
+        return upload(torch.from_numpy(table), self.device)
+
+    def _bytes(self, cache: Tensor) -> Tensor:
+        """Return the cache as integers where its type cannot be gathered."""
+        return cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache

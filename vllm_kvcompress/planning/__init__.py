@@ -1,0 +1,1 @@
+"""Settings, and what they mean in blocks: when a request is cut, what it holds in between."""

@@ -1,0 +1,330 @@
+"""What every request gets: the server's settings, changed by its own where the policy allows it.
+
+A request's settings are a few entries in vLLM's ``extra_args`` (``vllm_xargs`` over HTTP). They are
+judged in the process that takes the request in; scheduler and worker read them again and come to
+the same terms.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+from vllm_kvcompress.methods import available, get_method
+from vllm_kvcompress.planning.block_planner import Limits, Planner
+from vllm_kvcompress.planning.compression_schedule import Course
+from vllm_kvcompress.planning.config import KVCompressionConfig, check_budget
+from vllm_kvcompress.planning.pinned_ranges import Ranges, count_before, parse_ranges, shown
+from vllm_kvcompress.planning.request_policy import OFF
+
+METHOD_KEY = "kv_compression"
+BUDGET_KEY = "kv_compression_budget"
+PARAMS_KEY = "kv_compression_config"
+KEEP_KEY = "kv_compression_keep"
+DECODE_KEY = "kv_compression_decode"
+REQUEST_KEYS = (METHOD_KEY, BUDGET_KEY, PARAMS_KEY, KEEP_KEY, DECODE_KEY)
+
+MOST_WINDOW = 128
+"""Largest window that a request may ask for where the policy sets no bound of its own."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What one request gets.
+
+    Attributes:
+        planner: Plans requests with its method, budget and parameters.
+        keep: Prompt tokens that stay whatever the method thinks of them.
+        decode: Whether generated tokens are cut back, if the engine does that.
+
+    """
+
+    planner: Planner
+    keep: Ranges = ()
+    decode: bool = True
+
+    def course(self, prompt_len: int) -> Course | None:
+        """Return when a request with this prompt is cut, None if it never is."""
+        return self.planner.course(prompt_len, self.decode)
+
+    def keep_count(self, prompt_len: int) -> int:
+        """Tokens outside of the window that every layer must have room for at every cut."""
+        course = self.course(prompt_len)
+        if course is None or not self.keep:
+            return 0
+        # What is in the window at the prompt's end is not, when the first answer is cut back.
+        stays = course.repeat is not None
+        return count_before(self.keep, prompt_len if stays else prompt_len - self.planner.window)
+
+
+class Plans:
+    """The planners of one engine.
+
+    Args:
+        config: The engine's settings.
+        block_size: Tokens per block.
+        limits: Of the engine.
+
+    Attributes:
+        own: Plans requests that set nothing.
+
+    Raises:
+        ValueError: As :class:`Planner` does, or the policy names an unknown method.
+
+    """
+
+    def __init__(
+        self, config: KVCompressionConfig, block_size: int, limits: Limits | None = None
+    ) -> None:
+        self.own = Planner(config, block_size, limits)
+        self._policy = config.policy
+        self._own_terms = Terms(self.own)
+        self._planner = lru_cache(maxsize=256)(self._make_planner)
+        for name in self._policy.methods or ():
+            if name not in available():
+                raise ValueError(
+                    f'{METHOD_KEY}: allow: unknown method "{name}", known are '
+                    f"{', '.join(available())}"
+                )
+
+    def terms(self, extra_args: Mapping[str, Any] | None, prompt_len: int) -> Terms:
+        """Come to terms with one request.
+
+        Args:
+            extra_args: Of its sampling parameters, or None.
+            prompt_len: Prompt tokens.
+
+        Raises:
+            ValueError: One sentence that names the setting, its value and what is allowed.
+
+        """
+        asked = {k: v for k, v in (extra_args or {}).items() if str(k).startswith(METHOD_KEY)}
+        if not asked:
+            return self._own_terms
+        for key in asked:
+            if key not in REQUEST_KEYS:
+                raise ValueError(
+                    f"{shown(key)} is not a setting of a request; there are "
+                    f"{', '.join(REQUEST_KEYS)}"
+                )
+        planner = self._asked_planner(asked, prompt_len)
+        terms = Terms(planner, self._keep(asked, prompt_len), self._decode(asked))
+        self._check_room(terms, prompt_len)
+        return terms
+
+    @property
+    def most_window(self) -> int:
+        """Largest window that any request can have."""
+        named = self._policy.methods
+        allowed = [n for n in available() if named is None or n in named]
+        most = max([self.own.window, *(get_method(name, {}).window for name in allowed)])
+        return int(max(most, self._policy.most("window", MOST_WINDOW) or 0))
+
+    @property
+    def decode_queries(self) -> int:
+        """Most queries that a cut of generated tokens looks at."""
+        return 1 if self.own.token_by_token else self.most_window
+
+    def row_blocks(self, max_model_len: int) -> int:
+        """Entries that a row of the runner's block table needs, whatever a request asks for."""
+        bounds = self._policy.budget
+        most: float = 0
+        if not isinstance(bounds, bool):
+            most = max_model_len if bounds.high is None else bounds.high
+            if isinstance(most, float) and most < 1:
+                most *= max_model_len
+        if "scatter" in (self._policy.methods or ()):
+            most = max_model_len
+        # A share of the prompt is never less than a method's window and a block.
+        most = max(int(most) + 1, self.most_window + self.own.block_size)
+        return self.own.row_blocks(max_model_len, min(most, max_model_len))
+
+    # --- method, budget and parameters -----------------------------------------------------------
+
+    def _asked_planner(self, asked: Mapping[str, Any], prompt_len: int) -> Planner:
+        method = self._method(asked)
+        params = self._params(asked)
+        budget = asked.get(BUDGET_KEY, self.own.config.budget)
+        if method == OFF:
+            for key in (BUDGET_KEY, PARAMS_KEY):
+                if key in asked:
+                    raise ValueError(
+                        f"{key} needs a {METHOD_KEY} that compresses, and this request has {OFF}"
+                    )
+        check_budget(budget, BUDGET_KEY)
+        merged = {**self._inherited(method, params), **params}
+        key = repr((method, budget, sorted(merged.items())))
+        if key == self._own_key:
+            return self.own
+        planner = self._planner(_Hashed(key, method, budget, MappingProxyType(merged)))
+        if BUDGET_KEY in asked:
+            self._check_budget(planner, prompt_len)
+        if PARAMS_KEY in asked:
+            self._check_window(planner)
+        return planner
+
+    def _inherited(self, method: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The server's parameters that a request shares: of its method, of the parts it keeps."""
+        own = self.own.config
+        if method != own.method:
+            return {}
+        whole = get_method(method, {})
+        idle: frozenset[str] = frozenset()
+        if "scorer" in params:
+            idle |= whole.scorer_params
+        if "allocator" in params:
+            idle |= whole.allocator_params
+        return {name: value for name, value in own.params.items() if name not in idle}
+
+    @property
+    def _own_key(self) -> str:
+        own = self.own.config
+        return repr((own.method, own.budget, sorted(own.params.items())))
+
+    def _make_planner(self, asked: "_Hashed") -> Planner:
+        config = replace(
+            self.own.config, method=asked.method, budget=asked.budget, params=asked.params
+        )
+        config.check_block_size(self.own.block_size, BUDGET_KEY, "raise it or lower the window")
+        planner = Planner(config, self.own.block_size, self.own.limits)
+        if planner.token_by_token and not self.own.token_by_token and config.decode_budget:
+            raise ValueError(
+                f"{PARAMS_KEY}: {asked.method} with these parameters evicts a token for each that "
+                f"it generates, which this server does not offer; drop them"
+            )
+        return planner
+
+    def _method(self, asked: Mapping[str, Any]) -> str:
+        own = self.own.config.method
+        method = asked.get(METHOD_KEY, own)
+        if METHOD_KEY not in asked or method == own:
+            return own
+        if not isinstance(method, str) or method not in available():
+            raise ValueError(f"{METHOD_KEY} must be one of {self._offered()}, got {shown(method)}")
+        if not self._policy.allows_method(method):
+            raise ValueError(
+                f"{METHOD_KEY} {method} may not be set by requests on this server, which allows "
+                f"{self._offered()}"
+            )
+        return method
+
+    def _offered(self) -> str:
+        own = self.own.config.method
+        return ", ".join(n for n in available() if n == own or self._policy.allows_method(n))
+
+    def _params(self, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        value = asked.get(PARAMS_KEY, {})
+        if isinstance(value, str):
+            try:
+                value = json.loads(value.encode())  # what is no Unicode could not be sent on
+            except (ValueError, RecursionError):  # a number may have too many digits
+                value = None
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            raise ValueError(
+                f"{PARAMS_KEY} must be a JSON object of parameters of the method, got "
+                f"{shown(asked[PARAMS_KEY])}"
+            )
+        for name, setting in value.items():
+            if refusal := self._policy.refusal_of_param(name, setting):
+                raise ValueError(f"{PARAMS_KEY}: {shown(name)} {refusal}, got {shown(setting)}")
+        return value
+
+    def _check_budget(self, planner: Planner, prompt_len: int) -> None:
+        bounds, budget = self._policy.budget, planner.config.budget
+        tokens = planner.budget_tokens(prompt_len)
+        if bounds is False and budget != self.own.config.budget:
+            raise ValueError(
+                f"{BUDGET_KEY} may not be set by requests on this server, got {budget}"
+            )
+        if bounds is True:
+            self._check_most(budget, tokens, self.own.config.budget, prompt_len)
+        elif not isinstance(bounds, bool):
+            if bounds.high is not None:
+                self._check_most(budget, tokens, bounds.high, prompt_len)
+            low = _tokens(bounds.low, prompt_len)
+            if tokens < low:
+                raise ValueError(
+                    f"{BUDGET_KEY} must be at least {bounds.low} on this server, got {budget}"
+                )
+
+    def _check_most(self, budget: float, tokens: int, most: float, prompt_len: int) -> None:
+        if type(budget) is type(most):
+            good = budget <= most
+        else:
+            good = tokens <= max(_tokens(most, prompt_len), self.own.budget_tokens(prompt_len))
+        if not good:
+            kind = "of the prompt" if most < 1 else "tokens per layer"
+            raise ValueError(f"{BUDGET_KEY} must be at most {most} {kind} here, got {budget}")
+
+    def _check_window(self, planner: Planner) -> None:
+        if planner.window > self.most_window:
+            raise ValueError(
+                f"{PARAMS_KEY}: window must be at most {self.most_window} on this server, got "
+                f"{planner.window}"
+            )
+
+    # --- what else a request may set -------------------------------------------------------------
+
+    def _keep(self, asked: Mapping[str, Any], prompt_len: int) -> Ranges:
+        if KEEP_KEY not in asked:
+            return ()
+        allowed = self._policy.keep
+        if allowed is False:
+            raise ValueError(f"{KEEP_KEY} may not be set by requests on this server")
+        try:
+            ranges = parse_ranges(asked[KEEP_KEY], prompt_len)
+        except ValueError as error:
+            raise ValueError(f"{KEEP_KEY} {error}") from None
+        kept = count_before(ranges, prompt_len)
+        if allowed is not True and kept > allowed:
+            raise ValueError(
+                f"{KEEP_KEY} must name at most {allowed} tokens on this server, got {kept}"
+            )
+        return ranges
+
+    def _decode(self, asked: Mapping[str, Any]) -> bool:
+        value = asked.get(DECODE_KEY, True)
+        # In a request's JSON true and false reach vLLM as 1 and 0.
+        if not isinstance(value, int) or value not in (0, 1):
+            raise ValueError(f"{DECODE_KEY} must be true or false, got {shown(value)}")
+        if not value and not self._policy.decode:
+            raise ValueError(f"{DECODE_KEY} may not be set to false by requests on this server")
+        return bool(value)
+
+    def _check_room(self, terms: Terms, prompt_len: int) -> None:
+        planner, kept = terms.planner, terms.keep_count(prompt_len)
+        course = terms.course(prompt_len)
+        if course is None or planner.keeps_all:
+            return
+        cuts = [*course.cuts, *([course.repeat.first] if course.repeat else [])]
+        held = min(cut.blocks for cut in cuts) * planner.block_size
+        if kept > held - planner.window:
+            raise ValueError(
+                f"{KEEP_KEY} names {kept} tokens beside the last {planner.window}, which always "
+                f"stay, but a budget of {held} tokens per layer has room for "
+                f"{held - planner.window}"
+            )
+
+
+@dataclass(frozen=True)
+class _Hashed:
+    """Settings of a planner, hashable by their text."""
+
+    key: str
+    method: str
+    budget: int | float
+    params: Mapping[str, Any]
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashed) and self.key == other.key
+
+
+def _tokens(budget: float | None, prompt_len: int) -> int:
+    if budget is None:
+        return 0
+    return int(-(-budget * prompt_len // 1)) if budget < 1 else int(budget)

@@ -1,0 +1,1 @@
+"""The command ``kvcompress`` and what it runs, beside the server."""

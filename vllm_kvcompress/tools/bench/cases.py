@@ -1,0 +1,204 @@
+"""Both engines take turns at each case; what comes out are rows."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from vllm_kvcompress.tools.bench.bounds import decode_bound, token_bytes, whole_bound
+from vllm_kvcompress.tools.bench.engines import prompts_of, two_engines
+from vllm_kvcompress.tools.bench.job import DECODE, TTFT, Case, Job, Setup
+from vllm_kvcompress.tools.bench.measure import Decoding, Queue, first_token, run_queue
+from vllm_kvcompress.tools.bench.pairs import Paired, take_turns
+from vllm_kvcompress.tools.bench.rows import Row
+from vllm_kvcompress.tools.bench.stepped_engine import Subject
+
+Tell = Callable[[str], object]
+Pair = tuple[Subject, Subject]
+
+
+def measure(job: Job, setup: Setup, tell: Tell) -> Iterator[Row]:
+    """Measure all cases of a setup.
+
+    Args:
+        job: What is measured.
+        setup: On which engines.
+        tell: Called with what is being done.
+
+    Yields:
+        Rows, each when it is complete.
+
+    Raises:
+        CommandError: vLLM or the plugin refuses a setting, or the memory is too small.
+
+    """
+    tell(f"starting two engines with {setup.blocks} blocks each ({setup.name} pool)")
+    with two_engines(job, setup) as pair:
+        for case in setup.cases:
+            if case.kind == TTFT:
+                yield _first_token(job, pair, case, tell)
+            elif case.kind == DECODE:
+                yield _decode(job, pair, case, tell)
+            else:
+                yield from _throughput(job, setup, pair, case, tell)
+
+
+def _first_token(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
+    plain, compressed = pair
+    (prompt,) = prompts_of(job, plain, case)
+    for number, subject in enumerate(pair):
+        tell(f"{case}, warming up {number + 1} of 2")
+        first_token(subject, prompt)
+    before = compressed.phases
+    pairs = take_turns(
+        job.rounds,
+        lambda: first_token(plain, prompt),
+        lambda: first_token(compressed, prompt),
+        _rounds(job, case, tell),
+    )
+    spent = {
+        name: (seconds - before.get(name, 0.0)) / job.rounds
+        for name, seconds in compressed.phases.items()
+    }
+    note = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in spent.items())
+    streams = job.config.prefill == "streaming"
+    return Row(
+        case="time to first token",
+        unit="ms",
+        paired=Paired(tuple(p * 1e3 for (p, _), _ in pairs), tuple(c * 1e3 for _, (c, _) in pairs)),
+        prompt=case.prompt,
+        pool_blocks=plain.pool_blocks,
+        # The prompt is read whole before anything goes, unless it is cut on the way.
+        bound=None if streams else 1.0,
+        blocks=(max(p for (_, p), _ in pairs), max(c for _, (_, c) in pairs)),
+        notes=(f"compression took {note}",) if any(spent.values()) else _whole(job, case),
+    )
+
+
+def _decode(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
+    prompts = prompts_of(job, pair[0], case)
+    plain, compressed = batches = [Decoding(subject, prompts, case.generate) for subject in pair]
+    for number, batch in enumerate(batches):
+        tell(f"{case}, reading prompts {number + 1} of 2")
+        batch.start()
+    pairs = take_turns(
+        job.rounds,
+        lambda: statistics.median(plain.turn(job.steps)) * 1e3,
+        lambda: statistics.median(compressed.turn(job.steps)) * 1e3,
+        _rounds(job, case, tell),
+    )
+    for batch in batches:
+        batch.stop()
+    full, kept = plain.blocks, compressed.blocks
+    block = pair[0].block_bytes
+    read = (
+        f"a step reads {job.weights >> 20} MiB of weights and {full * block >> 20} or "
+        f"{kept * block >> 20} MiB of KV cache"
+    )
+    return Row(
+        case="decode step",
+        unit="ms",
+        paired=Paired(tuple(p for p, _ in pairs), tuple(c for _, c in pairs)),
+        prompt=case.prompt,
+        requests=case.requests,
+        pool_blocks=pair[0].pool_blocks,
+        bound=decode_bound(job.weights, full * block, kept * block),
+        blocks=(full, kept),
+        running=(case.requests, case.requests),
+        preemptions=(0, 0),
+        notes=_whole(job, case) or (read,),
+    )
+
+
+def _throughput(job: Job, setup: Setup, pair: Pair, case: Case, tell: Tell) -> Iterator[Row]:
+    plain, compressed = pair
+    prompts = prompts_of(job, plain, case)
+    for number, subject in enumerate(pair):
+        tell(f"{case}, warming up {number + 1} of 2")
+        run_queue(subject, prompts[:1], min(case.generate, 8))
+    pairs = take_turns(
+        job.rounds,
+        lambda: run_queue(plain, prompts, case.generate),
+        lambda: run_queue(compressed, prompts, case.generate),
+        _rounds(job, case, tell),
+    )
+    yield from throughput_rows(job, setup.name, case, pairs, (plain.pool_blocks, plain.block_bytes))
+
+
+def throughput_rows(
+    job: Job,
+    pool: str,
+    case: Case,
+    pairs: list[tuple[Queue, Queue]],
+    sizes: tuple[int, int],
+) -> Iterator[Row]:
+    """Tokens a second over whole runs, and over the steps that computed no prompt.
+
+    Args:
+        job: What is measured.
+        pool: Name of the engines' pool.
+        case: The requests.
+        pairs: Runs of both engines, plain first, by round.
+        sizes: Blocks that each engine can hand out, and bytes of one.
+
+    """
+    plain, compressed = [p for p, _ in pairs], [c for _, c in pairs]
+    decoded = all(queue.decode_tokens for both in pairs for queue in both)
+    bound = share = None
+    if decoded:
+        bytes_each = [
+            statistics.median(token_bytes(q, job.weights, sizes[1]) for q in queues)
+            for queues in (plain, compressed)
+        ]
+        bound = bytes_each[0] / bytes_each[1]
+        share = statistics.median(q.prefill_share for q in plain)
+    notes = [*_whole(job, case)]
+    if share is not None:
+        notes.append(
+            f"plain vLLM spends {share:.0%} of the time in steps with a prompt, which compression "
+            "does not shorten"
+        )
+    thrown_out = sum(q.preemptions for q in plain), sum(q.preemptions for q in compressed)
+    if any(thrown_out):
+        notes.append(f"{thrown_out[0]} and {thrown_out[1]} preemptions")
+    whole = Row(
+        case="throughput",
+        unit="tokens/s",
+        paired=_rates(pairs, lambda q: q.tokens / q.seconds),
+        prompt=case.prompt,
+        requests=case.requests,
+        generated=case.generate,
+        pool=pool,
+        pool_blocks=sizes[0],
+        bound=None if bound is None or share is None else whole_bound(share, bound),
+        blocks=(max(q.peak_blocks for q in plain), max(q.peak_blocks for q in compressed)),
+        running=(max(q.most_running for q in plain), max(q.most_running for q in compressed)),
+        preemptions=thrown_out,
+        notes=tuple(notes),
+    )
+    yield whole
+    if decoded:
+        yield replace(
+            whole,
+            case="decode throughput",
+            paired=_rates(pairs, lambda q: q.decode_tokens / q.decode_seconds),
+            bound=bound,
+            notes=(),
+        )
+
+
+def _rates(pairs: list[tuple[Queue, Queue]], rate: Callable[[Queue], float]) -> Paired:
+    return Paired(
+        tuple(rate(p) for p, _ in pairs), tuple(rate(c) for _, c in pairs), more_is_better=True
+    )
+
+
+def _whole(job: Job, case: Case) -> tuple[str, ...]:
+    from vllm_kvcompress.planning.block_planner import Planner
+
+    if Planner(job.config, job.block_size).course(case.prompt) is None:
+        return ("such prompts are kept whole, so this is what the flag alone costs",)
+    return ()
+
+
+def _rounds(job: Job, case: Case, tell: Tell) -> Callable[[int], object]:
+    return lambda number: tell(f"{case}, round {number} of {job.rounds}")

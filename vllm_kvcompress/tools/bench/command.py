@@ -1,0 +1,335 @@
+"""``kvcompress bench``: speed and memory with compression against plain vLLM, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvcompress.tools.arguments import CommandError, count, json_object
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.planning.config import KVCompressionConfig
+    from vllm_kvcompress.tools.bench.job import Job
+    from vllm_kvcompress.tools.bench.rows import Row
+    from vllm_kvcompress.tools.bench.vllm_bench import VllmJob
+
+CASES = ("ttft", "decode", "throughput")
+POOLS = ("bound", "ample")
+VLLM_BENCHES = ("latency", "throughput", "serve")
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+DEFAULT_BLOCK_SIZE = 32
+STOPPED = 130
+
+OWN: dict[str, Any] = {
+    "cases": CASES,
+    "lengths": (1024, 4096),
+    "batches": (1, 8),
+    "steps": 16,
+    "pools": POOLS,
+    "requests": 16,
+    "generate": 128,
+    "bound_requests": 3,
+    "seed": 0,
+}
+"""Settings of our own cases, which mean nothing to vLLM's, and their defaults."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the sub-command's arguments.
+
+    Args:
+        subparsers: What ``ArgumentParser.add_subparsers`` returned.
+
+    """
+    parser = subparsers.add_parser(
+        "bench",
+        help="speed and memory against plain vLLM, measured in one run",
+        description="Measures an engine with compression against plain vLLM; both take turns. "
+        "Writes PREFIX.csv and PREFIX.md.",
+        usage="%(prog)s --model MODEL --output PREFIX [options] [-- WORDS FOR vllm bench]",
+    )
+    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="PREFIX", help="of the files written"
+    )
+    parser.add_argument(
+        "--rounds", type=count, metavar="N", help="turns of each (default: 3; with vLLM's 1)"
+    )
+    compression = parser.add_argument_group("compression")
+    compression.add_argument("--method", default="cake", help="(default: %(default)s)")
+    compression.add_argument(
+        "--budget",
+        default="1024",
+        metavar="N",
+        help="tokens per layer, or a share of the prompt (default: %(default)s)",
+    )
+    compression.add_argument(
+        "--config",
+        type=json_object,
+        metavar="JSON",
+        help="as --kv-compression-config of the server",
+    )
+    _add_cases(parser.add_argument_group("what is measured"))
+    engine = parser.add_argument_group("both engines")
+    engine.add_argument("--block-size", type=count, metavar="TOKENS", help="(default: 32)")
+    engine.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
+    engine.add_argument(
+        "--kv-cache-mib",
+        type=count,
+        metavar="MIB",
+        help="KV cache of each engine, but for the bound pool (default: what the cases need)",
+    )
+    engine.add_argument(
+        "--max-num-batched-tokens",
+        type=count,
+        metavar="TOKENS",
+        help="(default: the longest prompt in one step)",
+    )
+    engine.add_argument(
+        "--engine-args",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="further keyword arguments of vLLM's LLM",
+    )
+    other = parser.add_argument_group("vLLM's own benchmarks instead")
+    other.add_argument("--vllm-bench", choices=VLLM_BENCHES, help="which vllm bench to run twice")
+    other.add_argument(
+        "--timeout",
+        type=count,
+        default=3600,
+        metavar="S",
+        help="that it, or the start of its server, may take (default: %(default)s)",
+    )
+    other.add_argument("extra", nargs="*", metavar="WORDS", help="after --: for vllm bench")
+
+
+def _add_cases(group: Any) -> None:
+    shown = {
+        name: ",".join(map(str, value)) if isinstance(value, tuple) else value
+        for name, value in OWN.items()
+    }
+
+    def add(flag: str, kind: Callable[[str], Any], metavar: str, text: str) -> None:
+        default = shown[flag.removeprefix("--").replace("-", "_")]
+        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
+
+    add("--cases", _names(CASES), "NAMES", "with commas between them")
+    add("--lengths", _counts, "TOKENS", "of prompts, with commas between them")
+    add("--batches", _counts, "N", "requests of a decode step, with commas between them")
+    add("--steps", count, "N", "decode steps that count in each turn")
+    add("--pools", _names(POOLS), "NAMES", "for throughput")
+    add("--requests", count, "N", "of a throughput")
+    add("--generate", count, "TOKENS", "that each of those generates")
+    add("--bound-requests", count, "N", "that plain vLLM holds in the bound pool")
+    add("--seed", _number, "N", "of the prompts' random tokens")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, write the files as rows come, and print the table.
+
+    Args:
+        args: As parsed.
+
+    Returns:
+        0, or 130 after Ctrl-C.
+
+    Raises:
+        CommandError: What the user can put right; rows measured before it stay on disk.
+
+    """
+    from vllm_kvcompress.tools.bench.apart import say
+
+    prefix: Path = args.output
+    if not prefix.name or not prefix.parent.is_dir():
+        raise CommandError(
+            f"--output must be a name in a folder that exists, such as out/cake, got {prefix}"
+        )
+    if args.vllm_bench:
+        from vllm_kvcompress.tools.bench.vllm_bench import measure
+
+        vllm_job = make_vllm_job(args)
+        return write(prefix, _settings_shown(vllm_job.config, args), measure(vllm_job, say))
+    job = make_job(args)
+    return write(prefix, _settings_shown(job.config, args), _own_rows(job))
+
+
+def make_job(args: argparse.Namespace) -> Job:
+    """Check everything that can be checked without an engine. Imports vLLM.
+
+    Args:
+        args: As parsed.
+
+    Raises:
+        CommandError: What the user can put right.
+
+    """
+    from vllm.platforms import current_platform
+
+    from vllm_kvcompress.tools.bench.job import Job
+    from vllm_kvcompress.tools.bench.weights import read_bytes
+    from vllm_kvcompress.tools.plan.model import load_config, model_facts
+
+    if args.extra:
+        raise CommandError("words after -- are for --vllm-bench, which is not given")
+    own = {name: _given(args, name) for name in OWN}
+    loaded = load_config(args.model)
+    facts = model_facts(args.model, loaded, args.dtype)
+    block_size = args.block_size or DEFAULT_BLOCK_SIZE
+    mib = args.kv_cache_mib
+    job = Job(
+        model=args.model,
+        facts=facts,
+        weights=read_bytes(facts, loaded),
+        settings=_config(args, block_size).as_dict(),
+        kinds=own.pop("cases"),
+        rounds=args.rounds or 3,
+        block_size=block_size,
+        dtype=args.dtype,
+        cpu=bool(current_platform.is_cpu()),
+        kv_bytes=None if mib is None else mib << 20,
+        batched_tokens=args.max_num_batched_tokens,
+        engine_args=args.engine_args,
+        **own,
+    )
+    job.setups()
+    return job
+
+
+def make_vllm_job(args: argparse.Namespace) -> VllmJob:
+    """Check what can be checked before vLLM's own benchmark is started.
+
+    Args:
+        args: As parsed.
+
+    Raises:
+        CommandError: What the user can put right.
+
+    """
+    from vllm_kvcompress.tools.bench.vllm_bench import VllmJob, check_extra, flags_of
+
+    for name in OWN:
+        if getattr(args, name) is not None:
+            raise CommandError(
+                f"--{name.replace('_', '-')} has no meaning with --vllm-bench, which takes its "
+                "settings after --"
+            )
+    check_extra(args.extra)
+    given = {
+        "block_size": args.block_size,
+        "dtype": None if args.dtype == "auto" else args.dtype,
+        "kv_cache_memory_bytes": args.kv_cache_mib and args.kv_cache_mib << 20,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+    }
+    engine = {name: value for name, value in given.items() if value is not None}
+    return VllmJob(
+        kind=args.vllm_bench,
+        model=args.model,
+        config=_config(args, args.block_size),
+        engine_flags=tuple(flags_of({**engine, **args.engine_args})),
+        extra=tuple(args.extra),
+        rounds=args.rounds or 1,
+        prefix=args.output,
+        timeout=float(args.timeout),
+    )
+
+
+def write(prefix: Path, settings: dict[str, str], rows: Iterable[Row]) -> int:
+    """Write rows as they come, and print the table when they end or are cut off.
+
+    Args:
+        prefix: Of the files' names.
+        settings: The same for all rows.
+        rows: To be written.
+
+    Returns:
+        0, or 130 after Ctrl-C.
+
+    Raises:
+        CommandError: A file cannot be written, or the rows raise it.
+
+    """
+    from vllm_kvcompress.tools.bench.apart import say
+    from vllm_kvcompress.tools.bench.machine import facts
+    from vllm_kvcompress.tools.bench.report import Report
+
+    report = Report(prefix, {**settings, **facts()})
+    status = 0
+    try:
+        for row in rows:
+            report.add(row)
+    except KeyboardInterrupt:
+        say("stopped; what had been measured is kept")
+        status = STOPPED
+    except OSError as error:
+        raise CommandError(f"cannot write {error.filename}: {error.strerror}") from error
+    finally:
+        if report.rows:
+            report.show(sys.stdout)
+            print(report.csv)
+            print(report.markdown)
+    return status
+
+
+def _own_rows(job: Job) -> Iterable[Row]:
+    from vllm_kvcompress.tools.bench.apart import rows_of
+
+    for setup in job.setups():
+        yield from rows_of(job, setup)
+
+
+def _settings_shown(config: KVCompressionConfig, args: argparse.Namespace) -> dict[str, str]:
+    settings = config.as_dict()
+    return {
+        "model": Path(args.model).name if Path(args.model).exists() else args.model,
+        "method": settings.pop("method"),
+        "budget": str(settings.pop("budget")),
+        "config": json.dumps(settings) if settings else "",
+        "rounds": str(args.rounds or (1 if args.vllm_bench else 3)),
+    }
+
+
+def _config(args: argparse.Namespace, block_size: int | None) -> KVCompressionConfig:
+    from vllm_kvcompress.engine.plugin import merge_settings
+    from vllm_kvcompress.planning.config import CONFIG_KEY, KVCompressionConfig, parse_budget
+
+    try:
+        merged = merge_settings(None, args.method, parse_budget(args.budget), args.config)
+        config = KVCompressionConfig.parse(merged[CONFIG_KEY])
+        if block_size is not None:
+            config.check_block_size(block_size)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    return config
+
+
+def _given(args: argparse.Namespace, name: str) -> Any:
+    value = getattr(args, name)
+    return OWN[name] if value is None else value
+
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(count(part.strip()) for part in text.split(",")))
+
+
+def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"must be some of {', '.join(known)}, got {name!r}"
+                )
+        return names
+
+    return parse

@@ -1,0 +1,138 @@
+"""Starting the two engines in one process."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from vllm_kvcompress.tools.arguments import CommandError
+from vllm_kvcompress.tools.bench.job import Case, Job, Setup, check_memory
+from vllm_kvcompress.tools.bench.stepped_engine import Subject
+
+ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    # Two engines bound to the same cores would be no worse, but a machine's other cores idle.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+"""What vLLM is told where the user's environment says nothing else."""
+
+FIRST_WORDS = 100
+"""Token ids below are often special ones."""
+
+
+@contextmanager
+def two_engines(job: Job, setup: Setup) -> Iterator[tuple[Subject, Subject]]:
+    """Start plain vLLM, then the engine with compression; both are gone afterwards.
+
+    Changes the process's environment variables.
+
+    Args:
+        job: What is measured.
+        setup: On which engines.
+
+    Raises:
+        CommandError: vLLM or the plugin refuses a setting, or the memory is too small.
+
+    """
+    # Engines are stepped by hand, so they must run here, whatever the user prefers elsewhere.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    free, total = _memory(job)
+    check_memory([setup], job.weights, free)
+    common = _arguments(job, setup, total)
+    settings = job.config.as_dict()
+    ours = {
+        "kv_compression": settings.pop("method"),
+        "kv_compression_budget": settings.pop("budget"),
+        "kv_compression_config": settings,
+    }
+    # The plain one first: until the other one starts, vLLM's own classes are in place.
+    plain = _start(common)
+    try:
+        compressed = _start({**common, **ours})
+        try:
+            yield plain, compressed
+        finally:
+            compressed.close()
+    finally:
+        plain.close()
+        gc.collect()
+
+
+def prompts_of(job: Job, subject: Subject, case: Case) -> list[list[int]]:
+    """Different prompts of random tokens; the same for both engines.
+
+    Args:
+        job: Has the seed.
+        subject: Either engine.
+        case: Says how many and how long.
+
+    """
+    dice = random.Random(f"{job.seed} {case}")
+    words = int(subject.engine.model_config.get_vocab_size())
+    first, last = (FIRST_WORDS, words - FIRST_WORDS) if words > 4 * FIRST_WORDS else (0, words)
+    return [[dice.randrange(first, last) for _ in range(case.prompt)] for _ in range(case.requests)]
+
+
+def _arguments(job: Job, setup: Setup, total: int | None) -> dict[str, Any]:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in fields(EngineArgs)}
+    for name in job.engine_args:
+        if name not in known:
+            raise CommandError(f"--engine-args: vLLM has no argument {name!r}")
+    arguments: dict[str, Any] = {
+        "model": job.model,
+        "dtype": job.dtype,
+        "block_size": job.block_size,
+        "max_model_len": setup.max_model_len,
+        "max_num_seqs": setup.max_num_seqs,
+        "max_num_batched_tokens": setup.batched_tokens,
+        "kv_cache_memory_bytes": setup.kv_bytes,
+        # Rounds read the same prompts again.
+        "enable_prefix_caching": False,
+        "use_tqdm_on_load": False,
+    }
+    if job.cpu:
+        # vLLM compiles for minutes on a CPU.
+        arguments["enforce_eager"] = True
+    if total is not None:
+        # With a size of the KV cache vLLM only checks that so much is free at the start.
+        arguments["gpu_memory_utilization"] = min((setup.kv_bytes + job.weights) / total, 0.9)
+    return {**arguments, **job.engine_args}
+
+
+def _start(arguments: dict[str, Any]) -> Subject:
+    from vllm_kvcompress import LLM
+
+    try:
+        return Subject(LLM(**arguments))
+    except ValueError as error:  # vLLM's and the plugin's word for a setting that cannot be
+        raise CommandError(_sentence(error)) from error
+
+
+def _sentence(error: ValueError) -> str:
+    """The message; of pydantic's, which go over many lines, what the first check said."""
+    details = getattr(error, "errors", None)
+    if not callable(details):
+        return str(error)
+    return str(details()[0]["msg"]).removeprefix("Value error, ")
+
+
+def _memory(job: Job) -> tuple[int, int | None]:
+    """Bytes that are free for both engines, and on a GPU those that it has."""
+    if not job.cpu:
+        import torch
+
+        free, total = torch.accelerator.get_memory_info()
+        return int(free), int(total)
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return int(available) * 1024, None

@@ -1,0 +1,236 @@
+"""What to measure, and the pools that it takes."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_kvcompress.planning.config import KVCompressionConfig
+from vllm_kvcompress.tools.arguments import CommandError
+from vllm_kvcompress.tools.byte_sizes import format_bytes
+from vllm_kvcompress.tools.plan.figures import Windows, block_bytes
+from vllm_kvcompress.tools.plan.model import ModelFacts
+
+WARM_STEPS = 4
+"""Decode steps before the first that counts: the first of a batch makes its buffers."""
+
+SETTLE_STEPS = 2
+"""At the start of each turn: the other engine's data are in the caches, or a step is in flight."""
+
+TTFT, DECODE, THROUGHPUT = KINDS = ("ttft", "decode", "throughput")
+BOUND, AMPLE = POOLS = ("bound", "ample")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure.
+
+    Attributes:
+        kind: One of :data:`KINDS`.
+        prompt: Tokens of each prompt.
+        requests: At a time; of a throughput, in all.
+        generate: Most tokens that each generates.
+
+    """
+
+    kind: str
+    prompt: int
+    requests: int
+    generate: int
+
+    @property
+    def context(self) -> int:
+        """Most tokens of each request."""
+        return self.prompt + self.generate
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.requests} x {self.prompt}"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Two engines with one size of the pool, and what is measured on them.
+
+    Attributes:
+        name: Of the pool, one of :data:`POOLS`.
+        cases: To measure.
+        blocks: Of the pool, the null block included.
+        kv_bytes: Memory of the pool of each engine.
+        batched_tokens: vLLM's max_num_batched_tokens.
+
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    blocks: int
+    kv_bytes: int
+    batched_tokens: int
+
+    @property
+    def max_model_len(self) -> int:
+        return max(case.context for case in self.cases)
+
+    @property
+    def max_num_seqs(self) -> int:
+        return max(case.requests for case in self.cases)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of ``kvcompress bench``.
+
+    Attributes:
+        model: Folder or hub id.
+        facts: Of the model.
+        weights: Bytes of it that a decode step reads.
+        settings: The compression, as KVCompressionConfig.parse takes it.
+        kinds: Of :data:`KINDS`, in their order.
+        lengths: Tokens of prompts.
+        batches: Requests of a decode step.
+        pools: Of :data:`POOLS`, for throughput.
+        rounds: Turns of each engine.
+        steps: Decode steps that count in each turn.
+        requests: Of a throughput.
+        generate: Tokens that each of those generates.
+        bound_requests: Requests that plain vLLM holds in the bound pool.
+        block_size: Tokens of a block.
+        dtype: Of the model, as vLLM takes it.
+        cpu: Whether vLLM runs on a CPU.
+        kv_bytes: Memory of each engine's pool, where it is not ``bound``; None: what is needed.
+        batched_tokens: vLLM's max_num_batched_tokens; None: the longest prompt in one step.
+        engine_args: Further keyword arguments for vLLM, for both engines.
+        seed: Of the prompts.
+
+    """
+
+    model: str
+    facts: ModelFacts
+    weights: int
+    settings: Mapping[str, Any]
+    kinds: tuple[str, ...]
+    lengths: tuple[int, ...]
+    batches: tuple[int, ...]
+    pools: tuple[str, ...]
+    rounds: int
+    steps: int
+    requests: int
+    generate: int
+    bound_requests: int
+    block_size: int
+    dtype: str
+    cpu: bool
+    kv_bytes: int | None
+    batched_tokens: int | None
+    engine_args: Mapping[str, Any]
+    seed: int
+
+    @property
+    def config(self) -> KVCompressionConfig:
+        """The compression; made anew, as it cannot go to another process."""
+        return KVCompressionConfig.parse(dict(self.settings))
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block of the pool."""
+        facts = self.facts
+        fp8 = str(self.engine_args.get("kv_cache_dtype", "auto")).startswith("fp8")
+        itemsize = 1 if fp8 else facts.dtype.itemsize
+        pages = facts.groups.pages_of_block(facts.layers)
+        return block_bytes(pages, facts.kv_heads, facts.head_size, self.block_size, itemsize)
+
+    def setups(self) -> list[Setup]:
+        """Pairs of engines, in the order in which they are started.
+
+        Raises:
+            CommandError: A case does not fit the model or the memory given.
+
+        """
+        found = []
+        alone = [*self._first_tokens(), *self._decodes()]
+        if alone:
+            found.append(self._setup(AMPLE, alone))
+        if THROUGHPUT in self.kinds:
+            for length in self.lengths:
+                case = Case(THROUGHPUT, length, self.requests, self.generate)
+                found += [self._setup(pool, [case]) for pool in self.pools]
+        return found
+
+    def _first_tokens(self) -> Iterator[Case]:
+        if TTFT in self.kinds:
+            yield from (Case(TTFT, length, 1, 2) for length in self.lengths)
+
+    def _decodes(self) -> Iterator[Case]:
+        """As many tokens as no request comes to while its batch is measured."""
+        if DECODE not in self.kinds:
+            return
+        for length in self.lengths:
+            for batch in self.batches:
+                chunk = min(self._step([length], batch), self.config.stream_chunk or length)
+                reading = batch * (1 + -(-length // chunk))
+                turns = self.rounds * (SETTLE_STEPS + self.steps)
+                yield Case(DECODE, length, batch, reading + WARM_STEPS + turns + 8)
+
+    def _step(self, lengths: Sequence[int], requests: int) -> int:
+        """Tokens of a step: the longest prompt beside a token of each of the others."""
+        return self.batched_tokens or max(lengths) + requests
+
+    def _setup(self, pool: str, cases: Sequence[Case]) -> Setup:
+        requests = max(case.requests for case in cases)
+        step = self._step([case.prompt for case in cases], requests)
+        longest = max(cases, key=lambda case: case.context)
+        limit = self.facts.max_model_len
+        if limit is not None and longest.context > limit:
+            raise CommandError(
+                f"{longest} takes {longest.context} tokens with what is generated, and the "
+                f"model's longest context is {limit}; lower --lengths"
+            )
+        if step < requests:
+            raise CommandError(
+                f"--max-num-batched-tokens must be at least {requests}, one token for each "
+                f"request of a step, got {step}"
+            )
+        needed = {case: self._blocks(case, pool, step) for case in cases}
+        case, blocks = max(needed.items(), key=lambda item: item[1])
+        kv_bytes = blocks * self.block_bytes
+        if pool == AMPLE and self.kv_bytes is not None:
+            if self.kv_bytes < kv_bytes:
+                raise CommandError(
+                    f"--kv-cache-mib is too small for {case}, which needs "
+                    f"{-(-kv_bytes // 2**20)} for each engine, got {self.kv_bytes >> 20}"
+                )
+            kv_bytes = self.kv_bytes
+            blocks = kv_bytes // self.block_bytes
+        return Setup(pool, tuple(cases), blocks, kv_bytes, step)
+
+    def _blocks(self, case: Case, pool: str, step: int) -> int:
+        """Blocks in which plain vLLM holds as many requests as the pool's name says."""
+        lag = 0 if self.cpu else 1
+        windows = Windows(self.facts.groups, self.block_size, (1 + lag) * step, lag)
+        whole = -(-case.context // self.block_size)
+        reading = whole + windows.reserved(case.context)
+        held = whole + windows.held(case.context)
+        if pool == BOUND:
+            return min(self.bound_requests, case.requests) * held + reading - held + 2
+        # Compression holds a prompt and its survivors at one time.
+        return case.requests * held + 2 * reading + 2
+
+
+def check_memory(setups: Sequence[Setup], weights: int, free: int) -> None:
+    """Refuse what does not fit before minutes are spent.
+
+    Args:
+        setups: To be run, one at a time.
+        weights: Bytes of the model.
+        free: Bytes that can be had.
+
+    Raises:
+        CommandError: Two engines of a setup take more.
+
+    """
+    for setup in setups:
+        needed = 2 * (setup.kv_bytes + weights)
+        if needed > free:
+            raise CommandError(
+                f"two engines with {format_bytes(setup.kv_bytes)} of KV cache each for "
+                f"{', '.join(map(str, setup.cases))} take {format_bytes(needed)} with the weights, "
+                f"and {format_bytes(free)} are free; lower --lengths, --batches or --requests"
+            )

@@ -1,0 +1,277 @@
+"""Pictures of cells; every function returns a figure that :func:`save` writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from math import ceil, exp, log
+from pathlib import Path
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
+from PIL import Image
+
+from vllm_kvcompress.tools.evaluation.looks import Look, looks_of
+from vllm_kvcompress.tools.evaluation.panels import Panel, Row
+from vllm_kvcompress.tools.evaluation.stats import Estimate
+from vllm_kvcompress.tools.evaluation.tables import budget_text, share_text
+from vllm_kvcompress.tools.inspection.style import shorten
+
+DPI = 120
+
+_LETTERS = 9.0
+# Inches that a legend's entry takes beside its letters, and for each of them.
+_LEGEND_LINE, _LEGEND_LETTER = 0.65, 0.072
+_PANEL_WIDTH, _PANEL_HEIGHT = 3.4, 3.1
+_COLUMNS = 4
+_DASHES = (0, (6, 3))
+
+Looks = Mapping[Row, Look]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG with a palette of 256 colours, which takes a third of the space.
+
+    Raises:
+        OSError: The file cannot be written.
+
+    """
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=DPI)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Image.open(drawn) as image:
+        palette = image.convert("RGB").quantize(
+            256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+        )
+    palette.save(path, format="PNG", optimize=True)
+
+
+def share_figure(panels: Sequence[Panel], looks: Looks | None = None) -> Figure:
+    """Mean over tasks against the share of the cache that was kept.
+
+    The intervals of likelihoods are those of the paired differences to the full cache: prompts
+    differ far more from each other than settings do.
+
+    Args:
+        panels: One axes each, such as the lengths of one model and protocol.
+        looks: Of all settings of a report; None: of those that are here.
+
+    """
+    looks = looks or looks_of(panels)
+    figure, axes = _grid(len(panels), _PANEL_WIDTH, _PANEL_HEIGHT)
+    for ax, panel in zip(axes, panels, strict=True):
+        for row, look in _drawn(panel, looks).items():
+            _line(ax, panel, row, look, _jitter(panel, row, looks))
+        full = panel.mean(panel.full, "") if panel.full else None
+        if panel.full and full is not None:
+            ax.axhline(
+                _scaled(panel, full.value),
+                color="black",
+                linestyle=_DASHES,
+                linewidth=1.2,
+                label=panel.names[panel.full],
+            )
+        tasks = f", {len(panel.tasks)} tasks" if len(panel.tasks) > 1 else ""
+        ax.set_title(f"{panel.length} tokens{tasks}", fontsize=_LETTERS)
+        _share_axis(ax, panel)
+        _value_axis(ax, panel)
+    note = "mean over tasks, " if any(len(panel.tasks) > 1 for panel in panels) else ""
+    note += "95 % intervals"
+    if panels[0].likelihood:
+        note += " of the differences to the full cache"
+    _finish(figure, axes, _title(panels), note)
+    return figure
+
+
+def task_figure(panel: Panel, budget: str, looks: Looks | None = None) -> Figure:
+    """Bars per task for one budget, the full cache a black line over each task's bars."""
+    looks = looks or looks_of([panel])
+    rows = {row: look for row, look in looks.items() if panel.select(row, budget)}
+    width = 0.8 / max(1, len(rows))
+    per_line = max(1, int(13 / (0.13 * len(rows) + 0.35)))
+    lines = ceil(len(panel.tasks) / per_line)
+    per_line = ceil(len(panel.tasks) / lines)
+    inches = max(5.0, per_line * (0.13 * len(rows) + 0.35) + 0.8)
+    figure, axes = _grid(lines, inches, 2.7, columns=1)
+    for number, ax in enumerate(axes):
+        names = panel.tasks[number * per_line : (number + 1) * per_line]
+        for place, (row, look) in enumerate(rows.items()):
+            found = {c.task: c.score or c.nll for c in panel.select(row, budget)}
+            spots = [(x, e) for x, name in enumerate(names) if (e := found.get(name)) is not None]
+            offset = (place + 0.5) * width - 0.4
+            ax.bar(
+                [x + offset for x, _ in spots],
+                [_scaled(panel, estimate.value) for _, estimate in spots],
+                width * 0.92,
+                color=look.color,
+                hatch=look.hatch,
+                edgecolor="white",
+                linewidth=0,
+                yerr=_errors(panel, [estimate for _, estimate in spots]),
+                error_kw={"elinewidth": 0.8, "ecolor": "0.25"},
+                label=panel.names[row],
+            )
+        _full_bars(ax, panel, names)
+        ax.set_xticks(range(len(names)), [name.partition("/")[2] or name for name in names])
+        ax.tick_params(axis="x", labelsize=_LETTERS, length=0)
+        if per_line > 5:
+            for label in ax.get_xticklabels():
+                label.set(rotation=20, ha="right", rotation_mode="anchor")
+        ax.set_xlim(-0.6, per_line - 0.4)
+        _value_axis(ax, panel)
+    note = f"{panel.length} tokens, budget {budget_text(budget)}; 95 % intervals"
+    _finish(figure, axes, _title([panel]), note)
+    return figure
+
+
+def _full_bars(ax: Axes, panel: Panel, names: Sequence[str]) -> None:
+    if panel.full is None:
+        return
+    for number, cell in enumerate(c for c in panel.select(panel.full, "") if c.task in names):
+        estimate = cell.score or cell.nll
+        x = names.index(cell.task)
+        if estimate is not None:
+            ax.plot(
+                [x - 0.43, x + 0.43],
+                [_scaled(panel, estimate.value)] * 2,
+                color="black",
+                linewidth=1.2,
+                label=panel.names[panel.full] if number == 0 else None,
+            )
+
+
+def _line(ax: Axes, panel: Panel, row: Row, look: Look, jitter: float) -> None:
+    points = []
+    for budget in panel.budgets:
+        mean, share = _mean(panel, row, budget), panel.share(row, budget)
+        if mean is not None and share is not None:
+            points.append((share * jitter, mean))
+    if not points:  # it has not answered all tasks
+        return
+    ax.errorbar(
+        [x for x, _ in points],
+        [_scaled(panel, mean.value) for _, mean in points],
+        yerr=_errors(panel, [mean for _, mean in points]),
+        color=look.color,
+        marker=look.marker,
+        markerfacecolor="white" if look.hollow else look.color,
+        markersize=5,
+        linestyle=look.line,
+        linewidth=1.4,
+        elinewidth=0.9,
+        capsize=2,
+        label=panel.names[row],
+    )
+
+
+def _mean(panel: Panel, row: Row, budget: str) -> Estimate | None:
+    mean = panel.mean(row, budget)
+    if mean is None or not panel.likelihood or panel.full is None:
+        return mean
+    difference = panel.difference(row, budget, panel.full)
+    if difference is None:
+        return mean
+    by = difference.estimate
+    low, high = mean.value - (by.value - by.low), mean.value + (by.high - by.value)
+    return Estimate(mean.value, low, high, by.n)
+
+
+def _jitter(panel: Panel, row: Row, looks: Looks) -> float:
+    """A factor that sets the rows' error bars beside each other."""
+    rows = list(_drawn(panel, looks))
+    return float(1.02 ** (rows.index(row) - (len(rows) - 1) / 2))
+
+
+def _drawn(panel: Panel, looks: Looks) -> dict[Row, Look]:
+    return {row: look for row, look in looks.items() if row in panel.rows}
+
+
+def _scaled(panel: Panel, value: float) -> float:
+    return value if panel.likelihood else 100 * value
+
+
+def _errors(panel: Panel, estimates: Sequence[Estimate]) -> list[list[float]]:
+    return [
+        [_scaled(panel, e.value - e.low) for e in estimates],
+        [_scaled(panel, e.high - e.value) for e in estimates],
+    ]
+
+
+def _share_axis(ax: Axes, panel: Panel) -> None:
+    ax.set_xscale("log")
+    ax.set_xlabel("share of the cache that is kept", fontsize=_LETTERS)
+    shares = sorted(sum(panel.shares(budget)) / 2 for budget in panel.budgets)
+    ticks: list[float] = []
+    for share in shares:  # labels that would touch are left out
+        if not ticks or log(share / ticks[-1]) > 0.2:
+            ticks.append(share)
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_major_formatter(FixedFormatter([share_text(share) for share in ticks]))
+    ax.xaxis.set_minor_locator(NullLocator())
+    if shares[-1] < 1.5 * shares[0]:  # else the marks beside one share would fill the axis
+        ax.set_xlim(shares[0] / 1.5, shares[-1] * 1.5)
+
+
+def _value_axis(ax: Axes, panel: Panel) -> None:
+    ax.tick_params(labelsize=_LETTERS - 1)
+    ax.grid(axis="y", color="0.88", linewidth=0.7)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    if panel.likelihood:
+        ax.set_ylabel("nats per token", fontsize=_LETTERS)
+        low, high = ax.get_ylim()
+        ax.set_ylim(low, max(high, low + 0.02))
+        right = ax.secondary_yaxis("right")
+        right.yaxis.set_major_formatter(FuncFormatter(lambda nats, _: f"{exp(nats):.3g}"))
+        right.tick_params(labelsize=_LETTERS - 1)
+        right.set_ylabel("perplexity", fontsize=_LETTERS)
+    else:
+        ax.set_ylabel("score, %", fontsize=_LETTERS)
+        ax.set_ylim(-3, 103)
+
+
+def _grid(
+    count: int, width: float, height: float, columns: int = _COLUMNS
+) -> tuple[Figure, list[Axes]]:
+    lines = ceil(count / columns)
+    columns = ceil(count / lines)
+    figure = Figure(
+        figsize=(max(5.5, columns * width), lines * height + 0.6),
+        dpi=DPI,
+        facecolor="white",
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)  # no window system, whatever the user's settings
+    return figure, [figure.add_subplot(lines, columns, number + 1) for number in range(count)]
+
+
+def _finish(figure: Figure, axes: Sequence[Axes], title: str, note: str) -> None:
+    """Title, and a legend below with an entry for each name, for which the figure grows."""
+    width, height = figure.get_size_inches()
+    lines = f"{shorten(title, int(width * 12))}\n{shorten(note, int(width * 12))}"
+    figure.suptitle(lines, fontsize=_LETTERS + 1)
+    entries: dict[str, Artist] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    column = _LEGEND_LINE + _LEGEND_LETTER * max(map(len, entries), default=0)
+    columns = max(1, min(len(entries), int(width / column)))
+    figure.set_size_inches(width, height + 0.2 * ceil(len(entries) / columns))
+    figure.legend(
+        list(entries.values()),
+        list(entries),
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=_LETTERS - 1,
+        frameon=False,
+        handlelength=3,
+    )
+
+
+def _title(panels: Sequence[Panel]) -> str:
+    first = panels[0]
+    return f"{first.model}, {first.dtype}: {first.family}, {first.protocol}"

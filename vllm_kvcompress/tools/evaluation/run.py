@@ -1,0 +1,212 @@
+"""The part of ``kvcompress eval`` that runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vllm_kvcompress.tools.arguments import STOPPED, CommandError, numbers, split
+from vllm_kvcompress.tools.bench.machine import hardware
+from vllm_kvcompress.tools.evaluation import tasks
+from vllm_kvcompress.tools.evaluation.backend import Backend
+from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE, Store
+from vllm_kvcompress.tools.evaluation.runner import Batch, Cell, Runner, longest, prepare
+from vllm_kvcompress.tools.evaluation.setting import Setting
+from vllm_kvcompress.tools.evaluation.task import EvaluationError, Source
+
+PACKAGES = ("vllm_kvcompress", "vllm", "torch", "transformers", "kvpress", "triton")
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a run leaves what.
+
+    Attributes:
+        folder: Of all of it.
+
+    """
+
+    folder: Path
+
+    @property
+    def results(self) -> Path:
+        """A line a prompt and setting."""
+        return self.folder / "results.jsonl"
+
+    @property
+    def runs(self) -> Path:
+        """A line a call: command line, versions, how many answers in how many seconds."""
+        return self.folder / "runs.jsonl"
+
+
+def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[str]) -> int:
+    """Run what is missing, and write table and plots.
+
+    Args:
+        args: As parsed.
+        settings: What is compared.
+        words: The command line.
+
+    Returns:
+        0, or 130 after an interrupt.
+
+    Raises:
+        CommandError: A number is none.
+        EvaluationError: What the user can put right about tasks, data, settings or engine.
+
+    """
+    files = Files(args.output)
+    console = Console(stderr=True)
+    cells = [
+        Cell(task, length, protocol, seed, args.prompts)
+        for length in numbers(args.lengths, "lengths", 1)
+        for protocol in _protocols(args.protocol)
+        for task in tasks.find(split(args.tasks), args.longbench_hub)
+        for seed in numbers(args.seeds, "seeds")
+    ]
+    source = Source(args.model, _tokenizer(args.model), args.data, args.output / "prompts")
+    with console.status(f"making prompts of {len(cells)} cells"):
+        batches = prepare(cells, source)
+    prompts = sum(len(batch.cases) for batch in batches)
+    console.print(
+        f"{len(batches)} cells, {prompts} prompts of up to {longest(batches)} tokens, "
+        f"{len(settings)} settings: {prompts * len(settings)} answers"
+    )
+    if args.dry_run:
+        return 0
+    store = Store(files.results)
+    backend = _backend(args, longest(batches))
+    try:
+        backend.check(settings)
+        runner = Runner(backend, args.model, args.dtype, store)
+        stopped = _answer(runner, batches, settings, files, words, console)
+    finally:
+        backend.close()
+    from vllm_kvcompress.tools.evaluation.report import write_results
+
+    page, *_ = write_results(
+        files.folder, files.folder, command=_command(words), versions=versions()
+    )
+    console.print(f"written: {page}")
+    return STOPPED if stopped else 0
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _answer(
+    runner: Runner,
+    batches: Sequence[Batch],
+    settings: Sequence[Setting],
+    files: Files,
+    words: Sequence[str],
+    console: Console,
+) -> bool:
+    """Answer what is missing; whether the user stopped it."""
+    missing = sum(runner.missing(batch, settings) for batch in batches)
+    console.print(f"{missing} answers to go, {len(runner.store)} in {files.results}")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    stopped = False
+    with Progress(*columns, console=console) as bar:
+        row = bar.add_task("answers", total=missing)
+        for batch in batches:
+            start, answers = time.perf_counter(), 0
+            name = f"{batch.cell.task.name} {batch.cell.length}"
+            bar.update(row, description=name)
+            try:
+                for _ in runner.run(batch, settings):
+                    answers += 1
+                    bar.advance(row)
+            except KeyboardInterrupt:
+                console.print("stopped: the same command goes on from here")
+                stopped = True
+            if answers:
+                _log(files.runs, batch, answers, time.perf_counter() - start, words)
+            if stopped:
+                break
+    return stopped
+
+
+def _log(path: Path, batch: Batch, answers: int, seconds: float, words: Sequence[str]) -> None:
+    cell = batch.cell
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "task": cell.task.name,
+        "length": cell.length,
+        "protocol": cell.protocol,
+        "seed": cell.seed,
+        "answers": answers,
+        "seconds": round(seconds, 1),
+        "command": _command(words),
+        "versions": versions(),
+        "device": hardware(),
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _backend(args: argparse.Namespace, max_model_len: int) -> Backend:
+    if args.backend == "kvpress":
+        try:
+            from vllm_kvcompress.tools.evaluation.kvpress_backend import KvpressBackend
+        except ImportError as error:
+            raise CommandError(
+                f"--backend kvpress runs in an environment of its own, which "
+                f"scripts/setup_kvpress_env.sh makes: {error}"
+            ) from error
+        return KvpressBackend(args.model, dtype=args.dtype, block_size=args.block_size)
+    from vllm_kvcompress.tools.evaluation.vllm_backend import EngineOptions, VllmBackend
+
+    return VllmBackend(
+        EngineOptions(
+            model=args.model,
+            dtype=args.dtype,
+            block_size=args.block_size,
+            max_model_len=max_model_len,
+            cache_mib=args.cache_mib,
+            plain=args.backend == "plain",
+            engine_args=args.engine_args,
+        )
+    )
+
+
+def _protocols(name: str) -> tuple[str, ...]:
+    return (AWARE, AGNOSTIC) if name == "both" else (name,)
+
+
+def _tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"--model: {model} has no usable tokenizer") from error
+
+
+def _command(words: Sequence[str]) -> str:
+    return shlex.join(["kvcompress", *words]) if words else Path(sys.argv[0]).name

@@ -1,0 +1,280 @@
+"""RULER (Hsieh et al., arXiv 2404.06654): the 13 tasks, made by NVIDIA's own generators.
+
+The generators of nvidia-long-context-eval run unchanged, in a process of their own, from the folder
+that scripts/fetch_ruler.py makes; nothing is looked up on a network. As there, a length counts the
+tokens to generate in, prompts come close to it only in steps (500 words of essays, 10 documents),
+and the model template is "base", the prompt ending in the answer's beginning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt, Source, Task
+
+NAMES = (
+    *("niah_single_1", "niah_single_2", "niah_single_3"),
+    *("niah_multikey_1", "niah_multikey_2", "niah_multikey_3"),
+    *("niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2"),
+)
+NEEDS = ("nltk", "scipy", "tenacity", "wonderwords", "yaml")
+"""Modules that the generators import."""
+
+START_SECONDS = 900
+"""After which a generator that has not begun to speak is given up; it loads a tokenizer first."""
+
+SILENT_SECONDS = 120
+"""After which one that has begun is given up: where a length is too short for a question's own
+documents, it asks for the same prompt for ever."""
+
+QUESTION_STRIDE = 50
+"""Questions that lie between the first ones of two seeds in SQuAD and HotpotQA."""
+
+MOST_QUESTIONS = 5000
+
+_RUN = """
+import random, runpy, sys
+from os.path import dirname
+from transformers import AutoTokenizer
+_, draws, *sys.argv = sys.argv
+seed = random.seed
+def seed_and_draw(value):
+    seed(value)
+    for _ in range(int(draws)):
+        random.randint(0, 999999)
+random.seed = seed_and_draw
+sys.path[0] = dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a generator so that a seed means the same prompts everywhere.
+
+Generators set the seed and then import transformers; where that is the first to import rich, rich
+draws a number, and what comes first hangs on what else is installed. So all is imported before, and
+the number is drawn as rich does, for all generators but niah's: that is what they make beside vLLM,
+where niah's nltk brings rich along.
+"""
+
+_NOTHING_FITS = re.compile(r"Num(ber of)? \w+: 0$")
+"""What a generator prints before it asks for the same too long prompt for ever."""
+
+# Where the question begins: behind the context, at the last of these.
+_MARKS = {
+    "niah": ("\nWhat are all the special magic", "\nWhat is the special magic"),
+    "variable_tracking": ("\nQuestion: Find all variables",),
+    "common_words_extraction": ("\nQuestion: What are the 10 most common",),
+    "freq_words_extraction": ("\nQuestion: Do not provide any explanation",),
+    "qa": ("\n\nAnswer the question based on the given documents.",),
+}
+
+
+@dataclass(frozen=True)
+class Ruler(Task):
+    """One of RULER's tasks."""
+
+    subtask: str
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """As on the command line."""
+        return f"ruler/{self.subtask}"
+
+    def prompts(self, source: Source, *, length: int, count: int, seed: int) -> list[Prompt]:
+        """Make prompts of at most ``length`` tokens, those to generate included, as RULER counts.
+
+        Another seed makes other needles and haystacks and, in qa_1 and qa_2, asks other questions.
+
+        Raises:
+            EvaluationError: RULER's folder is not there, a package is missing, or the generator
+                cannot make such prompts.
+
+        """
+        config = _config(source.data / "ruler", self.subtask)
+        lines = _generated(source, self.subtask, config, length, count, seed)
+        return [_prompt(config, line) for line in lines]
+
+
+def tasks() -> Mapping[str, Task]:
+    """The 13 tasks by name."""
+    made = (Ruler(name) for name in NAMES)
+    return {task.name: task for task in made}
+
+
+def _prompt(config: Mapping[str, Any], line: Mapping[str, Any]) -> Prompt:
+    text: str = line["input"]
+    cut = max(text.rfind(mark) for mark in _MARKS[config["task"]])
+    if cut < 0:
+        raise EvaluationError(f"no question was found in a prompt of RULER's {config['task']}")
+    return Prompt(
+        index=line["index"],
+        context=text[:cut],
+        question=text[cut:],
+        opening=_opening(config["answer_prefix"], text),
+        references=tuple(line["outputs"]),
+        max_tokens=config["tokens_to_generate"],
+        metric="match_part" if config["task"] == "qa" else "match_all",
+    )
+
+
+def _opening(prefix: str, text: str) -> str:
+    """The answer prefix as it stands at the end of a prompt, where its fields are filled in."""
+    start = text.rfind(prefix.partition("{")[0]) if prefix else -1
+    return text[start:] if start >= 0 else ""
+
+
+@lru_cache(maxsize=32)
+def _config(folder: Path, subtask: str) -> Mapping[str, Any]:
+    """What RULER's prepare.py makes of a task's entry: arguments, template, tokens to generate."""
+    if not (folder / "long_context_eval" / "synthetic.yaml").is_file():
+        raise EvaluationError(
+            f"RULER is not in {folder}: run scripts/fetch_ruler.py, or name with --data the folder "
+            "that holds ruler/"
+        )
+    missing = [name for name in NEEDS if find_spec(name) is None]
+    if missing:
+        raise EvaluationError(
+            f"RULER's generators need {', '.join(missing)}: pip install 'vllm_kvcompress[eval]'"
+        )
+    import yaml
+
+    text = (folder / "long_context_eval" / "synthetic.yaml").read_text(encoding="utf-8")
+    custom = yaml.safe_load(text)[subtask]
+    constants: dict[str, Any] = {}
+    path = folder / "long_context_eval" / "data" / "synthetic" / "constants.py"
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), constants)
+    base = constants["TASKS"][custom["task"]]
+    prefix = base.get("answer_prefix", "")
+    return {**custom, **base, "template": base["template"] + prefix, "answer_prefix": prefix}
+
+
+def _generated(
+    source: Source,
+    subtask: str,
+    config: Mapping[str, Any],
+    length: int,
+    count: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Lines of RULER's file, from the cache or fresh."""
+    what = json.dumps(
+        [subtask, dict(config), length, seed, source.model, source.tokenizer.vocab_size],
+        sort_keys=True,
+    )
+    name = f"{subtask}-{length}-{seed}-{hashlib.sha256(what.encode()).hexdigest()[:12]}.jsonl"
+    path = source.cache / name
+    lines = _read(path)
+    if len(lines) < count:
+        _generate(source, subtask, config, length, count, seed, path)
+        lines = _read(path)
+    return lines[:count]
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    # Not splitlines: texts hold characters that it takes for ends of lines.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def _generate(
+    source: Source,
+    subtask: str,
+    config: Mapping[str, Any],
+    length: int,
+    count: int,
+    seed: int,
+    path: Path,
+) -> None:
+    """Run the generator as RULER's prepare.py does, and put its file at ``path``."""
+    folder = (source.data / "ruler").absolute()
+    script = folder / "long_context_eval" / "data" / "synthetic" / f"{config['task']}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ruler-", dir=path.parent) as scratch:
+        options: dict[str, Any] = {
+            "save_dir": scratch,
+            "save_name": subtask,
+            "tokenizer_path": source.model,
+            "tokenizer_type": "hf",
+            "max_seq_length": length,
+            "tokens_to_generate": config["tokens_to_generate"],
+            "num_samples": count,
+            "random_seed": seed,
+            "template": config["template"],
+            **config["args"],
+        }
+        if config["task"] == "qa":
+            options["pre_samples"] = seed * QUESTION_STRIDE % MOST_QUESTIONS
+        # One word each: a template may begin with a dash, and a shell would read its newlines.
+        words = [f"--{name}={value}" for name, value in options.items()]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(folder),
+            "NLTK_DATA": str(folder / "nltk_data"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        draws = "0" if config["task"] == "niah" else "1"
+        command = [sys.executable, "-u", "-c", _RUN, draws, str(script), *words]
+        _run(command, environment, subtask, length)
+        shutil.move(Path(scratch) / subtask / "validation.jsonl", path)
+
+
+def _run(command: list[str], environment: Mapping[str, str], subtask: str, length: int) -> None:
+    """Run a generator to its end; EvaluationError if it fails, or would never end."""
+    too_short = EvaluationError(
+        f"RULER's {subtask} cannot be made with {length} tokens, those to generate included: ask "
+        "for a greater length"
+    )
+    last = ""
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        watch = _Watch(process)
+        for line in process.stdout or ():  # one for each step of its progress bar too
+            watch.restart()
+            last = line.strip() or last
+            if _NOTHING_FITS.match(line):
+                process.kill()
+        watch.stop()
+    if process.returncode < 0 and not last:
+        raise EvaluationError(
+            f"RULER's generator of {subtask} said nothing for {START_SECONDS} s: the machine is "
+            "too busy, or the tokenizer does not load"
+        )
+    if process.returncode < 0:
+        raise too_short
+    if process.returncode:
+        raise EvaluationError(f"RULER's generator of {subtask} failed: {last}")
+
+
+class _Watch:
+    """Kills a process that does not begin to speak, or has fallen silent."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self._count(START_SECONDS)
+
+    def restart(self) -> None:
+        """Count the silence from now on."""
+        self.stop()
+        self._count(SILENT_SECONDS)
+
+    def stop(self) -> None:
+        """Count no more."""
+        self._timer.cancel()
+
+    def _count(self, seconds: float) -> None:
+        self._timer = threading.Timer(seconds, self._process.kill)
+        self._timer.start()

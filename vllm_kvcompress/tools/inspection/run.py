@@ -1,0 +1,264 @@
+"""The part of ``kvcompress inspect`` that runs the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllm_kvcompress.planning.block_planner import Planner
+from vllm_kvcompress.planning.request_settings import METHOD_KEY, PARAMS_KEY
+from vllm_kvcompress.tools.arguments import CommandError
+from vllm_kvcompress.tools.inspection import Inspection, Run, split_text
+from vllm_kvcompress.tools.plan.figures import block_bytes
+from vllm_kvcompress.tools.plan.model import ModelFacts, load_config, model_facts
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.planning.config import KVCompressionConfig
+
+ENVIRONMENT = {
+    # Records come back as they are, and the engine starts sooner.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+}
+"""What vLLM is told where the user's environment says nothing else."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Attributes:
+        model: The model's folder.
+        text: The document.
+        question: Put after the text; may be empty.
+        chat: Whether to use the model's chat template.
+        configs: Settings for each method, in the order they are drawn; all have one budget.
+        block_size: Tokens of a block.
+        dtype: Of the model, as vLLM takes it.
+        max_model_len: Tokens; None: as many as the prompt needs.
+        engine_args: Further keyword arguments for vLLM.
+
+    """
+
+    model: Path
+    text: str
+    question: str
+    chat: bool
+    configs: tuple[KVCompressionConfig, ...]
+    block_size: int
+    dtype: str
+    max_model_len: int | None
+    engine_args: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the text that belongs to each."""
+
+    token_ids: list[int]
+    pieces: tuple[str, ...]
+
+
+def inspect(job: Job) -> Inspection:
+    """Run the prompt once for each method, in one engine.
+
+    Changes the process's environment variables (:data:`ENVIRONMENT`) where they are not set.
+
+    Args:
+        job: What to run.
+
+    Raises:
+        CommandError: The prompt is kept whole, or vLLM refuses a setting.
+
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    model = model_facts(str(job.model), load_config(str(job.model)), job.dtype)
+    prompt = read_prompt(job)
+    length = check_length(job, model, len(prompt.token_ids))
+    try:
+        llm = start(job, model, length)
+    except ValueError as error:  # vLLM's and the plugin's word for a setting that cannot be
+        raise CommandError(_sentence(error)) from error
+    llm.collective_rpc("kv_compression_record", args=(True,))
+    runs = [record(llm, prompt, config, first=config is job.configs[0]) for config in job.configs]
+    return Inspection(
+        model=job.model.absolute().name,
+        budget=job.configs[0].budget,
+        token_ids=np.array(prompt.token_ids, dtype=np.int64),
+        pieces=prompt.pieces,
+        runs=tuple(runs),
+        question=job.question,
+        layers=model.compressed,
+    )
+
+
+def read_prompt(job: Job) -> Prompt:
+    """Tokenize the document with its question.
+
+    Args:
+        job: What to run.
+
+    Raises:
+        CommandError: The model has no tokenizer here, or no chat template.
+
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(job.model)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"--model: {job.model} has no usable tokenizer") from error
+    text = f"{job.text.rstrip()}\n\n{job.question}" if job.question else job.text
+    if job.chat:
+        if not tokenizer.chat_template:
+            raise CommandError(f"--chat: the model in {job.model} has no chat template")
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+    # A chat template writes the special tokens itself.
+    if not tokenizer.is_fast:
+        ids = list(tokenizer(text, add_special_tokens=not job.chat)["input_ids"])
+        return Prompt(ids, tuple(tokenizer.decode([token]) for token in ids))
+    encoded = tokenizer(text, add_special_tokens=not job.chat, return_offsets_mapping=True)
+    ids = list(encoded["input_ids"])
+    names = tokenizer.convert_ids_to_tokens(ids)
+    return Prompt(ids, tuple(split_text(text, encoded["offset_mapping"], names)))
+
+
+def check_length(job: Job, model: ModelFacts, tokens: int) -> int:
+    """Return the context to start the engine with.
+
+    Args:
+        job: What to run.
+        model: Its model.
+        tokens: Of the prompt.
+
+    Raises:
+        CommandError: A method keeps the prompt whole, or it is longer than the context.
+
+    """
+    for config in job.configs:
+        if Planner(config, job.block_size).course(tokens) is None:
+            raise CommandError(
+                f"a prompt of {tokens} tokens fits --budget {config.budget} and is kept whole; "
+                "lower the budget or take a longer text"
+            )
+    needed = tokens + 1
+    if model.max_model_len is not None and needed > model.max_model_len:
+        raise CommandError(
+            f"a prompt of {tokens} tokens is too long for the model's {model.max_model_len}; take "
+            "a shorter text"
+        )
+    if job.max_model_len is None:
+        return needed
+    if job.max_model_len < needed:
+        raise CommandError(
+            f"--max-model-len must be at least {needed} for a prompt of {tokens} tokens, got "
+            f"{job.max_model_len}"
+        )
+    return job.max_model_len
+
+
+def cache_bytes(job: Job, model: ModelFacts, max_model_len: int) -> int:
+    """Memory for the cache of one prompt; without being told vLLM takes most of the machine's.
+
+    Args:
+        job: What to run.
+        model: Its model.
+        max_model_len: Tokens of the context.
+
+    """
+    pages = model.groups.pages_of_block(model.layers)
+    shape = (pages, model.kv_heads, model.head_size)
+    whole = -(-max_model_len // job.block_size)
+    # A prompt holds its own blocks and those that it is compressed into, which are fewer; of each
+    # group of sliding-window layers vLLM wants one more at most.
+    blocks = 2 * whole + 8 + model.groups.side_groups * (whole + 1)
+    return blocks * block_bytes(*shape, job.block_size, model.dtype.itemsize)
+
+
+def start(job: Job, model: ModelFacts, max_model_len: int) -> Any:
+    """Start an engine with the first method whose requests may ask for the others.
+
+    Args:
+        job: What to run.
+        model: Its model.
+        max_model_len: Tokens of the context.
+
+    Raises:
+        CommandError: vLLM has no such argument.
+        ValueError: vLLM or the plugin refuses a setting.
+
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_kvcompress import LLM
+
+    known = {field.name for field in fields(EngineArgs)}
+    for name in job.engine_args:
+        if name not in known:
+            raise CommandError(f"--engine-args: vLLM has no argument {name!r}")
+    first, *others = job.configs
+    settings = first.as_dict()
+    method, budget = settings.pop("method"), settings.pop("budget")
+    if others:
+        settings["allow"] = {"method": [config.method for config in others], "params": True}
+    return LLM(
+        **{
+            "model": str(job.model),
+            "kv_compression": method,
+            "kv_compression_budget": budget,
+            "kv_compression_config": settings,
+            "block_size": job.block_size,
+            "max_model_len": max_model_len,
+            "dtype": job.dtype,
+            "enforce_eager": True,
+            "max_num_seqs": 1,
+            "kv_cache_memory_bytes": cache_bytes(job, model, max_model_len),
+            **job.engine_args,
+        }
+    )
+
+
+def record(llm: Any, prompt: Prompt, config: KVCompressionConfig, *, first: bool) -> Run:
+    """Run the prompt with one method.
+
+    Args:
+        llm: A ``vllm_kvcompress.LLM`` that records.
+        prompt: To run.
+        config: The method and its parameters.
+        first: Whether they are the engine's own.
+
+    Raises:
+        CommandError: vLLM refuses the request.
+        RuntimeError: The engine recorded no cut although one was planned.
+
+    """
+    from vllm import SamplingParams
+
+    asked = {METHOD_KEY: config.method, PARAMS_KEY: dict(config.params)}
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=1, detokenize=False, extra_args=None if first else asked
+    )
+    try:
+        llm.generate({"prompt_token_ids": prompt.token_ids}, sampling, use_tqdm=False)
+    except ValueError as error:
+        raise CommandError(_sentence(error)) from error
+    ranks = [records[-1] for records in llm.collective_rpc("kv_compression_records") if records]
+    if not ranks:
+        raise RuntimeError(f"{config.method}: the engine recorded nothing of a planned cut")
+    return Run.of(ranks)
+
+
+def _sentence(error: ValueError) -> str:
+    """The message; of pydantic's, which go over many lines, what the first check said."""
+    details = getattr(error, "errors", None)
+    if not callable(details):
+        return str(error)
+    return str(details()[0]["msg"]).removeprefix("Value error, ")

@@ -1,0 +1,1 @@
+"""``kvcompress plan``: blocks and concurrent requests of a server, worked out without a model."""

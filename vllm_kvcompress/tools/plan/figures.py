@@ -1,0 +1,234 @@
+"""Blocks, requests and lengths of a pool, with and without compression."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_kvcompress.planning.block_planner import Planner
+from vllm_kvcompress.planning.layer_groups import Layers
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests that are planned for.
+
+    Attributes:
+        context: Tokens of a request, prompt and answer; also the server's --max-model-len.
+        output: Answer tokens among them.
+        longest: Tokens of the longest context that the model allows.
+
+    """
+
+    context: int
+    output: int
+    longest: int
+
+    @property
+    def prompt(self) -> int:
+        return self.context - self.output
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The KV cache.
+
+    Attributes:
+        memory: Bytes.
+        block_bytes: Bytes of a block: a page for each layer of a KV-cache group.
+        block_size: Tokens per block.
+
+    """
+
+    memory: int
+    block_bytes: int
+    block_size: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that vLLM makes of the memory."""
+        return self.memory // self.block_bytes
+
+    @property
+    def usable(self) -> int:
+        """Blocks that can be handed out: vLLM keeps one, the null block."""
+        return max(self.blocks - 1, 0)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Blocks that the sliding-window groups of one request hold; 0 where there are none.
+
+    Attributes:
+        layers: Of the model.
+        block_size: Tokens per block.
+        in_flight: Most tokens that are scheduled and not processed.
+        lag: Steps planned before the last one's result is known.
+
+    """
+
+    layers: Layers
+    block_size: int
+    in_flight: int
+    lag: int
+
+    def reserved(self, tokens: int) -> int:
+        """What vLLM wants room for at start: SlidingWindowSpec.max_admission_blocks_per_request."""
+        seen = min(self.layers.window - 1 + self.in_flight, tokens)
+        return self.layers.side_groups * (-(-seen // self.block_size) + 1)
+
+    def read(self, tokens: int) -> int:
+        """At most, until a request of that many tokens is read; as engine/spec.py counts it."""
+        return self.layers.side_blocks(self.block_size, tokens, self.in_flight)
+
+    def held(self, tokens: int) -> int:
+        """At most while such a request generates; as engine/spec.py counts it."""
+        return self.layers.side_blocks(self.block_size, tokens, self.lag + 1)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a pool serves.
+
+    Attributes:
+        memory: Bytes of the pool.
+        blocks: Blocks of the pool, the null block included.
+        after_prefill: Blocks of one request once its prompt has been processed.
+        at_end: Blocks of one request with its last token.
+        peak: Most blocks that the scheduler counts for one request at any time, on its thriftiest
+            way. Under asynchronous scheduling these are the prompt's, the survivors' and the
+            answer's together. In all three, sliding-window groups count with the most they hold.
+        starts: Whether vLLM starts with the context as --max-model-len.
+        requests: Such requests that the pool holds at one time, all at their longest.
+        concurrency: What vLLM's log calls "Maximum concurrency for N tokens per request".
+        longest: Longest --max-model-len with which vLLM starts; 0 if none.
+        least_memory: Bytes of the smallest pool that serves one such request.
+
+    """
+
+    memory: int
+    blocks: int
+    after_prefill: int
+    at_end: int
+    peak: int
+    starts: bool
+    requests: int
+    concurrency: float
+    longest: int
+    least_memory: int
+
+
+def block_bytes(layers: int, kv_heads: int, head_size: int, block_size: int, itemsize: int) -> int:
+    """Bytes of one block: keys and values of block_size tokens in all layers.
+
+    Args:
+        layers: L.
+        kv_heads: N.
+        head_size: D.
+        block_size: Tokens per block.
+        itemsize: Bytes of an element of the cache.
+
+    """
+    return 2 * layers * kv_heads * head_size * block_size * itemsize
+
+
+def plain_figures(pool: Pool, work: Workload, windows: Windows) -> Figures:
+    """What vLLM serves without compression, by its own rules (kv_cache_utils.py)."""
+    size = pool.block_size
+    whole = -(-work.context // size)
+    at_end, peak = whole + windows.held(work.context), whole + windows.read(work.context)
+    reserved = whole + windows.reserved(work.context)
+    starts = reserved <= pool.usable
+    return Figures(
+        memory=pool.memory,
+        blocks=pool.blocks,
+        after_prefill=-(-work.prompt // size) + windows.held(work.prompt),
+        at_end=at_end,
+        peak=peak,
+        starts=starts,
+        requests=1 + (pool.usable - peak) // at_end if starts else 0,
+        # vLLM counts the null block here.
+        concurrency=pool.blocks / reserved,
+        longest=_last(
+            work.longest,
+            lambda tokens: -(-tokens // size) + windows.reserved(tokens) <= pool.usable,
+        ),
+        least_memory=(reserved + 1) * pool.block_bytes,
+    )
+
+
+def compressed_figures(pool: Pool, work: Workload, planner: Planner, windows: Windows) -> Figures:
+    """What vLLM serves with compression.
+
+    Args:
+        pool: The KV cache.
+        work: The requests.
+        planner: Of the engine; its limits are those of the server.
+        windows: Of the layers that are not compressed.
+
+    """
+    plain = plain_figures(pool, work, windows)
+    least = planner.least_pool(work.context) + windows.reserved(work.context)
+    side_peak, side_held = windows.read(work.context), windows.held(work.context)
+    peak = planner.peak_blocks(work.prompt, work.context) + side_peak
+    course = planner.course(work.prompt)
+    plan = planner.plan(work.prompt)
+    at_end = held = plain.at_end
+    if course is not None:
+        done = course.count(work.prompt)
+        at_end = course.blocks_for(work.context, course.count(work.context)) + side_held
+        held = course.peak_blocks(work.context, planner.limits.lag, released=done) + side_held
+    starts = least <= pool.usable
+    # Each is admitted at its peak, one after another; those before it are at their longest.
+    fits = starts and peak <= pool.usable
+    return Figures(
+        memory=pool.memory,
+        blocks=pool.blocks,
+        after_prefill=(
+            plan.arena_blocks + windows.held(work.prompt) if plan else plain.after_prefill
+        ),
+        at_end=at_end,
+        peak=peak,
+        starts=starts,
+        requests=1 + (pool.usable - peak) // held if fits else 0,
+        concurrency=planner.concurrency(work.context, pool.usable, side_peak, side_held),
+        longest=longest_model_len(planner, pool.usable, work.longest, windows),
+        least_memory=(max(least, peak) + 1) * pool.block_bytes,
+    )
+
+
+def longest_model_len(planner: Planner, usable: int, longest: int, windows: Windows) -> int:
+    """Longest --max-model-len with which an engine starts.
+
+    Args:
+        planner: Of the engine.
+        usable: Blocks that can be handed out.
+        longest: Most that the model allows.
+        windows: Of the layers that are not compressed.
+
+    Returns:
+        Between 0 and longest.
+
+    """
+
+    def starts(tokens: int) -> bool:
+        return planner.least_pool(tokens) + windows.reserved(tokens) <= usable
+
+    def last_fits(tokens: int) -> bool:
+        return planner.peak_blocks(tokens, tokens + 1) + windows.reserved(tokens) <= usable
+
+    # What one longest prompt holds is quick to find and nearly always what decides.
+    guess = _last(longest, last_fits)
+    if guess > 0 and starts(guess) and (guess == longest or not starts(guess + 1)):
+        return guess
+    return _last(longest, starts)
+
+
+def _last(most: int, holds: Callable[[int], bool]) -> int:
+    """Largest number of 1 to most for which something holds that holds for all smaller ones."""
+    low, high = 0, most
+    while low < high:
+        middle = -(-(low + high) // 2)
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low

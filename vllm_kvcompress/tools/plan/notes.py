@@ -1,0 +1,124 @@
+"""What to know beside a plan's figures: when compression does not pay, and why."""
+
+from dataclasses import replace
+
+from vllm_kvcompress.planning.block_planner import Planner
+from vllm_kvcompress.tools.byte_sizes import format_bytes
+from vllm_kvcompress.tools.plan.engine import EngineFacts
+from vllm_kvcompress.tools.plan.figures import Figures, Windows, Workload
+from vllm_kvcompress.tools.plan.model import ModelFacts
+
+_LITTLE = 0.75
+"""Share of its uncompressed blocks above which a compressed request saves little."""
+
+
+def gain_notes(
+    plain: Figures, compressed: Figures, work: Workload, planner: Planner, engine: EngineFacts
+) -> list[str]:
+    """Sentences on what compression gains with these settings.
+
+    Args:
+        plain: Figures without compression.
+        compressed: Figures with compression.
+        work: The requests.
+        planner: Of the engine.
+        engine: Its settings.
+
+    """
+    notes = []
+    config, prompt = planner.config, work.prompt
+    if config.off:
+        notes.append(
+            f"Method {config.method} compresses only the requests that ask for it; these figures "
+            "are for requests that do not."
+        )
+    elif planner.keeps_all:
+        notes.append(f"Will not pay: {config.method} keeps every token; it is there for debugging.")
+    elif planner.course(prompt) is None:
+        notes.append(
+            f"Will not pay: a prompt of {prompt:,} tokens fits the budget of {config.budget}, so "
+            "nothing is evicted and requests take vLLM's own path."
+        )
+    elif compressed.at_end > _LITTLE * plain.at_end:
+        notes.append(
+            f"Will hardly pay: a finished request holds {compressed.at_end} of {plain.at_end} "
+            f"blocks. {_why_little(work, planner)}"
+        )
+    if plain.requests >= engine.max_num_seqs:
+        notes.append(
+            f"Memory is ample: plain vLLM already holds {plain.requests:,} such requests and runs "
+            f"at most {engine.max_num_seqs:,} in a step (--max-num-seqs); compression only makes "
+            "decode steps read less."
+        )
+    elif compressed.requests > engine.max_num_seqs:
+        notes.append(
+            f"A step runs at most {engine.max_num_seqs:,} requests: raise --max-num-seqs to use "
+            f"room for {compressed.requests:,}."
+        )
+    if 0 < compressed.requests < plain.requests:
+        notes.append(
+            "Fewer requests fit than without compression: prompt and survivors are held together "
+            "while a prompt is compressed, and one step longer under asynchronous scheduling."
+        )
+    if compressed.longest < plain.longest:
+        step = engine.max_num_batched_tokens
+        which = f" of more than {step:,} tokens (--max-num-batched-tokens)"
+        notes.append(
+            "The longest --max-model-len is shorter than plain vLLM's: a prompt"
+            f"{which if planner.can_cascade else ''} is held whole, with its survivors beside it, "
+            "until it is compressed."
+        )
+    if not compressed.starts:
+        notes.append(
+            f"vLLM refuses to start with --max-model-len {work.context} even with compression: it "
+            f"needs {format_bytes(compressed.least_memory)} of KV cache."
+        )
+    return [*notes, *_prefill_notes(compressed, work, planner)]
+
+
+def window_notes(model: ModelFacts, work: Workload, windows: Windows) -> list[str]:
+    """What a model's sliding-window layers hold, with and without compression.
+
+    Args:
+        model: The model.
+        work: The requests.
+        windows: Of the layers that are not compressed.
+
+    """
+    groups = model.groups
+    if not groups.side_groups:
+        return []
+    many = "groups" if groups.side_groups > 1 else "group"
+    note = (
+        f"Only the {groups.compressed} full-attention layers of {model.layers} are compressed. The "
+        f"others, with windows of {groups.window:,} tokens, hold up to "
+        f"{windows.read(work.context):,} blocks of a request in {groups.side_groups} KV-cache "
+        f"{many} while its prompt is read and {windows.held(work.context):,} later, which both "
+        "columns count."
+    )
+    return [note]
+
+
+def _why_little(work: Workload, planner: Planner) -> str:
+    if work.output > work.prompt and planner.config.decode_budget is None:
+        return 'Most of it is the answer, which "decode_budget" in --config would cut back.'
+    return "Lower the budget, or plan for longer prompts."
+
+
+def _prefill_notes(compressed: Figures, work: Workload, planner: Planner) -> list[str]:
+    """What a prompt that does not run in one step costs, where a longer step would help."""
+    one_step, config = planner.limits.one_step_tokens, planner.config
+    if config.prefill in ("full", "streaming") or planner.plan(work.prompt) is None:
+        return []
+    if not planner.can_cascade or work.prompt <= one_step:
+        return []
+    longer = replace(planner.limits, one_step_tokens=work.context)
+    peak = Planner(config, planner.block_size, longer).peak_blocks(work.prompt, work.context)
+    if peak >= compressed.peak:
+        return []
+    note = (
+        f"A prompt of {work.prompt:,} tokens runs in several steps of {one_step:,} and holds all "
+        f"its blocks until the last. With --max-num-batched-tokens {work.context} a request would "
+        f"hold {peak:,} at its peak instead of {compressed.peak:,}."
+    )
+    return [note]
