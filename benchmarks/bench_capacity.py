@@ -25,7 +25,7 @@ from typing import Any
 from vllm_kvcompress.tools.bench.machine import processor
 from vllm_kvcompress.tools.bench.measure import Queue, run_queue
 from vllm_kvcompress.tools.bench.pairs import take_turns
-from vllm_kvcompress.tools.bench.stepped_engine import Subject
+from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -108,8 +108,8 @@ def _case(args: argparse.Namespace, case: str, blocks: int) -> Row:
         "kv_cache_memory_bytes": blocks * _block_bytes(args),
         "enable_prefix_caching": False,
     }
-    plain = Subject(LLM(args.model, **common))
-    compressed = Subject(
+    plain = SteppedEngine(LLM(args.model, **common))
+    compressed = SteppedEngine(
         LLM(args.model, kv_compression=args.method, kv_compression_budget=args.budget, **common)
     )
     dice = random.Random(0)

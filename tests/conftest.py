@@ -12,4 +12,8 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 # It would override the pool sizes that tests choose.
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
+from tests.support.interpreted_kernels import import_interpreted
+
+import_interpreted()
+
 pytest_plugins = ["tests.support.golden_option"]

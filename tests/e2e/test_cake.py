@@ -45,7 +45,7 @@ def test_layers_keep_what_their_tables_say(engines: Engines, prose: list[int]) -
     """Arena pages hold exactly the prompt's own keys of the kept tokens, window last."""
     engine = engines.get("cake", BUDGET)
     codec, seen = engine.session._codec, []
-    window = engine.session._plans.own.window
+    window = engine.session._resolver.default_planner.window
     move = codec.move
 
     def spy(sources: Any, kept: Any, targets: Any) -> None:

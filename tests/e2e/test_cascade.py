@@ -114,7 +114,7 @@ def test_cached_blocks_are_used_as_they_are(engines: Engines, prose: list[int]) 
         (output,) = engine.llm.generate([{"prompt_token_ids": prompt}], _greedy(16), use_tqdm=False)
         cached.append((output.num_cached_tokens, list(output.outputs[0].token_ids)))
     answer = cached[0][1]
-    window = cascade.session._plans.own.window
+    window = cascade.session._resolver.default_planner.window
     whole = (900 - window) // BLOCK * BLOCK
     assert cached == [(BUDGET, answer)] * 2 + [(BUDGET, answer), (whole, answer)]
     _, held = cascade.run_counting([prompt], 2)

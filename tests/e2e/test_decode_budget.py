@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.e2e.harness import Engine, Engines
-from vllm_kvcompress.eviction.selection import choose
+from vllm_kvcompress.eviction.selection import select_survivors
 from vllm_kvcompress.methods.released_cake import ReleasedCake
 
 pytestmark = pytest.mark.engine
@@ -51,7 +51,7 @@ def test_a_cut_keeps_tokens_as_they_were_and_the_window_last(
     """Packed within the request's own pages, byte for byte what the kept tokens' slots held."""
     engine = limited(engines)
     session = engine.session
-    codec, window = session._codec, session._plans.own.window
+    codec, window = session._codec, session._resolver.default_planner.window
     rewrite, seen = codec.rewrite, []
 
     def spy(source: Any, kept: Any, target: Any) -> None:
@@ -129,7 +129,7 @@ def test_faithful_cake_evicts_as_the_release_does(
     """One token out for each that comes in, by its query alone, pooled in storage order."""
     config = {"faithful": True, "decode_budget": BUDGET, "decode_buffer": 1}
     engine = engines.get("cake", BUDGET, config=config)
-    compressor, method = engine.session._compressor, engine.session._plans.own.method
+    compressor, method = engine.session._compressor, engine.session._resolver.default_planner.method
     next_cut, checked = compressor._next_cut, []
     held: Any = None
 
@@ -140,7 +140,7 @@ def test_faithful_cake_evicts_as_the_release_does(
         return found
 
     def checking(*args: Any, **kwargs: Any) -> Any:
-        counts, kept = choose(*args, **kwargs)
+        counts, kept = select_survivors(*args, **kwargs)
         if (dealt := kwargs["dealt"]) is not None:
             for layer in (0, 7, 29):
                 length, query = held.lengths[layer], held.windows[layer]
@@ -158,7 +158,7 @@ def test_faithful_cake_evicts_as_the_release_does(
         return counts, kept
 
     compressor._next_cut = seeing
-    monkeypatch.setattr("vllm_kvcompress.eviction.compressor.choose", checking)
+    monkeypatch.setattr("vllm_kvcompress.eviction.compressor.select_survivors", checking)
     try:
         (answer,), blocks = engine.run_counting([prose[:400]], 12)
     finally:

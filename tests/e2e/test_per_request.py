@@ -126,7 +126,7 @@ def test_kept_ranges_survive_cuts_while_generating(
             entry = engine.session._ledger[request_id]
             pages = engine.session.arena.layer_pages(request_id)
             for layer in (0, 11, 29):
-                places = entry.keepsakes.places[layer]
+                places = entry.pinned_tokens.places[layer]
                 assert places.shape == (3, 40)
                 held = int(places.max()) + 1
                 found = codec.read_keys(pages[layer], held)

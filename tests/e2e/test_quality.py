@@ -83,7 +83,7 @@ def test_needle(
             (stats,) = llm.collective_rpc("kv_compression_stats")
             assert stats["prompt_cuts"] == COUNT
             core = llm.llm_engine.engine_core.engine_core
-            plan = core.scheduler._plans.own.plan(LENGTH)
+            plan = core.scheduler._resolver.default_planner.plan(LENGTH)
             assert plan.arena_blocks == blocks
     finally:
         llm.llm_engine.engine_core.shutdown()

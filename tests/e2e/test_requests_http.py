@@ -304,9 +304,9 @@ def test_the_documents_curl_runs(server: Server) -> None:
 
 
 def test_the_documents_policy_is_one() -> None:
-    from vllm_kvcompress.planning.request_policy import Policy
+    from vllm_kvcompress.planning.request_policy import RequestPolicy
 
     (policy,) = blocks("json")
-    parsed = Policy.parse(json.loads(policy)["allow"])
+    parsed = RequestPolicy.parse(json.loads(policy)["allow"])
     assert parsed.methods == frozenset({"cake", "snapkv"})
     assert parsed.keep == 512

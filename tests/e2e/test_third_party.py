@@ -102,7 +102,7 @@ class Served:
         self.client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
         self.log = log
 
-    def ask(self, prompt: str, **settings: Any) -> str:
+    def quote(self, prompt: str, **settings: Any) -> str:
         answer = self.client.completions.create(
             model="small", prompt=prompt, max_tokens=16, temperature=0,
             extra_body={"ignore_eos": True, "vllm_xargs": settings},
@@ -138,22 +138,22 @@ def text(prose: list[int]) -> str:
 
 
 def test_a_server_compresses_with_it(served: Served, text: str) -> None:
-    first = served.ask(text)
+    first = served.quote(text)
     (facts,) = served.facts()
     assert facts["method"] == METHOD
     assert facts["blocks_after"] == BUDGET // 32
     assert sum(facts["tokens_per_layer"]) == BUDGET * 30
     assert len(set(facts["tokens_per_layer"])) > 1, "weights had no effect"
-    assert served.ask(text) == first
+    assert served.quote(text) == first
 
 
 def test_requests_set_its_parameters_and_compose_it(served: Served, text: str) -> None:
     asked = {"kv_compression": "cake", "kv_compression_config": f'{{"scorer": "{METHOD}"}}'}
-    served.ask(text, **asked)
+    served.quote(text, **asked)
     assert served.facts()[-1]["method"] == f"{METHOD}+cake"
     before = served.facts()
     # A span that sees nothing but neighbours divides the layers differently.
-    served.ask(text, kv_compression_config='{"span": 64}')
+    served.quote(text, kv_compression_config='{"span": 64}')
     own = next(facts for facts in before if facts["method"] == METHOD)
     assert served.facts()[-1]["method"] == METHOD
     assert served.facts()[-1]["tokens_per_layer"] != own["tokens_per_layer"]
@@ -171,7 +171,7 @@ def test_a_wrong_parameter_of_a_request_is_a_400(
     served: Served, config: str, sentence: str
 ) -> None:
     with pytest.raises(BadRequestError, match=sentence):
-        served.ask("Hello", kv_compression_config=config)
+        served.quote("Hello", kv_compression_config=config)
 
 
 def test_a_wrong_parameter_of_the_server_refuses_the_start(

@@ -251,16 +251,16 @@ def test_a_replay_is_cut_where_it_was_the_first_time(deep: Path, cls: AnySchedul
         engine.step()
     known = engine.throw_out("a")
     engine.run()
-    course = engine.planner.course(60, True)
-    assert course is not None
-    cuts = [course.cut(number).position for number in range(1, course.count(known - 1) + 1)]
+    schedule = engine.planner.schedule(60, True)
+    assert schedule is not None
+    cuts = [schedule.cut(number).position for number in range(1, schedule.count(known - 1) + 1)]
     assert len(cuts) == 6
     ends = [start + count for start, count in engine.chunks["a"]]
     assert ends[: len(cuts) + 1] == [*cuts, known]
     assert engine.answers["a"] == 150
 
 
-# --- promises ------------------------------------------------------------------------------------
+# --- reservations -------------------------------------------------------------------------------
 
 
 @BOTH
@@ -304,7 +304,7 @@ def test_a_newcomer_pays_for_what_a_running_prompt_will_not_get_back(deep: Path)
         scheduled = engine.schedule().num_scheduled_tokens
         assert engine.held("resumed") == 15
         # One of its 13 is shared now and does not come back: 4 are missing instead of 3.
-        assert engine.arena.promises["resumed"].promised == 4
+        assert engine.arena.reservations["resumed"].outstanding == 4
         assert engine.held("shares") == 2
         assert ("next" in scheduled) is admitted
         engine.process()
@@ -335,8 +335,8 @@ def test_what_is_reserved_is_the_answer_or_the_setting(
     engine = Engine(cls, configure(deep, prefill="cascade", reserve_tokens=reserve), 60)
     engine.add("a", 60, max_tokens=max_tokens)
     engine.schedule()
-    share = engine.arena.promises["a"]
-    assert share.until == 60 + most - 1
+    reservation = engine.arena.reservations["a"]
+    assert reservation.reserved_until == 60 + most - 1
     books = engine.arena.books()
     assert books["blocks_reserved"] == engine.planner.peak_blocks(60, 60 + most)
     engine.process()
@@ -344,6 +344,6 @@ def test_what_is_reserved_is_the_answer_or_the_setting(
     # What is never cut is admitted as in plain vLLM.
     engine.add("short", 10, max_tokens=max_tokens)
     engine.schedule()
-    assert engine.arena.promises["short"].until == 10
+    assert engine.arena.reservations["short"].reserved_until == 10
     engine.process()
     engine.run()

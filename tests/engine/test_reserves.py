@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.planning.block_planner import Limits, Planner
+from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits
 from vllm_kvcompress.planning.config import KVCompressionConfig
 
 
@@ -17,7 +17,7 @@ def config(method: str = "uniform", budget: Any = 64, **params: Any) -> KVCompre
 
 
 @st.composite
-def planners(draw: st.DrawFn) -> Planner:
+def planners(draw: st.DrawFn) -> BlockPlanner:
     """Every option at once, in numbers small enough to try all prompts."""
     size = draw(st.sampled_from([1, 2, 4, 8]))
     window = draw(st.integers(2, 12))
@@ -35,7 +35,7 @@ def planners(draw: st.DrawFn) -> Planner:
         given["decode_buffer"] = window + draw(st.integers(0, 10))
     layers, one_step = draw(st.sampled_from([1, 2, 4, 6])), draw(st.integers(0, 60))
     try:
-        return Planner(KVCompressionConfig.parse(given), size, Limits(layers, one_step))
+        return BlockPlanner(KVCompressionConfig.parse(given), size, EngineLimits(layers, one_step))
     except ValueError:
         assume(False)
         raise
@@ -43,7 +43,7 @@ def planners(draw: st.DrawFn) -> Planner:
 
 @settings(max_examples=200, deadline=None)
 @given(planners(), st.integers(1, 120))
-def test_the_least_pool_serves_every_prompt(planner: Planner, longest: int) -> None:
+def test_the_least_pool_serves_every_prompt(planner: BlockPlanner, longest: int) -> None:
     needed = [planner.peak_blocks(prompt, prompt + 1) for prompt in range(1, longest + 1)]
     least = planner.least_pool(longest)
     assert max(needed) <= least
@@ -53,9 +53,9 @@ def test_the_least_pool_serves_every_prompt(planner: Planner, longest: int) -> N
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 0.9])
 @pytest.mark.parametrize("one_step", [0, 50])
-def test_the_least_pool_serves_every_prompt_of_a_share(share: float, one_step: int) -> None:
+def test_the_least_pool_serves_every_prompt_of_a_share(reservation: float, one_step: int) -> None:
     # All of them: the lengths at which rounding makes a difference are rare.
-    planner = Planner(config("uniform", share, window=8), 4, Limits(4, one_step))
+    planner = BlockPlanner(config("uniform", reservation, window=8), 4, EngineLimits(4, one_step))
     needed = 0
     for longest in range(1, 200):
         needed = max(needed, planner.peak_blocks(longest, longest + 1))
@@ -64,7 +64,7 @@ def test_the_least_pool_serves_every_prompt_of_a_share(share: float, one_step: i
 
 def test_the_least_pool_counts_a_share_whose_longest_prompt_stays_whole() -> None:
     # 0.9 of 256 rounds up to all 8 blocks of 32, but 225 tokens are cut from 8 to 7.
-    planner = Planner(config("uniform", 0.9), 32)
+    planner = BlockPlanner(config("uniform", 0.9), 32)
     assert planner.plan(256) is None
     assert planner.plan(225) is not None
     assert planner.least_pool(256) == planner.peak_blocks(225, 226) == 8 + 7 + 1
@@ -73,8 +73,10 @@ def test_the_least_pool_counts_a_share_whose_longest_prompt_stays_whole() -> Non
 def test_the_least_pool_counts_a_share_whose_shorter_prompts_run_in_one_step() -> None:
     # Of the prompts of 8 blocks, up to 230 tokens go through a workspace, those from 249 on stay
     # whole, and only those between take all their blocks and their survivors'.
-    planner = Planner(config("uniform", 0.9), 32, Limits(num_layers=4, one_step_tokens=230))
-    assert planner.front_blocks(230) == 2
+    planner = BlockPlanner(
+        config("uniform", 0.9), 32, EngineLimits(num_layers=4, one_step_tokens=230)
+    )
+    assert planner.cascade_prefill_blocks(230) == 2
     assert planner.plan(249) is None
     assert planner.peak_blocks(240, 241) == 8 + 7 + 1
     assert planner.least_pool(256) == 8 + 7 + 1
@@ -83,10 +85,10 @@ def test_the_least_pool_counts_a_share_whose_shorter_prompts_run_in_one_step() -
 def test_the_least_pool_counts_prompts_that_take_two_steps_and_are_cut_but_once() -> None:
     # 55 tokens are one too many for a step and for a workspace, and one too few for a cut at 48.
     given = {"window": 3, "prefill": "streaming", "stream_budget": 24}
-    planner = Planner(config("uniform", 23, **given), 8, Limits(6, 54, lag=0))
-    course = planner.course(55)
-    assert course is not None
-    assert [cut.position for cut in course.cuts] == [55]
+    planner = BlockPlanner(config("uniform", 23, **given), 8, EngineLimits(6, 54, lag=0))
+    schedule = planner.schedule(55)
+    assert schedule is not None
+    assert [cut.position for cut in schedule.prefill_cuts] == [55]
     assert planner.peak_blocks(55, 56) == 7 + 3
     assert planner.least_pool(59) == 7 + 3
 
@@ -94,7 +96,7 @@ def test_the_least_pool_counts_prompts_that_take_two_steps_and_are_cut_but_once(
 @settings(max_examples=200, deadline=None)
 @given(planners(), st.integers(1, 100), st.integers(0, 60), st.integers(0, 60), st.booleans())
 def test_a_request_is_given_as_many_tokens_as_fit_its_pool(
-    planner: Planner, prompt: int, more: int, pool: int, decode: bool
+    planner: BlockPlanner, prompt: int, more: int, pool: int, decode: bool
 ) -> None:
     longest = prompt + more
     fitting = [
@@ -109,27 +111,29 @@ def test_a_request_is_given_as_many_tokens_as_fit_its_pool(
 @settings(max_examples=200, deadline=None)
 @given(planners(), st.integers(1, 120))
 def test_a_row_of_the_block_table_holds_all_that_is_ever_appended(
-    planner: Planner, longest: int
+    planner: BlockPlanner, longest: int
 ) -> None:
     entries = planner.row_blocks(longest)
     for prompt in range(1, longest + 1):
         for decode in (False, True):
-            course = planner.course(prompt, decode)
-            if course is None:
+            schedule = planner.schedule(prompt, decode)
+            if schedule is None:
                 assert entries >= -(-longest // planner.block_size)
                 continue
-            for front in (None, planner.front_blocks(prompt)):
-                assert entries >= course.blocks_for(longest, released=0, front=front)
+            for prefill_blocks in (None, planner.cascade_prefill_blocks(prompt)):
+                assert entries >= schedule.blocks_for(
+                    longest, released=0, prefill_blocks=prefill_blocks
+                )
 
 
 @settings(max_examples=200, deadline=None)
 @given(planners(), st.integers(1, 120), st.integers(1, 200))
 def test_maximum_concurrency_is_how_many_prompts_can_be_admitted_one_after_another(
-    planner: Planner, length: int, pool: int
+    planner: BlockPlanner, length: int, pool: int
 ) -> None:
-    course = planner.course(length, True)
+    schedule = planner.schedule(length, True)
     peak = planner.peak_blocks(length, length)
-    held = peak if course is None else course.blocks_for(length, course.count(length))
+    held = peak if schedule is None else schedule.blocks_for(length, schedule.count(length))
     admitted, free = 0, pool
     while free >= peak:
         admitted, free = admitted + 1, free - held

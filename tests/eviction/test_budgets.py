@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.eviction.layer_budgets import Cascade, page_budgets, token_budgets
+from vllm_kvcompress.eviction.layer_budgets import BudgetDivision, page_budgets, token_budgets
 from vllm_kvcompress.methods import (
     END,
     Cake,
@@ -65,7 +65,7 @@ class CakeAt(Cake):
     plan: Schedule = field(default=END)
 
     @property
-    def steady(self) -> bool:
+    def ratios_are_fixed(self) -> bool:
         return False
 
     @property
@@ -107,7 +107,7 @@ def test_cascade_equals_one_shot_for_cake_in_tokens(logs, history, base, plan):
         token_budgets(method, layers, base=base, num_layers=count)
         for method in (CakeAt(window=2), CakeAt(window=2, plan=plan), Cake(window=2))
     )
-    assert Cake(window=2).steady
+    assert Cake(window=2).ratios_are_fixed
     assert staged.tolist() == at_end.tolist() == direct.tolist()
     assert staged.sum() == min(base, history) * count
     assert (staged <= history).all()
@@ -221,7 +221,7 @@ def test_a_layer_never_grows_whatever_the_weights_do(told, history, base, most, 
 
     method = Fickle(most=most, least=least, plan=plan)
     pool, cap = base * 8, min(history, max(most, base))
-    cascade = Cascade(method, pool=pool, cap=cap, floor=least, base=base, num_layers=8)
+    cascade = BudgetDivision(method, pool=pool, cap=cap, floor=least, base=base, num_layers=8)
     before = np.zeros(0, dtype=np.int64)
     for layer in blank(8, history):
         cascade.add(layer)
@@ -298,7 +298,7 @@ def test_part_of_the_layers_shares_the_whole_pool():
 
 def test_between_cuts_nothing_is_returned():
     method = Given(told=[1.0] * 5, plan=Every(2))
-    cascade = Cascade(method, pool=50, cap=30, floor=0, base=10, num_layers=5)
+    cascade = BudgetDivision(method, pool=50, cap=30, floor=0, base=10, num_layers=5)
     steps = [cascade.add(layer) for layer in blank(5, 30)]
     assert [None if s is None else s.tolist() for s in steps] == [
         None,

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vllm_kvcompress.eviction.layer_budgets import page_budgets
-from vllm_kvcompress.eviction.layerwise import LayerCascade
+from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
 from vllm_kvcompress.eviction.selection import by_worth, with_window
 from vllm_kvcompress.methods import Cake, DynamicKV, LayerScores, Method, Random, Uniform
 from vllm_kvcompress.paging.arena import ArenaPlan, PageGeometry
@@ -94,14 +94,14 @@ class World:
         self.cached = free[:cached]
         self.arena = free[cached : cached + arena_blocks]
         self.workspace = free[cached + arena_blocks : cached + arena_blocks + needed]
-        self.cascade = LayerCascade(
+        self.cascade = LayerwiseEviction(
             method,
             geometry,
             self.plan,
             cached=self.cached,
             workspace=self.workspace,
             arena=self.arena,
-            layers_at_once=at_once,
+            layers_per_division=at_once,
         )
         #: Per page, head and slot the token there, as layer * prompt + token; -1 for rubbish.
         self.memory = np.full((BLOCKS * self.layers, HEADS, self.size), -1, dtype=np.int64)
@@ -264,15 +264,15 @@ def test_equal_shares_are_final_from_the_first_layer_on(method: Method) -> None:
 
 @pytest.mark.parametrize(("at_once", "cached", "needed"), [(1, 0, 5), (2, 0, 9), (1, 10, 3)])
 def test_a_workspace_that_is_too_small_is_refused(at_once: int, cached: int, needed: int) -> None:
-    def lay_out(workspace: int) -> LayerCascade:
-        return LayerCascade(
+    def lay_out(workspace: int) -> LayerwiseEviction:
+        return LayerwiseEviction(
             Cake(window=4),
             geometry_of(5, 4, "layer"),
             ArenaPlan(84, 4, 21, 3, 0),
             cached=range(100, 100 + cached),
             workspace=range(1, 1 + workspace),
             arena=[50, 51, 52],
-            layers_at_once=at_once,
+            layers_per_division=at_once,
         )
 
     expected = f"{needed - 1} blocks have too few pages for {at_once} x {21 - cached}"
@@ -306,12 +306,12 @@ def test_only_budgets_that_no_score_changes_are_known_beforehand(method: Method)
         ).tolist()
         for seed in range(4)
     ]
-    assert method.local == all(budgets == found[0] for budgets in found)
+    assert method.budgets_ignore_scores == all(budgets == found[0] for budgets in found)
 
 
 @every_method
 def test_with_a_smaller_budget_a_layer_keeps_the_best_of_what_it_kept(method: Method) -> None:
-    assert method.nested
+    assert method.budgets_are_nested
     (scores,) = score(5, 1, 112, ties=True)
     kept = [method.select(scores, count) for count in (0, 5, 40, 112)]
     for fewer, more in itertools.pairwise(kept):
@@ -329,7 +329,7 @@ def test_a_choice_of_tokens_of_ones_own_is_not_taken_for_nested() -> None:
             return torch.arange(history - count, history).expand(len(scores.tokens), -1)
 
     method = Latest(window=8)
-    assert not method.nested
+    assert not method.budgets_are_nested
     layers = score(0, 2, 112, ties=False)
     for found, count in zip(method.select_layers(layers, [3, 5]), [3, 5], strict=True):
         assert found[0].tolist() == list(range(112 - count, 112))

@@ -80,12 +80,12 @@ def test_budgets_that_no_score_changes_are_known_beforehand(method: Method) -> N
         ).tolist()
         for seed in range(4)
     ]
-    assert method.local == all(budgets == found[0] for budgets in found)
+    assert method.budgets_ignore_scores == all(budgets == found[0] for budgets in found)
 
 
 @every_method
 def test_a_smaller_budget_keeps_the_best_of_a_larger_one(method: Method) -> None:
-    assert method.nested
+    assert method.budgets_are_nested
     (scores,) = score(5, 1, 112, ties=True)
     kept = [method.select(scores, count) for count in (5, 40)]
     for fewer, more in zip(*kept, strict=True):
@@ -120,10 +120,10 @@ def test_how_tokens_are_chosen_is_the_scorers_business() -> None:
             return torch.arange(history - count, history).expand(len(scores.tokens), -1)
 
     method = Composed(window=8, scorer=Latest(window=8), allocator=Cake(window=8))
-    assert not method.nested
+    assert not method.budgets_are_nested
     assert method.stores_by_worth
     assert method.select_layers([LayerScores(torch.rand(2, 20))], [3])[0].tolist() == (
         [[17, 18, 19]] * 2
     )
     assert layers_between_cuts(method, 10) == 10
-    assert Composed(window=8, scorer=Cake(window=8), allocator=Latest(window=8)).nested
+    assert Composed(window=8, scorer=Cake(window=8), allocator=Latest(window=8)).budgets_are_nested

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from tests.eviction.test_cascade import METHODS, geometry_of, score
 from vllm_kvcompress.eviction.layer_budgets import page_budgets
-from vllm_kvcompress.eviction.layerwise import LayerCascade
-from vllm_kvcompress.eviction.pinned_tokens import Keepsakes, first_choice
-from vllm_kvcompress.eviction.selection import Pinned, choose
+from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
+from vllm_kvcompress.eviction.pinned_tokens import PinnedTokens, rank_first
+from vllm_kvcompress.eviction.selection import PinnedPlaces, select_survivors
 from vllm_kvcompress.methods import DynamicKV, LayerScores, Method
 from vllm_kvcompress.paging.arena import ArenaPlan
 from vllm_kvcompress.planning.block_planner import layers_between_cuts
@@ -99,7 +99,7 @@ def test_kept_tokens_are_found_wherever_cuts_have_put_them(
 ) -> None:
     """Beside the record runs a storage that lists, per layer and head, which token lies where."""
     ranges = parse_ranges(asked, PROMPT)
-    keepsakes, rng = Keepsakes(ranges), np.random.default_rng(seed)
+    pinned_tokens, rng = PinnedTokens(ranges), np.random.default_rng(seed)
     storage: list[list[list[int]]] = [[[] for _ in range(heads)] for _ in range(layers)]
     position = 0
     for gap in gaps:
@@ -108,9 +108,9 @@ def test_kept_tokens_are_found_wherever_cuts_have_put_them(
                 head += range(position, position + gap)
         position += gap
         wanted = {token for token in tokens_of(ranges) if token < position}
-        assert keepsakes.count(position) == len(wanted)
+        assert pinned_tokens.count(position) == len(wanted)
         held = [len(layer[0]) for layer in storage]
-        places = [keepsakes.find(i, position, held[i], heads) for i in range(layers)]
+        places = [pinned_tokens.find(i, position, held[i], heads) for i in range(layers)]
         stored = []
         for index, layer in enumerate(storage):
             assert places[index].shape == (heads, len(wanted))
@@ -124,14 +124,14 @@ def test_kept_tokens_are_found_wherever_cuts_have_put_them(
                 rows.append(rng.permutation(chosen).astype(int).tolist())
                 layer[number] = [head[place] for place in rows[-1]]
             stored.append(torch.tensor(rows, dtype=torch.int32).reshape(heads, count))
-        keepsakes.follow(position, places, stored, held)
+        pinned_tokens.follow(position, places, stored, held)
 
 
 def test_a_kept_token_that_is_lost_is_an_error() -> None:
-    keepsakes = Keepsakes(((0, 2),))
-    places = [keepsakes.find(0, 4, 4, 1)]
+    pinned_tokens = PinnedTokens(((0, 2),))
+    places = [pinned_tokens.find(0, 4, 4, 1)]
     with pytest.raises(RuntimeError, match="a token that was to be kept has been evicted"):
-        keepsakes.follow(4, places, [torch.tensor([[1, 2, 3]])], [4])
+        pinned_tokens.follow(4, places, [torch.tensor([[1, 2, 3]])], [4])
 
 
 # --- that they are chosen ------------------------------------------------------------------------
@@ -140,18 +140,18 @@ def test_a_kept_token_that_is_lost_is_an_error() -> None:
 def test_kept_tokens_are_worth_more_than_any_others() -> None:
     worth = torch.tensor([[5.0, -3.0, 0.0], [1.0, 2.0, 3.0]])
     places = torch.tensor([[1, 4], [0, 2]])  # one of them lies in the window
-    found = first_choice(worth, places)
+    found = rank_first(worth, places)
     inf = float("inf")
     assert found.tolist() == [[5.0, inf, 0.0], [inf, 2.0, inf]]
     assert worth[0, 1] == -3.0
-    assert torch.equal(first_choice(worth, places[:, :0]), worth)
+    assert torch.equal(rank_first(worth, places[:, :0]), worth)
 
 
 SIZE, LAYERS = 4, 5
 
 
-def pinned(keep: list[int], heads: int, layers: int, count: int) -> Pinned:
-    return Pinned([torch.tensor(keep, dtype=torch.int64).expand(heads, -1)] * layers, count)
+def pinned(keep: list[int], heads: int, layers: int, count: int) -> PinnedPlaces:
+    return PinnedPlaces([torch.tensor(keep, dtype=torch.int64).expand(heads, -1)] * layers, count)
 
 
 @st.composite
@@ -172,7 +172,7 @@ def cases(draw: st.DrawFn) -> tuple[Method, int, int, list[int], int, list[Layer
 @given(cases())
 def test_kept_tokens_are_always_chosen(case: Any) -> None:
     method, prompt, pages, keep, count, scores = case
-    counts, kept = choose(
+    counts, kept = select_survivors(
         method, scores, capacity=pages * SIZE, block_size=SIZE, lengths=[prompt] * LAYERS,
         lap=lambda _: None, pinned=pinned(keep, len(scores[0].tokens), LAYERS, count),
     )  # fmt: skip
@@ -191,23 +191,23 @@ def test_a_cascade_ends_where_one_cut_does_with_kept_tokens_too(case: Any) -> No
     geometry = geometry_of(LAYERS, SIZE, "block")
     blocks = -(-prompt // SIZE)
     at_once = layers_between_cuts(method, LAYERS)
-    if not method.nested:
+    if not method.budgets_are_nested:
         return
     workspace = -(-at_once * blocks // LAYERS)
-    cascade = LayerCascade(
+    cascade = LayerwiseEviction(
         method,
         geometry,
         ArenaPlan(prompt, SIZE, blocks, pages, 0),
         cached=[],
         workspace=range(1, workspace + 1),
         arena=range(200, 200 + pages),
-        layers_at_once=at_once,
-        keep=torch.tensor(keep, dtype=torch.int64),
-        keep_count=count,
+        layers_per_division=at_once,
+        pinned=torch.tensor(keep, dtype=torch.int64),
+        pinned_count=count,
     )
     for layer in scores:
         cascade.take(layer)
-    counts, kept = choose(
+    counts, kept = select_survivors(
         method, scores, capacity=pages * SIZE, block_size=SIZE, lengths=[prompt] * LAYERS,
         lap=lambda _: None, pinned=pinned(keep, len(scores[0].tokens), LAYERS, count),
     )  # fmt: skip
@@ -223,7 +223,8 @@ def test_a_layer_that_deserves_nothing_has_room_for_what_must_stay() -> None:
     )
     shape = {"pages_per_layer": 10, "block_size": SIZE, "lengths": 100}
     budgets = [
-        page_budgets(METHODS["cake-1"], scores, keep=keep, **shape).tolist() for keep in (0, 20, 35)
+        page_budgets(METHODS["cake-1"], scores, pinned=keep, **shape).tolist()
+        for keep in (0, 20, 35)
     ]
     assert [found[1] for found in budgets] == [2, 7, 10]
     assert all(sum(found) == 30 for found in budgets)
@@ -237,6 +238,6 @@ def test_a_methods_own_floor_leaves_that_room() -> None:
         layer.tokens.mul_(0.01)
     scores[0].tokens.add_(1.0)  # all winners are here
     found = page_budgets(
-        method, scores, pages_per_layer=6, block_size=SIZE, lengths=100, keep=19
+        method, scores, pages_per_layer=6, block_size=SIZE, lengths=100, pinned=19
     )  # fmt: skip
     assert found.tolist() == [6, 6, 6, 6]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vllm_kvcompress.eviction.decode_query_buffer import QueryRing
+from vllm_kvcompress.eviction.decode_query_buffer import DecodeQueryBuffer
 
 LAYERS, WINDOW, HEADS, DIM = 2, 4, 3, 5
 ROWS, TOKENS = 3, 24
@@ -16,9 +16,9 @@ ROWS, TOKENS = 3, 24
 both_ways = pytest.mark.parametrize("fixed", [False, True], ids=["cpu", "device"])
 
 
-def make(fixed: bool) -> QueryRing:
+def make(fixed: bool) -> DecodeQueryBuffer:
     """A ring on the CPU; ``fixed``: with the index of a device, that every step goes through."""
-    ring = QueryRing(
+    query_buffer = DecodeQueryBuffer(
         LAYERS,
         WINDOW,
         HEADS,
@@ -28,8 +28,8 @@ def make(fixed: bool) -> QueryRing:
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
-    ring._in_place = fixed
-    return ring
+    query_buffer._in_place = fixed
+    return query_buffer
 
 
 def queries_of(step: int, tokens: int) -> Tensor:
@@ -38,11 +38,13 @@ def queries_of(step: int, tokens: int) -> Tensor:
     return torch.randn(LAYERS, tokens, HEADS, DIM, generator=generator)
 
 
-def take(ring: QueryRing, parts: list[tuple[str, int, range]], queries: Tensor) -> bool:
-    wanted = ring.plan(iter(parts))
+def take(
+    query_buffer: DecodeQueryBuffer, parts: list[tuple[str, int, range]], queries: Tensor
+) -> bool:
+    wanted = query_buffer.plan(iter(parts))
     if wanted:
         for layer, query in enumerate(queries):
-            ring.take(layer, query)
+            query_buffer.take(layer, query)
     return wanted
 
 
@@ -52,11 +54,11 @@ def take(ring: QueryRing, parts: list[tuple[str, int, range]], queries: Tensor) 
 def test_every_request_finds_the_queries_of_its_own_tokens(
     fixed: bool, data: st.DataObject
 ) -> None:
-    ring = make(fixed)
+    query_buffer = make(fixed)
     expected: dict[str, dict[int, Tensor]] = {}
     for step in range(data.draw(st.integers(1, 8), "steps")):
         for name in data.draw(st.lists(st.sampled_from(sorted(expected) or ["x"]), max_size=2)):
-            ring.drop(name)  # at times one that is not there
+            query_buffer.drop(name)  # at times one that is not there
             expected.pop(name, None)
         parts: list[tuple[str, int, range]] = []
         start = 0
@@ -74,9 +76,9 @@ def test_every_request_finds_the_queries_of_its_own_tokens(
         for name, first, places in parts:
             for offset, place in enumerate(places):
                 expected[name][place] = queries[:, first + offset]
-        assert take(ring, parts, queries) == (fixed or bool(parts))
+        assert take(query_buffer, parts, queries) == (fixed or bool(parts))
         for name, window in expected.items():
-            found = ring.windows(name)
+            found = query_buffer.windows(name)
             assert found.shape == (LAYERS, WINDOW, HEADS, DIM)
             for place, query in window.items():
                 assert torch.equal(found[:, place], query)
@@ -84,61 +86,61 @@ def test_every_request_finds_the_queries_of_its_own_tokens(
 
 @both_ways
 def test_a_slot_is_used_again_after_its_request_is_gone(fixed: bool) -> None:
-    ring = make(fixed)
+    query_buffer = make(fixed)
     whole = range(WINDOW)
     for index, name in enumerate("abc"):
-        take(ring, [(name, 0, whole)], queries_of(index, WINDOW))
+        take(query_buffer, [(name, 0, whole)], queries_of(index, WINDOW))
     with pytest.raises(IndexError):
-        ring.plan([("d", 0, whole)])
-    old = ring.windows("b")
-    ring.drop("b")
-    ring.drop("b")
+        query_buffer.plan([("d", 0, whole)])
+    old = query_buffer.windows("b")
+    query_buffer.drop("b")
+    query_buffer.drop("b")
     with pytest.raises(KeyError):
-        ring.windows("b")
-    take(ring, [("d", 0, whole)], queries_of(7, WINDOW))
-    assert ring.windows("d").data_ptr() == old.data_ptr()
-    assert torch.equal(ring.windows("d"), queries_of(7, WINDOW))
-    assert torch.equal(ring.windows("a"), queries_of(0, WINDOW))
-    assert torch.equal(ring.windows("c"), queries_of(2, WINDOW))
+        query_buffer.windows("b")
+    take(query_buffer, [("d", 0, whole)], queries_of(7, WINDOW))
+    assert query_buffer.windows("d").data_ptr() == old.data_ptr()
+    assert torch.equal(query_buffer.windows("d"), queries_of(7, WINDOW))
+    assert torch.equal(query_buffer.windows("a"), queries_of(0, WINDOW))
+    assert torch.equal(query_buffer.windows("c"), queries_of(2, WINDOW))
 
 
 @both_ways
 def test_a_step_whose_tokens_nobody_needs_changes_no_window(fixed: bool) -> None:
-    ring = make(fixed)
-    take(ring, [("a", 1, range(WINDOW))], queries_of(0, TOKENS))
-    before = ring.windows("a").clone()
+    query_buffer = make(fixed)
+    take(query_buffer, [("a", 1, range(WINDOW))], queries_of(0, TOKENS))
+    before = query_buffer.windows("a").clone()
     # Larger and smaller steps than the one before: no index of it may be left over.
     for step, tokens in ((1, TOKENS), (2, 3), (3, TOKENS)):
-        assert take(ring, [], queries_of(step, tokens)) == fixed
-        assert torch.equal(ring.windows("a"), before)
+        assert take(query_buffer, [], queries_of(step, tokens)) == fixed
+        assert torch.equal(query_buffer.windows("a"), before)
 
 
 @both_ways
 def test_an_index_that_shrinks_leaves_nothing_behind(fixed: bool) -> None:
-    ring = make(fixed)
-    take(ring, [("a", 20, range(WINDOW))], queries_of(0, TOKENS))
-    take(ring, [("b", 2, range(1))], queries_of(1, TOKENS))
-    take(ring, [("b", 5, range(1, 2))], queries_of(2, TOKENS))
-    assert torch.equal(ring.windows("a"), queries_of(0, TOKENS)[:, 20:])
-    assert torch.equal(ring.windows("b")[:, 0], queries_of(1, TOKENS)[:, 2])
-    assert torch.equal(ring.windows("b")[:, 1], queries_of(2, TOKENS)[:, 5])
+    query_buffer = make(fixed)
+    take(query_buffer, [("a", 20, range(WINDOW))], queries_of(0, TOKENS))
+    take(query_buffer, [("b", 2, range(1))], queries_of(1, TOKENS))
+    take(query_buffer, [("b", 5, range(1, 2))], queries_of(2, TOKENS))
+    assert torch.equal(query_buffer.windows("a"), queries_of(0, TOKENS)[:, 20:])
+    assert torch.equal(query_buffer.windows("b")[:, 0], queries_of(1, TOKENS)[:, 2])
+    assert torch.equal(query_buffer.windows("b")[:, 1], queries_of(2, TOKENS)[:, 5])
 
 
 def test_the_index_of_a_device_never_moves() -> None:
     """A captured graph holds its address, and that of the queries."""
-    ring = make(fixed=True)
-    held = (ring._places.data_ptr(), ring._queries.data_ptr())
+    query_buffer = make(fixed=True)
+    held = (query_buffer._places.data_ptr(), query_buffer._queries.data_ptr())
     for step, parts in enumerate([[("a", 3, range(2))], [], [("b", 0, range(WINDOW))]]):
-        assert ring.plan(parts)
-        assert (ring._places.data_ptr(), ring._queries.data_ptr()) == held
+        assert query_buffer.plan(parts)
+        assert (query_buffer._places.data_ptr(), query_buffer._queries.data_ptr()) == held
         # Replaying the copies with this index is all that a graph does.
-        ring.take(0, queries_of(step, TOKENS)[0])
-    assert torch.equal(ring.windows("a")[0, :2], queries_of(0, TOKENS)[0, 3:5])
-    assert torch.equal(ring.windows("b")[0], queries_of(2, TOKENS)[0, :WINDOW])
+        query_buffer.take(0, queries_of(step, TOKENS)[0])
+    assert torch.equal(query_buffer.windows("a")[0, :2], queries_of(0, TOKENS)[0, 3:5])
+    assert torch.equal(query_buffer.windows("b")[0], queries_of(2, TOKENS)[0, :WINDOW])
 
 
 def test_queries_with_heads_and_dims_merged_are_taken_too() -> None:
-    ring = make(fixed=False)
+    query_buffer = make(fixed=False)
     queries = queries_of(0, 6)
-    take(ring, [("a", 2, range(WINDOW))], queries.flatten(2))
-    assert torch.equal(ring.windows("a"), queries[:, 2:])
+    take(query_buffer, [("a", 2, range(WINDOW))], queries.flatten(2))
+    assert torch.equal(query_buffer.windows("a"), queries[:, 2:])

@@ -95,7 +95,7 @@ def test_statistics_of_a_kernel_do_where_a_method_says_so(method: Method) -> Non
     """From a paged cache, as on a GPU: pages of 16 tokens in another order."""
     layer = layer_of(method)
     direct = method.score(layer)
-    if not method.observes:
+    if not method.uses_window_statistics:
         ignored = replace(layer, observe=lambda: pytest.fail("it does not observe"))
         assert torch.equal(method.score(ignored).tokens, direct.tokens)
         return
@@ -291,8 +291,8 @@ EQUAL = [SnapKV, StreamingLLM, H2O, Tova, KeyDiff, Knorm, Uniform]
 @pytest.mark.parametrize("kind", EQUAL, ids=lambda kind: kind.name)
 def test_equal_budgets_are_known_beforehand(kind: type[Method]) -> None:
     method = kind(window=8)
-    assert method.local
-    assert method.nested
+    assert method.budgets_ignore_scores
+    assert method.budgets_are_nested
     layers = [method.score(layer_of(method, seed=seed)) for seed in range(4)]
     assert token_budgets(method, layers, base=24, num_layers=4).tolist() == [24] * 4
     pages = page_budgets(method, layers, pages_per_layer=3, block_size=16, lengths=TOKENS)

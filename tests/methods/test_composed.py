@@ -30,7 +30,7 @@ from vllm_kvcompress.methods import (
     get_method,
     register,
     registry,
-    settled,
+    to_numbers,
     window,
 )
 from vllm_kvcompress.planning.config import KVCompressionConfig
@@ -221,15 +221,17 @@ def test_tokens_are_the_scorers_and_budgets_the_allocators(scorer: str, allocato
         assert torch.equal(mine.tokens, theirs.tokens)
         assert dict(mine.stats) == dict(theirs.stats)
     for budgets in (
-        lambda m: token_budgets(m, settled(found), base=24, num_layers=LAYERS),
-        lambda m: page_budgets(m, settled(found), pages_per_layer=4, block_size=8, lengths=TOKENS),
+        lambda m: token_budgets(m, to_numbers(found), base=24, num_layers=LAYERS),
+        lambda m: page_budgets(
+            m, to_numbers(found), pages_per_layer=4, block_size=8, lengths=TOKENS
+        ),
     ):
         assert budgets(method).tolist() == budgets(second).tolist()
     assert torch.equal(method.select(found[0], 9), first.select(found[0], 9))
     assert method.needs == first.needs | second.allocator_needs
-    assert method.nested
-    assert (method.local, method.steady, method.schedule) == (
-        (second.local, second.steady, second.schedule)
+    assert method.budgets_are_nested
+    assert (method.budgets_ignore_scores, method.ratios_are_fixed, method.schedule) == (
+        (second.budgets_ignore_scores, second.ratios_are_fixed, second.schedule)
     )
 
 
@@ -246,9 +248,9 @@ def test_only_what_is_used_is_collected() -> None:
     assert get_method("dynamickv", {"scorer": "random"}).needs == frozenset()
     assert get_method("dynamickv", {"scorer": "knorm"}).needs == {Need.KEYS}
     assert get_method("random", {"allocator": "snapkv"}).needs == frozenset()
-    assert not get_method("dynamickv", {"scorer": "knorm"}).observes
-    assert get_method("cake", {"scorer": "knorm"}).observes
-    assert get_method("cake", {"scorer": "tova"}).observes
+    assert not get_method("dynamickv", {"scorer": "knorm"}).uses_window_statistics
+    assert get_method("cake", {"scorer": "knorm"}).uses_window_statistics
+    assert get_method("cake", {"scorer": "tova"}).uses_window_statistics
 
 
 class Counter:

@@ -11,7 +11,7 @@ import torch
 
 from kvcompress_kernels.scoring import window_statistics
 from kvcompress_kernels.selection import top_tokens
-from vllm_kvcompress.methods import Cake, LayerInput, LayerScores, settled
+from vllm_kvcompress.methods import Cake, LayerInput, LayerScores, to_numbers
 
 FACTS: dict[str, Any] = {
     "layer": 0,
@@ -28,11 +28,11 @@ def test_scalars_left_on_a_device_become_numbers_in_one_go() -> None:
         LayerScores(tokens, {"log_entropy": torch.tensor(0.1 * i), "log_shift": -math.inf})
         for i in range(3)
     ]
-    found = settled(waiting)
+    found = to_numbers(waiting)
     assert [type(s.stats["log_entropy"]) for s in found] == [float] * 3
     assert [s.stat("log_entropy") for s in found] == pytest.approx([0.0, 0.1, 0.2])
     assert all(s.stat("log_shift") == -math.inf for s in found)
-    assert settled(found) == found
+    assert to_numbers(found) == found
 
 
 def test_cake_takes_statistics_from_a_kernel_that_leaves_scalars_on_its_device() -> None:
@@ -49,7 +49,7 @@ def test_cake_takes_statistics_from_a_kernel_that_leaves_scalars_on_its_device()
         LayerInput(**FACTS, queries=queries, keys=None, scale=0.25, observe=lambda: on_device)
     )
     assert torch.equal(observed.tokens, direct.tokens)
-    (numbers,) = settled([observed])
+    (numbers,) = to_numbers([observed])
     assert numbers.stats == pytest.approx(dict(direct.stats), rel=1e-12)
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from kvcompress_kernels.page_tables import StepTables
 from kvcompress_kernels.scoring import window_statistics
-from vllm_kvcompress.paging.attention_layer import LayerFacts, layer_facts
+from vllm_kvcompress.paging.attention_layer import AttentionParams, attention_params
 from vllm_kvcompress.paging.page_tables import TableLimits
 from vllm_kvcompress.paging.strided_codec import StridedPageCodec
 from vllm_kvcompress.planning.workspace_memory import ModelShape, table_bytes, transient_bytes
 
 PAGES, HEADS, SIZE, DIM, WINDOW = 12, 2, 16, 32, 8
-FACTS = LayerFacts(scale=DIM**-0.5, soft_cap=0.0, sinks=None)
+FACTS = AttentionParams(scale=DIM**-0.5, soft_cap=0.0, sinks=None)
 
 
 def pool(order: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -113,7 +113,7 @@ def test_statistics_of_several_layers_are_those_of_each() -> None:
     codec = StridedPageCodec(cache, "auto", torch.float32, implementation="torch")
     windows = torch.randn(2, WINDOW, 2 * HEADS, DIM)
     sources = [np.array([4, 0, 7]), np.array([1, 9, 2])]
-    facts = [FACTS, LayerFacts(scale=0.5, soft_cap=0.0, sinks=None)]
+    facts = [FACTS, AttentionParams(scale=0.5, soft_cap=0.0, sinks=None)]
     # After cuts that left them different numbers of pages, layers differ in length.
     lengths = [41, 29]
     found = codec.observe(windows, sources, lengths, facts)
@@ -147,10 +147,10 @@ def test_a_scale_holds_for_the_numbers_that_are_stored() -> None:
         return SimpleNamespace(impl=impl, **facts)
 
     quantized = layer(_k_scale_float=0.5, _q_scale_float=2.0, query_quant=None)
-    assert layer_facts(quantized, "auto").scale == 0.125
-    assert layer_facts(quantized, "fp8").scale == 0.0625
+    assert attention_params(quantized, "auto").scale == 0.125
+    assert attention_params(quantized, "fp8").scale == 0.0625
     quantized.query_quant = object()
-    assert layer_facts(quantized, "fp8_e4m3").scale == 0.125
+    assert attention_params(quantized, "fp8_e4m3").scale == 0.125
 
 
 def test_warming_up_writes_nothing() -> None:

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcompress.paging.arena import ArenaPlan
-from vllm_kvcompress.planning.compression_schedule import Course, Cut, Repeat
+from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut, DecodeCuts
 
 SIZE = 4
 
@@ -19,10 +19,12 @@ SIZE = 4
 class Naive:
     """A request's blocks, each known by what it was appended for."""
 
-    def __init__(self, course: Course, lag: int, front: int | None = None) -> None:
-        self.course = course
+    def __init__(
+        self, schedule: CompressionSchedule, lag: int, prefill_blocks: int | None = None
+    ) -> None:
+        self.schedule = schedule
         self.lag = lag
-        self.front = front
+        self.prefill_blocks = prefill_blocks
         self.tokens = 0
         self.cuts = 0
         self.released = 0
@@ -34,15 +36,15 @@ class Naive:
         self.started = False
 
     def next_cut(self) -> Cut | None:
-        return self.course.cut(self.cuts + 1) if self.course.has_cut(self.cuts + 1) else None
+        return self.schedule.cut(self.cuts + 1) if self.schedule.has_cut(self.cuts + 1) else None
 
     def step(self, tokens: int) -> None:
         """Plan a step of so many tokens, which may end at a cut but not go beyond it."""
         self._due = [steps - 1 for steps in self._due]
         while self._due and self._due[0] < 0:
             self.release()
-        if not self.started and self.front is not None:
-            self.blocks += ["text 0"] * self.front
+        if not self.started and self.prefill_blocks is not None:
+            self.blocks += ["text 0"] * self.prefill_blocks
         self.started = True
         for _ in range(tokens):
             self.token()
@@ -53,7 +55,7 @@ class Naive:
 
     def token(self) -> None:
         self.tokens += 1
-        if self.front is not None and self.cuts == 0:
+        if self.prefill_blocks is not None and self.cuts == 0:
             return  # the workspace has room for all of them
         if not self.free:
             self.blocks.append(f"text {self.cuts}")
@@ -80,7 +82,7 @@ class Naive:
 
 
 @st.composite
-def courses(draw: st.DrawFn) -> Course:
+def courses(draw: st.DrawFn) -> CompressionSchedule:
     """Cuts of a prefill, of a generation, or both; those of the planner and wilder ones."""
     cuts: list[Cut] = []
     position = 0
@@ -94,58 +96,58 @@ def courses(draw: st.DrawFn) -> Course:
         moves = not cuts or draw(st.booleans())
         blocks = draw(st.integers(1, 5)) if moves else cuts[-1].blocks
         first = Cut(prompt + draw(st.integers(1, 20)), blocks, moves=moves)
-        repeat = Repeat(first, draw(st.integers(1, 12)))
-    return Course(prompt, SIZE, cuts, repeat)
+        repeat = DecodeCuts(first, draw(st.integers(1, 12)))
+    return CompressionSchedule(prompt, SIZE, cuts, repeat)
 
 
-fronts = st.none() | st.integers(0, 9)
+prefill_blocks = st.none() | st.integers(0, 9)
 lags = st.integers(0, 2)
 
 
 @settings(max_examples=200, deadline=None)
-@given(courses(), lags, fronts, st.lists(st.integers(1, 9), min_size=1, max_size=30))
+@given(courses(), lags, prefill_blocks, st.lists(st.integers(1, 9), min_size=1, max_size=30))
 def test_blocks_are_those_of_a_request_kept_token_by_token(
-    course: Course, lag: int, front: int | None, steps: list[int]
+    schedule: CompressionSchedule, lag: int, prefill_blocks: int | None, steps: list[int]
 ) -> None:
-    naive = Naive(course, lag, front)
+    naive = Naive(schedule, lag, prefill_blocks)
     peak = 0
     for tokens in steps:
         cut = naive.next_cut()
         naive.step(min(tokens, cut.position - naive.tokens) if cut else tokens)
         now, released = naive.tokens, naive.released
-        assert course.count(now) == naive.cuts
+        assert schedule.count(now) == naive.cuts
         upcoming = naive.next_cut()
-        assert course.next_position(now) == (upcoming.position if upcoming else None)
-        assert course.blocks_for(now, released, front) == len(naive.blocks)
+        assert schedule.next_position(now) == (upcoming.position if upcoming else None)
+        assert schedule.blocks_for(now, released, prefill_blocks) == len(naive.blocks)
         if naive.gone:
-            kept = course.superfluous(released, front)
+            kept = schedule.releasable(released, prefill_blocks)
             doomed = [i for i, block in enumerate(naive.blocks) if block in naive.gone[0]]
             assert list(kept) == doomed
         peak = max(peak, len(naive.blocks))
-        assert peak <= course.peak_blocks(now, lag, front)
+        assert peak <= schedule.peak_blocks(now, lag, prefill_blocks)
 
 
 @settings(max_examples=200, deadline=None)
-@given(courses(), lags, fronts, st.integers(1, 150))
+@given(courses(), lags, prefill_blocks, st.integers(1, 150))
 def test_the_peak_is_reached_by_steps_from_cut_to_cut(
-    course: Course, lag: int, front: int | None, tokens: int
+    schedule: CompressionSchedule, lag: int, prefill_blocks: int | None, tokens: int
 ) -> None:
     """As a resumed request takes them, whose generated tokens are known already."""
-    naive = Naive(course, lag, front)
+    naive = Naive(schedule, lag, prefill_blocks)
     held = []
     while naive.tokens < tokens:
         cut = naive.next_cut()
         naive.step(min(tokens, cut.position if cut else tokens) - naive.tokens)
         held.append(len(naive.blocks))
-    assert max(held) == course.peak_blocks(tokens, lag, front)
+    assert max(held) == schedule.peak_blocks(tokens, lag, prefill_blocks)
 
 
 @settings(max_examples=200, deadline=None)
-@given(courses(), lags, fronts, st.integers(1, 80), st.integers(0, 80))
+@given(courses(), lags, prefill_blocks, st.integers(1, 80), st.integers(0, 80))
 def test_the_peak_from_now_on_leaves_out_what_is_past(
-    course: Course, lag: int, front: int | None, tokens: int, more: int
+    schedule: CompressionSchedule, lag: int, prefill_blocks: int | None, tokens: int, more: int
 ) -> None:
-    naive = Naive(course, lag, front)
+    naive = Naive(schedule, lag, prefill_blocks)
     while naive.tokens < tokens:
         naive.step(1)
     # Only what is still to come counts, so every cut made so far is processed first.
@@ -156,61 +158,63 @@ def test_the_peak_from_now_on_leaves_out_what_is_past(
     while naive.tokens < tokens + more:
         naive.step(1)
         held.append(len(naive.blocks))
-    peak = course.peak_blocks(tokens + more, lag, front, start)
-    assert max(held) <= peak <= course.peak_blocks(tokens + more, lag, front)
+    peak = schedule.peak_blocks(tokens + more, lag, prefill_blocks, start)
+    assert max(held) <= peak <= schedule.peak_blocks(tokens + more, lag, prefill_blocks)
 
 
-@given(courses(), lags, fronts, st.integers(1, 200), st.integers(0, 100))
+@given(courses(), lags, prefill_blocks, st.integers(1, 200), st.integers(0, 100))
 def test_more_tokens_never_lower_the_peak(
-    course: Course, lag: int, front: int | None, tokens: int, more: int
+    schedule: CompressionSchedule, lag: int, prefill_blocks: int | None, tokens: int, more: int
 ) -> None:
-    low, high = (course.peak_blocks(n, lag, front) for n in (tokens, tokens + more))
+    low, high = (schedule.peak_blocks(n, lag, prefill_blocks) for n in (tokens, tokens + more))
     assert low <= high
 
 
 @given(courses(), st.integers(0, 200))
-def test_cuts_are_numbered_in_the_order_of_their_positions(course: Course, tokens: int) -> None:
-    count = course.count(tokens)
-    positions = [course.cut(n).position for n in range(1, count + 1)]
+def test_cuts_are_numbered_in_the_order_of_their_positions(
+    schedule: CompressionSchedule, tokens: int
+) -> None:
+    count = schedule.count(tokens)
+    positions = [schedule.cut(n).position for n in range(1, count + 1)]
     assert positions == sorted(set(positions))
     assert all(p <= tokens for p in positions)
-    assert course.first == course.cut(1).position
-    assert course.home(0) == 0
-    if course.has_cut(count + 1):
-        assert course.cut(count + 1).position > tokens
-        assert course.home(count + 1) == course.cut(count + 1).blocks
+    assert schedule.first == schedule.cut(1).position
+    assert schedule.survivor_blocks(0) == 0
+    if schedule.has_cut(count + 1):
+        assert schedule.cut(count + 1).position > tokens
+        assert schedule.survivor_blocks(count + 1) == schedule.cut(count + 1).blocks
 
 
 @given(courses(), st.integers(0, 3))
-def test_cuts_that_are_not_there_are_refused(course: Course, beyond: int) -> None:
-    assert not course.has_cut(0)
+def test_cuts_that_are_not_there_are_refused(schedule: CompressionSchedule, beyond: int) -> None:
+    assert not schedule.has_cut(0)
     with pytest.raises(LookupError, match="not 0"):
-        course.cut(0)
-    assume(course.repeat is None)
-    number = len(course.cuts) + 1 + beyond
-    assert not course.has_cut(number)
-    with pytest.raises(LookupError, match=f"cut {len(course.cuts)} times, not {number}"):
-        course.cut(number)
+        schedule.cut(0)
+    assume(schedule.decode_cuts is None)
+    number = len(schedule.prefill_cuts) + 1 + beyond
+    assert not schedule.has_cut(number)
+    with pytest.raises(LookupError, match=f"cut {len(schedule.prefill_cuts)} times, not {number}"):
+        schedule.cut(number)
     with pytest.raises(ValueError, match="have no end"):
-        course.segment(len(course.cuts))
+        schedule.tail_blocks(len(schedule.prefill_cuts))
 
 
 # --- numbers worked out by hand ------------------------------------------------------------------
 
 
-def once(plan: ArenaPlan) -> Course:
+def once(plan: ArenaPlan) -> CompressionSchedule:
     """The cut of a prompt at its end and nothing else."""
     cut = Cut(plan.prompt_len, plan.arena_blocks, slack=plan.slack)
-    return Course(plan.prompt_len, plan.block_size, [cut])
+    return CompressionSchedule(plan.prompt_len, plan.block_size, [cut])
 
 
 def test_growth_takes_one_block_every_block_size_tokens() -> None:
-    course = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
-    grown = [course.segment(1, 100 + n) for n in range(18)]
+    schedule = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
+    grown = [schedule.tail_blocks(1, 100 + n) for n in range(18)]
     assert grown == [0, *[1] * 8, *[2] * 8, 3]
     # Tokens in the last page of a prompt that was kept whole come first.
     kept = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=13, slack=4))
-    assert [kept.segment(1, 100 + n) for n in range(6)] == [0, 0, 0, 0, 0, 1]
+    assert [kept.tail_blocks(1, 100 + n) for n in range(6)] == [0, 0, 0, 0, 0, 1]
 
 
 @given(st.sampled_from([1, 4, 32]), st.integers(1, 1000), st.integers(0, 40), st.integers(0, 200))
@@ -218,48 +222,50 @@ def test_growth_is_the_fewest_blocks_that_hold_what_the_slack_does_not(
     size: int, prompt: int, slack: int, generated: int
 ) -> None:
     slack %= size
-    course = Course(prompt, size, [Cut(prompt, 2, slack=slack)])
-    growth = course.blocks_for(prompt + generated, released=1) - 2
+    schedule = CompressionSchedule(prompt, size, [Cut(prompt, 2, slack=slack)])
+    growth = schedule.blocks_for(prompt + generated, released=1) - 2
     assert growth * size + slack >= generated
     assert growth == 0 or (growth - 1) * size + slack < generated
 
 
 def test_blocks_at_and_after_the_end_of_the_prompt() -> None:
-    course = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
-    assert [course.blocks_for(n) for n in (1, 8, 9, 96, 97, 99)] == [1, 1, 2, 12, 13, 13]
-    assert course.blocks_for(100) == 13 + 4
-    assert course.blocks_for(101) == 13 + 4 + 1
-    assert course.blocks_for(100, released=1) == 4
-    assert course.blocks_for(109, released=1) == 4 + 2
-    assert course.superfluous(0) == range(13)
+    schedule = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
+    assert [schedule.blocks_for(n) for n in (1, 8, 9, 96, 97, 99)] == [1, 1, 2, 12, 13, 13]
+    assert schedule.blocks_for(100) == 13 + 4
+    assert schedule.blocks_for(101) == 13 + 4 + 1
+    assert schedule.blocks_for(100, released=1) == 4
+    assert schedule.blocks_for(109, released=1) == 4 + 2
+    assert schedule.releasable(0) == range(13)
     # The step after the cut is planned before the cut's own has been processed, or is not.
-    assert course.peak_blocks(101, lag=1) == 13 + 4 + 1
-    assert course.peak_blocks(101, lag=0) == 13 + 4
-    assert course.peak_blocks(101, lag=1, released=1) == 4 + 1
+    assert schedule.peak_blocks(101, lag=1) == 13 + 4 + 1
+    assert schedule.peak_blocks(101, lag=0) == 13 + 4
+    assert schedule.peak_blocks(101, lag=1, released=1) == 4 + 1
 
 
 def test_a_workspace_takes_the_place_of_the_prompts_blocks() -> None:
-    course = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
-    assert course.blocks_for(1, front=3) == course.blocks_for(99, front=3) == 3
-    assert course.blocks_for(100, front=3) == 3 + 4
-    assert course.superfluous(0, front=3) == range(3)
-    assert course.peak_blocks(101, lag=1, front=3) == 3 + 4 + 1
+    schedule = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
+    assert (
+        schedule.blocks_for(1, prefill_blocks=3) == schedule.blocks_for(99, prefill_blocks=3) == 3
+    )
+    assert schedule.blocks_for(100, prefill_blocks=3) == 3 + 4
+    assert schedule.releasable(0, prefill_blocks=3) == range(3)
+    assert schedule.peak_blocks(101, lag=1, prefill_blocks=3) == 3 + 4 + 1
 
 
 def test_cuts_while_generating_stay_where_they_are_or_move_once() -> None:
     # 20 kept, then a cut back to 20 whenever there are 16 more: nothing moves.
-    stay = Course(100, 4, [Cut(100, 5)], Repeat(Cut(116, 5, moves=False), 16))
+    stay = CompressionSchedule(100, 4, [Cut(100, 5)], DecodeCuts(Cut(116, 5, moves=False), 16))
     assert [stay.cut(n).position for n in range(1, 5)] == [100, 116, 132, 148]
     assert [stay.cut(n).moves for n in range(1, 5)] == [True, False, False, False]
     assert stay.blocks_for(116, released=1) == stay.blocks_for(131, released=2) == 5 + 4
-    assert stay.superfluous(1) == stay.superfluous(2) == range(5, 9)
+    assert stay.releasable(1) == stay.releasable(2) == range(5, 9)
     assert stay.peak_blocks(10_000, lag=0, released=1) == 5 + 4
     assert stay.peak_blocks(10_000, lag=1, released=1) == 5 + 4 + 4
     # Down from 5 to 3: survivors move to blocks of their own, once.
-    move = Course(100, 4, [Cut(100, 5)], Repeat(Cut(116, 3), 16))
+    move = CompressionSchedule(100, 4, [Cut(100, 5)], DecodeCuts(Cut(116, 3), 16))
     assert [move.cut(n).moves for n in range(1, 5)] == [True, True, False, False]
-    assert move.superfluous(1) == range(9)
-    assert move.superfluous(2) == range(3, 7)
+    assert move.releasable(1) == range(9)
+    assert move.releasable(2) == range(3, 7)
     assert move.peak_blocks(10_000, lag=0, released=1) == 5 + 4 + 3
 
 
@@ -267,7 +273,9 @@ def test_cuts_while_generating_stay_where_they_are_or_move_once() -> None:
 def test_a_prompt_cut_between_chunks_holds_the_same_however_long_it_is(lag: int) -> None:
     def peak(chunks: int) -> int:
         cuts = [Cut(32 * n, 6) for n in range(1, chunks)]
-        return Course(32 * chunks, 4, [*cuts, Cut(32 * chunks, 3)]).peak_blocks(32 * chunks, lag)
+        return CompressionSchedule(32 * chunks, 4, [*cuts, Cut(32 * chunks, 3)]).peak_blocks(
+            32 * chunks, lag
+        )
 
     # Survivors, a chunk of 8 blocks, and where its survivors go; before it is processed, all of
     # the next chunk too.

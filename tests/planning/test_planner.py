@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from vllm_kvcompress.methods import Cake, DynamicKV, Method, Random, Scatter, Uniform
 from vllm_kvcompress.paging.arena import ArenaPlan
-from vllm_kvcompress.planning.block_planner import Limits, Planner, layers_between_cuts
-from vllm_kvcompress.planning.compression_schedule import Course, Cut
+from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits, layers_between_cuts
+from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut
 from vllm_kvcompress.planning.config import KVCompressionConfig
 
 
@@ -20,10 +20,10 @@ def config(method: str = "uniform", budget: Any = 64, **params: Any) -> KVCompre
     return KVCompressionConfig.parse({"method": method, "budget": budget, **params})
 
 
-def course_of(planner: Planner, prompt: int, decode: bool = True) -> Course:
-    course = planner.course(prompt, decode)
-    assert course is not None
-    return course
+def schedule_of(planner: BlockPlanner, prompt: int, decode: bool = True) -> CompressionSchedule:
+    schedule = planner.schedule(prompt, decode)
+    assert schedule is not None
+    return schedule
 
 
 # --- what a prompt holds after its prefill -------------------------------------------------------
@@ -31,22 +31,22 @@ def course_of(planner: Planner, prompt: int, decode: bool = True) -> Course:
 
 def test_a_planner_refuses_budgets_that_do_not_go_with_its_block_size() -> None:
     with pytest.raises(ValueError, match="kv-compression-budget 63 is too small"):
-        Planner(config("cake", 63), 32)
-    Planner(config("cake", 63), 16)
+        BlockPlanner(config("cake", 63), 32)
+    BlockPlanner(config("cake", 63), 16)
 
 
 def test_prompts_within_the_kept_blocks_stay_as_they_are() -> None:
-    planner = Planner(config("uniform", 100), 32)
+    planner = BlockPlanner(config("uniform", 100), 32)
     assert planner.budget_blocks(5000) == 4
     assert [planner.plan(n) for n in (1, 100, 128)] == [None, None, None]
-    assert [planner.course(n) for n in (1, 100, 128)] == [None, None, None]
+    assert [planner.schedule(n) for n in (1, 100, 128)] == [None, None, None]
     assert planner.plan(129) == ArenaPlan(129, 32, prompt_blocks=5, arena_blocks=4, slack=0)
-    assert course_of(planner, 129).cuts == (Cut(129, 4),)
+    assert schedule_of(planner, 129).prefill_cuts == (Cut(129, 4),)
     assert planner.peak_blocks(100, 150) == 5
 
 
 def test_a_share_of_the_prompt_is_rounded_up_and_never_below_what_a_method_needs() -> None:
-    planner = Planner(config("uniform", 0.25), 32)
+    planner = BlockPlanner(config("uniform", 0.25), 32)
     assert planner.budget_blocks(4096) == 32
     assert planner.budget_blocks(4097) == 33
     assert planner.budget_blocks(10) == 2  # window 32 + one block
@@ -58,14 +58,14 @@ def test_a_share_of_the_prompt_is_rounded_up_and_never_below_what_a_method_needs
 def test_keeping_everything_takes_as_many_blocks_and_fills_the_last_page(
     prompt: int, size: int
 ) -> None:
-    planner = Planner(config("scatter"), size)
+    planner = BlockPlanner(config("scatter"), size)
     plan = planner.plan(prompt)
     assert plan is not None
     assert plan.arena_blocks == plan.prompt_blocks == -(-prompt // size)
     assert plan.arena_blocks * size - plan.slack == prompt
-    course = course_of(planner, prompt)
-    assert course.segment(1, prompt + plan.slack) == 0
-    assert course.segment(1, prompt + plan.slack + 1) == 1
+    schedule = schedule_of(planner, prompt)
+    assert schedule.tail_blocks(1, prompt + plan.slack) == 0
+    assert schedule.tail_blocks(1, prompt + plan.slack + 1) == 1
 
 
 budgets = st.integers(40, 400) | st.floats(0.01, 0.99)
@@ -75,7 +75,7 @@ budgets = st.integers(40, 400) | st.floats(0.01, 0.99)
 def test_evicting_plans_keep_less_than_the_prompt_and_leave_no_slack(
     budget: float, prompt: int
 ) -> None:
-    planner = Planner(config("uniform", budget, window=24), 16)
+    planner = BlockPlanner(config("uniform", budget, window=24), 16)
     plan = planner.plan(prompt)
     kept = planner.budget_blocks(prompt) * 16
     if plan is None:
@@ -84,7 +84,7 @@ def test_evicting_plans_keep_less_than_the_prompt_and_leave_no_slack(
     assert plan.slack == 0
     assert planner.window + 1 <= plan.arena_blocks * 16 == kept < prompt
     assert plan.arena_blocks < plan.prompt_blocks
-    assert course_of(planner, prompt).cuts == (Cut(prompt, plan.arena_blocks),)
+    assert schedule_of(planner, prompt).prefill_cuts == (Cut(prompt, plan.arena_blocks),)
 
 
 # --- cascades ------------------------------------------------------------------------------------
@@ -124,21 +124,25 @@ def test_layers_whose_whole_cache_is_held_at_one_time(
 
 
 def test_a_workspace_is_used_where_it_saves_blocks() -> None:
-    limits = Limits(num_layers=4, one_step_tokens=200)
-    planner = Planner(config("cake", 16, window=8), 4, limits)
-    assert planner.front_blocks(100) == 7  # 25 pages of one layer lie in 7 blocks of 4 layers
-    assert planner.front_blocks(100, cached_blocks=10) == 10 + 4
-    assert planner.front_blocks(100, cached_blocks=23) == 24
-    assert planner.front_blocks(100, cached_blocks=24) is None  # 24 + 1 are the prompt's own 25
-    assert planner.front_blocks(16) is None  # never cut
-    assert planner.front_blocks(200) == 13
-    assert planner.front_blocks(201) is None  # does not run in one step
-    assert planner.front_blocks(204, cached_blocks=1) == 1 + 13
-    every_two = Planner(config("cake", 16, window=8, every=2), 4, limits)
-    assert every_two.front_blocks(100) == 13
-    assert not Planner(config("cake", 16, window=8, every=0), 4, limits).can_cascade
-    assert not Planner(config("scatter"), 4, limits).can_cascade
-    assert not Planner(config("cake", 16, window=8), 4, Limits(num_layers=4)).can_cascade
+    limits = EngineLimits(num_layers=4, one_step_tokens=200)
+    planner = BlockPlanner(config("cake", 16, window=8), 4, limits)
+    assert (
+        planner.cascade_prefill_blocks(100) == 7
+    )  # 25 pages of one layer lie in 7 blocks of 4 layers
+    assert planner.cascade_prefill_blocks(100, cached_blocks=10) == 10 + 4
+    assert planner.cascade_prefill_blocks(100, cached_blocks=23) == 24
+    assert (
+        planner.cascade_prefill_blocks(100, cached_blocks=24) is None
+    )  # 24 + 1 are the prompt's own 25
+    assert planner.cascade_prefill_blocks(16) is None  # never cut
+    assert planner.cascade_prefill_blocks(200) == 13
+    assert planner.cascade_prefill_blocks(201) is None  # does not run in one step
+    assert planner.cascade_prefill_blocks(204, cached_blocks=1) == 1 + 13
+    every_two = BlockPlanner(config("cake", 16, window=8, every=2), 4, limits)
+    assert every_two.cascade_prefill_blocks(100) == 13
+    assert not BlockPlanner(config("cake", 16, window=8, every=0), 4, limits).can_cascade
+    assert not BlockPlanner(config("scatter"), 4, limits).can_cascade
+    assert not BlockPlanner(config("cake", 16, window=8), 4, EngineLimits(num_layers=4)).can_cascade
 
 
 @given(
@@ -148,18 +152,18 @@ def test_a_workspace_holds_all_layers_between_two_cuts(
     layers: int, every: int, prompt: int, cached: int, equal: bool
 ) -> None:
     method = config("uniform", 16, window=8) if equal else config("cake", 16, window=8, every=every)
-    planner = Planner(method, 4, Limits(layers, one_step_tokens=200))
+    planner = BlockPlanner(method, 4, EngineLimits(layers, one_step_tokens=200))
     whole = -(-prompt // 4)
     cached = min(cached, (prompt - 1) // 4)
-    front = planner.front_blocks(prompt, cached)
-    if front is None:
+    prefill_blocks = planner.cascade_prefill_blocks(prompt, cached)
+    if prefill_blocks is None:
         saves = cached + planner.workspace_blocks(whole - cached) < whole
         one_step = planner.can_cascade and prompt - cached * 4 <= 200
         assert not (saves and one_step and prompt > 16)
         return
-    assert cached < front < whole
-    pages = planner.layers_at_once * (whole - cached)
-    assert (front - cached) * layers >= pages > (front - cached - 1) * layers
+    assert cached < prefill_blocks < whole
+    pages = planner.layers_per_division * (whole - cached)
+    assert (prefill_blocks - cached) * layers >= pages > (prefill_blocks - cached - 1) * layers
 
 
 @pytest.mark.parametrize(
@@ -172,32 +176,32 @@ def test_a_workspace_holds_all_layers_between_two_cuts(
 )
 def test_a_cascade_that_gains_nothing_is_refused(given: dict[str, Any]) -> None:
     parsed = KVCompressionConfig.parse({"budget": 64, "prefill": "cascade", **given})
-    limits = Limits(num_layers=4, one_step_tokens=100)
+    limits = EngineLimits(num_layers=4, one_step_tokens=100)
     expected = rf"^kv_compression: prefill cascade gains nothing with {given['method']}.* to auto$"
     with pytest.raises(ValueError, match=expected):
-        Planner(parsed, 16, limits)
-    # Left to choose, the engine does without.
+        BlockPlanner(parsed, 16, limits)
+    # Left to select_survivors, the engine does without.
     automatic = KVCompressionConfig.parse({"budget": 64, **given})
-    assert Planner(automatic, 16, limits).front_blocks(90) is None
-    Planner(config("cake", 64, prefill="cascade"), 16, limits)
+    assert BlockPlanner(automatic, 16, limits).cascade_prefill_blocks(90) is None
+    BlockPlanner(config("cake", 64, prefill="cascade"), 16, limits)
 
 
 def test_the_thriftiest_way_of_a_prompt_is_through_a_workspace_where_it_may_be() -> None:
-    limits = Limits(num_layers=5, one_step_tokens=200)
+    limits = EngineLimits(num_layers=5, one_step_tokens=200)
     peaks = [
-        Planner(config("cake", 16, window=8, prefill=prefill), 4, limits).peak_blocks(100, 101)
+        BlockPlanner(config("cake", 16, window=8, prefill=prefill), 4, limits).peak_blocks(100, 101)
         for prefill in ("auto", "cascade", "full")
     ]
     assert peaks == [5 + 4 + 1, 5 + 4 + 1, 25 + 4 + 1]
-    waits = Planner(config("cake", 16, window=8), 4, Limits(5, 200, lag=0))
+    waits = BlockPlanner(config("cake", 16, window=8), 4, EngineLimits(5, 200, lag=0))
     assert waits.peak_blocks(100, 101) == 5 + 4
 
 
 # --- cuts between chunks -------------------------------------------------------------------------
 
 
-def streaming(budget: int, size: int, limits: Limits, **options: Any) -> Planner:
-    return Planner(config("uniform", budget, prefill="streaming", **options), size, limits)
+def streaming(budget: int, size: int, limits: EngineLimits, **options: Any) -> BlockPlanner:
+    return BlockPlanner(config("uniform", budget, prefill="streaming", **options), size, limits)
 
 
 @settings(max_examples=300)
@@ -220,13 +224,13 @@ def test_long_prompts_are_cut_between_chunks(
     options: dict[str, Any] = {"window": window, "stream_chunk": chunk}
     if more is not None:
         options["stream_budget"] = working
-    planner = streaming(budget, size, Limits(3, one_step), **options)
-    course = planner.course(prompt)
+    planner = streaming(budget, size, EngineLimits(3, one_step), **options)
+    schedule = planner.schedule(prompt)
     if prompt <= -(-budget // size) * size:
-        assert course is None
+        assert schedule is None
         return
-    assert course is not None
-    *between, last = course.cuts
+    assert schedule is not None
+    *between, last = schedule.prefill_cuts
     assert last == Cut(prompt, planner.budget_blocks(prompt))
     assert planner.streams(prompt) == (prompt > one_step)
     chunk, blocks = chunk - chunk % size, -(-working // size)
@@ -234,7 +238,7 @@ def test_long_prompts_are_cut_between_chunks(
     assert [cut.position for cut in between] == [p for p in wanted if p > blocks * size]
     # Nothing is cut that has nothing to give, and no two cuts look at the same queries.
     held, before = 0, 0
-    for cut in course.cuts:
+    for cut in schedule.prefill_cuts:
         held += cut.position - before
         assert held > cut.blocks * size
         assert not before or cut.position - before >= gap
@@ -244,15 +248,15 @@ def test_long_prompts_are_cut_between_chunks(
 
 
 def test_chunks_are_as_long_as_a_step_unless_told_otherwise() -> None:
-    def first(limits: Limits, **options: Any) -> int:
-        return course_of(streaming(64, 16, limits, **options), 9000).first
+    def first(limits: EngineLimits, **options: Any) -> int:
+        return schedule_of(streaming(64, 16, limits, **options), 9000).first
 
-    assert first(Limits(3, 1000)) == 992
-    assert first(Limits(3)) == 2048
-    assert first(Limits(3, 1000), stream_chunk=300) == 288
+    assert first(EngineLimits(3, 1000)) == 992
+    assert first(EngineLimits(3)) == 2048
+    assert first(EngineLimits(3, 1000), stream_chunk=300) == 288
     # Not before there is something to evict: twice the budget, or as many as asked for.
-    assert first(Limits(3, 96)) == 192
-    assert first(Limits(3, 96), stream_budget=64) == 96
+    assert first(EngineLimits(3, 96)) == 192
+    assert first(EngineLimits(3, 96), stream_budget=64) == 96
 
 
 @pytest.mark.parametrize(("chunk", "size", "least"), [(47, 16, 33), (33, 34, 34), (20, 1, 33)])
@@ -260,18 +264,18 @@ def test_chunks_shorter_than_a_window_or_a_block_are_refused(
     chunk: int, size: int, least: int
 ) -> None:
     with pytest.raises(ValueError, match=f"stream_chunk {chunk} is too small.* {least} tokens$"):
-        streaming(100, size, Limits(3, 1000), window=33, stream_chunk=chunk)
-    streaming(100, size, Limits(3, 1000), window=33, stream_chunk=3 * size + 33)
+        streaming(100, size, EngineLimits(3, 1000), window=33, stream_chunk=chunk)
+    streaming(100, size, EngineLimits(3, 1000), window=33, stream_chunk=3 * size + 33)
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_blocks_of_a_prompt_cut_between_chunks_do_not_grow_with_it(lag: int) -> None:
-    planner = streaming(64, 16, Limits(3, 256, lag))
+    planner = streaming(64, 16, EngineLimits(3, 256, lag))
     peaks = {planner.peak_blocks(prompt, prompt + 1) for prompt in range(1000, 2300)}
     # Survivors of one cut, then a chunk and its survivors; and the next before it is processed.
     assert max(peaks) == 8 + (16 + 8) * (1 + lag)
     assert planner.least_pool(3000) == max(peaks)
-    whole = Planner(config("uniform", 64), 16, Limits(3, 256, lag))
+    whole = BlockPlanner(config("uniform", 64), 16, EngineLimits(3, 256, lag))
     assert whole.peak_blocks(6000, 6001) > 375
 
 
@@ -290,21 +294,21 @@ def test_generated_tokens_are_cut_back_to_their_budget(
 ) -> None:
     least = window + size
     options = {"decode_budget": least + extra[1], "decode_buffer": window + extra[2]}
-    planner = Planner(config("uniform", least + extra[0], window=window, **options), size)
-    course = course_of(planner, prompt)
+    planner = BlockPlanner(config("uniform", least + extra[0], window=window, **options), size)
+    schedule = schedule_of(planner, prompt)
     blocks = -(-(least + extra[1]) // size)
     buffer = -(-(window + extra[2]) // size) * size
     plan = planner.plan(prompt)
     held = plan.arena_blocks * size if plan else prompt
     home = plan.arena_blocks if plan else 0
-    number = len(course.cuts)
+    number = len(schedule.prefill_cuts)
     for tokens in range(prompt + 1, prompt + 400):
         held += 1
-        if course.count(tokens) == number:
+        if schedule.count(tokens) == number:
             continue
         number += 1
-        cut = course.cut(number)
-        before = course.cut(number - 1).position if number > 1 else prompt
+        cut = schedule.cut(number)
+        before = schedule.cut(number - 1).position if number > 1 else prompt
         assert cut.position == tokens
         assert cut.blocks == blocks
         # Its queries are all from after the last cut, and it has something to evict.
@@ -314,16 +318,18 @@ def test_generated_tokens_are_cut_back_to_their_budget(
         # What already is where it shall stay does not move.
         assert cut.moves == (home != blocks)
         held, home = blocks * size, blocks
-    assert number > len(course.cuts)
+    assert number > len(schedule.prefill_cuts)
     # Left alone, the request is cut at its prompt's end or never.
-    without = planner.course(prompt, decode=False)
+    without = planner.schedule(prompt, decode=False)
     assert (without is None) == (plan is None)
-    assert without is None or (without.repeat is None and without.cuts == course.cuts)
+    assert without is None or (
+        without.decode_cuts is None and without.prefill_cuts == schedule.prefill_cuts
+    )
 
 
 def test_a_request_that_is_cut_while_it_generates_never_outgrows_its_pool() -> None:
     options = {"window": 8, "decode_budget": 32, "decode_buffer": 16}
-    planner = Planner(config("uniform", 32, **options), 4, Limits(3, 1000, lag=0))
+    planner = BlockPlanner(config("uniform", 32, **options), 4, EngineLimits(3, 1000, lag=0))
     assert planner.most_tokens(100, 100_000, pool_blocks=25 + 8) == 100_000
     # One that asked to be left alone ends with the pool: 8 blocks kept, the rest for its tokens.
     assert planner.most_tokens(100, 100_000, pool_blocks=25 + 8, decode=False) < 100 + 33 * 4

@@ -9,23 +9,25 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.planning.block_planner import Limits
-from vllm_kvcompress.planning.compression_schedule import Course
+from vllm_kvcompress.planning.block_planner import EngineLimits
+from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
 from vllm_kvcompress.planning.config import KVCompressionConfig
-from vllm_kvcompress.planning.request_settings import Plans, Terms
+from vllm_kvcompress.planning.request_settings import RequestSettings, SettingsResolver
 
 BLOCK, PROMPT = 32, 1000
 ALL = {"method": True, "budget": True, "params": True, "keep": True, "decode": True}
 
 
-def plans(allow: dict[str, Any] | None = None, **config: Any) -> Plans:
+def resolver(allow: dict[str, Any] | None = None, **config: Any) -> SettingsResolver:
     given = {"method": "cake", "budget": 256, "allow": allow, **config}
-    return Plans(KVCompressionConfig.parse(given), BLOCK, Limits(num_layers=4, one_step_tokens=512))
+    return SettingsResolver(
+        KVCompressionConfig.parse(given), BLOCK, EngineLimits(num_layers=4, one_step_tokens=512)
+    )
 
 
-def refusal(server: Plans, asked: dict[str, Any], prompt: int = PROMPT) -> str:
+def refusal(server: SettingsResolver, asked: dict[str, Any], prompt: int = PROMPT) -> str:
     with pytest.raises(ValueError, match=r"\w") as caught:
-        server.terms(asked, prompt)
+        server.resolve(asked, prompt)
     sentence = str(caught.value)
     assert "\n" not in sentence
     return sentence
@@ -36,67 +38,67 @@ def refusal(server: Plans, asked: dict[str, Any], prompt: int = PROMPT) -> str:
 
 @pytest.mark.parametrize("asked", [None, {}, {"other": 1, "session_id": "x"}])
 def test_a_request_that_asks_for_nothing_has_the_servers_settings(asked: Any) -> None:
-    server = plans()
-    assert server.terms(asked, PROMPT) == Terms(server.own)
+    server = resolver()
+    assert server.resolve(asked, PROMPT) == RequestSettings(server.default_planner)
 
 
 def test_the_servers_own_settings_cost_no_second_planner() -> None:
-    server = plans(ALL, gamma=7)
+    server = resolver(ALL, gamma=7)
     for asked in (
         {"kv_compression": "cake"},
         {"kv_compression_budget": 256},
         {"kv_compression_config": '{"gamma": 7}'},
     ):
-        assert server.terms(asked, PROMPT).planner is server.own
+        assert server.resolve(asked, PROMPT).planner is server.default_planner
 
 
 def test_equal_settings_share_a_planner() -> None:
-    server = plans(ALL)
-    one = server.terms({"kv_compression_config": '{"gamma": 1, "tau1": 2}'}, PROMPT)
-    two = server.terms({"kv_compression_config": {"tau1": 2, "gamma": 1}}, PROMPT)
-    other = server.terms({"kv_compression_config": {"tau1": 2.0, "gamma": 1}}, PROMPT)
+    server = resolver(ALL)
+    one = server.resolve({"kv_compression_config": '{"gamma": 1, "tau1": 2}'}, PROMPT)
+    two = server.resolve({"kv_compression_config": {"tau1": 2, "gamma": 1}}, PROMPT)
+    other = server.resolve({"kv_compression_config": {"tau1": 2.0, "gamma": 1}}, PROMPT)
     assert one.planner is two.planner is not other.planner
 
 
 def test_parameters_of_the_server_go_with_its_method_only() -> None:
-    server = plans(ALL, gamma=7, tau1=2.0)
-    mine = server.terms({"kv_compression_config": {"tau1": 3.0}}, PROMPT).planner.config
+    server = resolver(ALL, gamma=7, tau1=2.0)
+    mine = server.resolve({"kv_compression_config": {"tau1": 3.0}}, PROMPT).planner.config
     assert dict(mine.params) == {"gamma": 7, "tau1": 3.0}
-    other = server.terms({"kv_compression": "snapkv"}, PROMPT).planner.config
+    other = server.resolve({"kv_compression": "snapkv"}, PROMPT).planner.config
     assert (other.method, other.budget, dict(other.params)) == ("snapkv", 256, {})
 
 
 def test_parameters_of_the_server_that_a_replaced_part_would_read_are_left_out() -> None:
-    server = plans(ALL, gamma=7, tau1=2)
-    terms = server.terms({"kv_compression_config": '{"scorer": "keydiff"}'}, PROMPT)
-    assert terms.planner.config.params == {"tau1": 2, "scorer": "keydiff"}
-    terms = server.terms({"kv_compression_config": '{"allocator": "pyramidkv"}'}, PROMPT)
-    assert terms.planner.config.params == {"gamma": 7, "allocator": "pyramidkv"}
+    server = resolver(ALL, gamma=7, tau1=2)
+    settings = server.resolve({"kv_compression_config": '{"scorer": "keydiff"}'}, PROMPT)
+    assert settings.planner.config.params == {"tau1": 2, "scorer": "keydiff"}
+    settings = server.resolve({"kv_compression_config": '{"allocator": "pyramidkv"}'}, PROMPT)
+    assert settings.planner.config.params == {"gamma": 7, "allocator": "pyramidkv"}
     asked = {"kv_compression_config": '{"scorer": "keydiff", "gamma": 1}'}
     assert "gamma has no effect, as the scorer is replaced" in refusal(server, asked)
 
 
 def test_none_leaves_a_request_alone() -> None:
-    terms = plans().terms({"kv_compression": "none"}, PROMPT)
-    assert terms.course(PROMPT) is None
-    assert terms.keep_count(PROMPT) == 0
+    settings = resolver().resolve({"kv_compression": "none"}, PROMPT)
+    assert settings.schedule(PROMPT) is None
+    assert settings.pinned_count(PROMPT) == 0
 
 
 def test_decode_may_be_left_alone() -> None:
-    server = plans(ALL, decode_budget=128, decode_buffer=32)
+    server = resolver(ALL, decode_budget=128, decode_buffer=32)
     for value, repeats in [(True, True), (1, True), (False, False), (0, False)]:
-        course = server.terms({"kv_compression_decode": value}, PROMPT).course(PROMPT)
-        assert course is not None
-        assert (course.repeat is not None) == repeats
+        schedule = server.resolve({"kv_compression_decode": value}, PROMPT).schedule(PROMPT)
+        assert schedule is not None
+        assert (schedule.decode_cuts is not None) == repeats
 
 
 def test_room_is_kept_for_what_has_left_the_window_by_the_first_decode_cut() -> None:
     asked: dict[str, Any] = {"kv_compression_keep": [0, 10, PROMPT - 8, PROMPT]}
-    assert plans(ALL).terms(asked, PROMPT).keep_count(PROMPT) == 10
-    assert plans(ALL, decode_budget=128).terms(asked, PROMPT).keep_count(PROMPT) == 18
+    assert resolver(ALL).resolve(asked, PROMPT).pinned_count(PROMPT) == 10
+    assert resolver(ALL, decode_budget=128).resolve(asked, PROMPT).pinned_count(PROMPT) == 18
     asked = {**asked, "kv_compression_decode": False}
-    assert plans(ALL, decode_budget=128).terms(asked, PROMPT).keep_count(PROMPT) == 10
-    assert plans(ALL).terms(asked, 1000).keep == ((0, 10), (992, 1000))
+    assert resolver(ALL, decode_budget=128).resolve(asked, PROMPT).pinned_count(PROMPT) == 10
+    assert resolver(ALL).resolve(asked, 1000).pinned_ranges == ((0, 10), (992, 1000))
 
 
 # --- rules ---------------------------------------------------------------------------------------
@@ -104,24 +106,24 @@ def test_room_is_kept_for_what_has_left_the_window_by_the_first_decode_cut() -> 
 
 def test_unknown_settings_are_refused() -> None:
     assert "'kv_compression_bugdet' is not a setting" in refusal(
-        plans(ALL), {"kv_compression_bugdet": 1}
+        resolver(ALL), {"kv_compression_bugdet": 1}
     )
 
 
 @pytest.mark.parametrize("method", ["zip", "Cake", "", None, 3, ["cake"], "scatter"])
 def test_methods_that_may_not_be_asked_for(method: Any) -> None:
-    sentence = refusal(plans(ALL), {"kv_compression": method})
+    sentence = refusal(resolver(ALL), {"kv_compression": method})
     assert "snapkv" in sentence
     assert "none" in sentence
 
 
 def test_methods_are_those_of_the_list_and_the_servers_own() -> None:
-    server = plans({"method": ["h2o", "scatter"]})
+    server = resolver({"method": ["h2o", "scatter"]})
     assert "which allows cake, h2o, scatter" in refusal(server, {"kv_compression": "snapkv"})
-    assert server.terms({"kv_compression": "cake"}, PROMPT).planner is server.own
-    assert server.terms({"kv_compression": "scatter"}, PROMPT).planner.keeps_all
+    assert server.resolve({"kv_compression": "cake"}, PROMPT).planner is server.default_planner
+    assert server.resolve({"kv_compression": "scatter"}, PROMPT).planner.keeps_all
     with pytest.raises(ValueError, match='allow: unknown method "zip", known are'):
-        plans({"method": ["zip"]})
+        resolver({"method": ["zip"]})
 
 
 @pytest.mark.parametrize(
@@ -147,9 +149,9 @@ def test_methods_are_those_of_the_list_and_the_servers_own() -> None:
     ],
 )
 def test_budgets(allow: Any, own: float, budget: float, sentence: str | None) -> None:
-    server, asked = plans(allow, budget=own), {"kv_compression_budget": budget}
+    server, asked = resolver(allow, budget=own), {"kv_compression_budget": budget}
     if sentence is None:
-        assert server.terms(asked, PROMPT).planner.config.budget == budget
+        assert server.resolve(asked, PROMPT).planner.config.budget == budget
     else:
         assert sentence in refusal(server, asked)
 
@@ -157,13 +159,13 @@ def test_budgets(allow: Any, own: float, budget: float, sentence: str | None) ->
 @pytest.mark.parametrize("budget", [0, -1, 1.0, 1.5, 0.0, float("nan"), True, "256", None, [256]])
 def test_what_is_no_budget(budget: Any) -> None:
     assert "must be a whole number of tokens per layer" in refusal(
-        plans(ALL), {"kv_compression_budget": budget}
+        resolver(ALL), {"kv_compression_budget": budget}
     )
 
 
 def test_a_budget_of_nothing() -> None:
     asked = {"kv_compression": "none", "kv_compression_budget": 128}
-    assert "needs a kv_compression that compresses" in refusal(plans(ALL), asked)
+    assert "needs a kv_compression that compresses" in refusal(resolver(ALL), asked)
 
 
 @pytest.mark.parametrize(
@@ -186,19 +188,19 @@ def test_a_budget_of_nothing() -> None:
     ],
 )
 def test_parameters(value: Any, sentence: str) -> None:
-    assert sentence in refusal(plans(ALL), {"kv_compression_config": value})
+    assert sentence in refusal(resolver(ALL), {"kv_compression_config": value})
 
 
 def test_long_values_are_cut_short_in_messages() -> None:
     for asked in {"kv_compression": "x" * 9999}, {"kv_compression_keep": ["x" * 9999]}:
-        assert len(refusal(plans(ALL), asked)) < 400
+        assert len(refusal(resolver(ALL), asked)) < 400
 
 
 def test_a_method_that_evicts_token_by_token_needs_a_server_that_does() -> None:
-    server = plans(ALL, decode_budget=256)
+    server = resolver(ALL, decode_budget=256)
     asked = {"kv_compression_config": {"faithful": True}}
     assert refusal(server, asked)
-    assert plans(ALL).terms(asked, PROMPT).planner.token_by_token
+    assert resolver(ALL).resolve(asked, PROMPT).planner.token_by_token
 
 
 @pytest.mark.parametrize(
@@ -217,48 +219,48 @@ def test_a_method_that_evicts_token_by_token_needs_a_server_that_does() -> None:
     ],
 )  # fmt: skip
 def test_kept_ranges(keep: Any, allowed: Any, sentence: str | None) -> None:
-    server, asked = plans({"keep": allowed}), {"kv_compression_keep": keep}
+    server, asked = resolver({"keep": allowed}), {"kv_compression_keep": keep}
     if sentence is None:
-        assert server.terms(asked, PROMPT).keep_count(PROMPT) <= 224
+        assert server.resolve(asked, PROMPT).pinned_count(PROMPT) <= 224
     else:
         assert sentence in refusal(server, asked)
 
 
 def test_kept_ranges_must_fit_every_cut() -> None:
-    server = plans(ALL, decode_budget=128)
+    server = resolver(ALL, decode_budget=128)
     asked = {"kv_compression_keep": [0, 97]}
     assert "a budget of 128 tokens per layer has room for 96" in refusal(server, asked)
-    assert server.terms({**asked, "kv_compression_decode": 0}, PROMPT)
+    assert server.resolve({**asked, "kv_compression_decode": 0}, PROMPT)
     # What is never cut has room for everything.
-    assert server.terms({"kv_compression_keep": [0, 9], "kv_compression": "none"}, 9)
+    assert server.resolve({"kv_compression_keep": [0, 9], "kv_compression": "none"}, 9)
 
 
 @pytest.mark.parametrize("value", [2, -1, "true", None, 1.0, [1]])
 def test_decode_is_true_or_false(value: Any) -> None:
     assert "kv_compression_decode must be true or false" in refusal(
-        plans(ALL), {"kv_compression_decode": value}
+        resolver(ALL), {"kv_compression_decode": value}
     )
-    assert "may not be set to false" in refusal(plans(), {"kv_compression_decode": 0})
-    assert plans().terms({"kv_compression_decode": 1}, PROMPT).decode
+    assert "may not be set to false" in refusal(resolver(), {"kv_compression_decode": 0})
+    assert resolver().resolve({"kv_compression_decode": 1}, PROMPT).decode
 
 
 def test_windows_and_queries_that_any_request_can_have() -> None:
-    assert plans({}).most_window == 32
-    assert plans(ALL).most_window == plans(ALL).decode_queries == 128
-    assert plans({"params": {"window": {"max": 48}}}).most_window == 48
-    assert plans({"params": {"window": {"max": 8}}}).most_window == 32
+    assert resolver({}).largest_window == 32
+    assert resolver(ALL).largest_window == resolver(ALL).largest_decode_window == 128
+    assert resolver({"params": {"window": {"max": 48}}}).largest_window == 48
+    assert resolver({"params": {"window": {"max": 8}}}).largest_window == 32
 
 
 # --- rows of the runner's block table ------------------------------------------------------------
 
 
-def appended(course: Course | None, longest: int) -> int:
+def appended(schedule: CompressionSchedule | None, longest: int) -> int:
     """Blocks that are ever appended to a request's row on its way to a length."""
-    if course is None:
+    if schedule is None:
         return -(-longest // BLOCK)
-    number = course.count(longest)
-    homes = sum(course.home(n) for n in range(1, number + 1) if course.cut(n).moves)
-    return homes + sum(course.segment(n, longest) for n in range(number + 1))
+    number = schedule.count(longest)
+    homes = sum(schedule.survivor_blocks(n) for n in range(1, number + 1) if schedule.cut(n).moves)
+    return homes + sum(schedule.tail_blocks(n, longest) for n in range(number + 1))
 
 
 budgets = st.integers(40, 1500) | st.floats(0.001, 0.99)
@@ -309,11 +311,13 @@ def test_a_row_has_room_for_whatever_is_allowed(
 ) -> None:
     assume(prompt <= longest)
     try:
-        server = Plans(
-            KVCompressionConfig.parse(config), BLOCK, Limits(num_layers=4, one_step_tokens=512)
+        server = SettingsResolver(
+            KVCompressionConfig.parse(config),
+            BLOCK,
+            EngineLimits(num_layers=4, one_step_tokens=512),
         )
-        terms = server.terms(asked, prompt)
+        settings = server.resolve(asked, prompt)
     except ValueError:
         return
-    assert terms.planner.window <= server.most_window
-    assert appended(terms.course(prompt), longest) <= server.row_blocks(longest)
+    assert settings.planner.window <= server.largest_window
+    assert appended(settings.schedule(prompt), longest) <= server.row_blocks(longest)

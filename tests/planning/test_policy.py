@@ -15,30 +15,32 @@ from vllm_kvcompress.planning.request_policy import (
     LEAST_NUMBER,
     MOST_KERNEL,
     MOST_NUMBER,
-    Policy,
-    Range,
+    Bounds,
+    RequestPolicy,
 )
 
 
 def test_by_default_requests_choose_their_method_and_take_less() -> None:
-    policy = Policy.parse(None)
-    assert policy == Policy(methods=None, budget=True, params=False, keep=False, decode=False)
+    policy = RequestPolicy.parse(None)
+    assert policy == RequestPolicy(
+        methods=None, budget=True, params=False, keep=False, decode=False
+    )
     assert policy.allows_method("cake")
     assert policy.allows_method("none")
     assert not policy.allows_method("scatter")
-    assert Policy.parse({"method": True, "budget": True}) == policy
+    assert RequestPolicy.parse({"method": True, "budget": True}) == policy
 
 
 def test_what_is_not_named_may_not_be_set() -> None:
-    policy = Policy.parse({})
-    assert policy == Policy(methods=frozenset(), budget=False)
+    policy = RequestPolicy.parse({})
+    assert policy == RequestPolicy(methods=frozenset(), budget=False)
     assert not policy.allows_method("cake")
     assert policy.refusal_of_param("gamma", 1) == "may not be set by requests on this server"
     assert policy.most("window", 128) is None
 
 
 def test_a_list_of_methods_is_all_there_is() -> None:
-    policy = Policy.parse({"method": ["cake", "scatter"]})
+    policy = RequestPolicy.parse({"method": ["cake", "scatter"]})
     allowed = [name for name in ("cake", "scatter", "none", "snapkv") if policy.allows_method(name)]
     assert allowed == ["cake", "scatter"]
 
@@ -71,29 +73,29 @@ def test_a_list_of_methods_is_all_there_is() -> None:
 )
 def test_a_wrong_policy_is_refused_at_start(allow: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        Policy.parse(allow)
+        RequestPolicy.parse(allow)
     with pytest.raises(ValueError, match=f"^kv_compression: .*{re.escape(sentence)}"):
         KVCompressionConfig.parse({"method": "cake", "allow": allow})
 
 
 def test_a_share_and_a_number_of_tokens_may_bound_a_budget_together() -> None:
-    assert Policy.parse({"budget": {"min": 128, "max": 0.5}}).budget == Range(128, 0.5)
+    assert RequestPolicy.parse({"budget": {"min": 128, "max": 0.5}}).budget == Bounds(128, 0.5)
 
 
 @given(st.floats() | st.integers(), st.integers(-9, 9), st.integers(-9, 9))
 def test_a_range_holds_what_lies_between(value: float, low: int, high: int) -> None:
-    assert (value in Range(low, high)) == (low <= value <= high)
-    assert (value in Range(low)) == (value >= low)
-    assert (value in Range(high=high)) == (value <= high)
-    assert str(Range(low, high)) == f"{low} to {high}"
+    assert (value in Bounds(low, high)) == (low <= value <= high)
+    assert (value in Bounds(low)) == (value >= low)
+    assert (value in Bounds(high=high)) == (value <= high)
+    assert str(Bounds(low, high)) == f"{low} to {high}"
 
 
 @pytest.mark.parametrize("value", [True, "1", None, [1], {"a": 1}])
 def test_only_numbers_lie_in_a_range(value: object) -> None:
-    assert value not in Range(0, 2)
+    assert value not in Bounds(0, 2)
 
 
-RULES = Policy.parse(
+RULES = RequestPolicy.parse(
     {"params": {"gamma": {"max": 10}, "pooling": ["avg", "max"], "tau1": True, "tau2": False,
                 "scorer": True, "kernel": [3, 5]}}
 )  # fmt: skip
@@ -130,22 +132,22 @@ def test_parameters_follow_their_rules(name: str, value: object, refusal: str | 
      LEAST_NUMBER / 2, [1e300], [[1]], [{}]],
 )  # fmt: skip
 def test_parameters_that_may_be_anything_may_not_be_beyond_what_tensors_take(value: object) -> None:
-    policy = Policy.parse({"params": True})
+    policy = RequestPolicy.parse({"params": True})
     for name in "gamma", "kernel", "anything":
         assert policy.refusal_of_param(name, value) is not None
         assert policy.refusal_of_param("scorer", {"method": "cake", name: value}) is not None
     # Bounds of the policy's own are the operator's business.
-    own = Policy.parse({"params": {"gamma": {"max": 1e300}}})
+    own = RequestPolicy.parse({"params": {"gamma": {"max": 1e300}}})
     assert own.refusal_of_param("gamma", 1e299) is None
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 1, -1, LEAST_NUMBER, MOST_NUMBER, True, None, "avg"])
 def test_other_values_are_the_methods_to_judge(value: object) -> None:
-    assert Policy.parse({"params": True}).refusal_of_param("gamma", value) is None
+    assert RequestPolicy.parse({"params": True}).refusal_of_param("gamma", value) is None
 
 
 def test_pooling_widths_are_bounded() -> None:
-    policy = Policy.parse({"params": True})
+    policy = RequestPolicy.parse({"params": True})
     assert policy.refusal_of_param("kernel", MOST_KERNEL) is None
     assert (
         policy.refusal_of_param("kernel", MOST_KERNEL + 2) == "must be at most 129 on this server"
@@ -153,7 +155,7 @@ def test_pooling_widths_are_bounded() -> None:
 
 
 def test_the_most_that_a_parameter_can_be() -> None:
-    policy = Policy.parse(
+    policy = RequestPolicy.parse(
         {
             "params": {
                 "window": {"max": 64},
@@ -168,4 +170,4 @@ def test_the_most_that_a_parameter_can_be() -> None:
     assert policy.most("kernel", 128) == 9
     assert policy.most("reduce", 128) is None
     assert policy.most("tau1", 128) is None
-    assert Policy.parse({"params": True}).most("window", 128) == 128
+    assert RequestPolicy.parse({"params": True}).most("window", 128) == 128

@@ -34,9 +34,9 @@ from vllm_kvcompress.engine.model_layers import layers_of, pool_for_arena
 from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaAsyncScheduler, ArenaScheduler
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
-from vllm_kvcompress.engine.settings import plans_of
+from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.step.block_ledger import Ledger
-from vllm_kvcompress.eviction.request import Entry
+from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.planning.request_settings import DECODE_KEY
 
@@ -109,7 +109,7 @@ def pool_of(config: VllmConfig, blocks: int) -> KVCacheConfig:
     beside = SlidingWindowSpec(**shape, dtype=torch.bfloat16, sliding_window=SLIDING)
     count = config.model_config.get_num_layers(config.parallel_config)
     layers = layers_of(config)
-    kinds = config.model_config.hf_text_config.layer_types if layers.side_groups else [""] * count
+    kinds = config.model_config.hf_text_config.layer_types if layers.window_groups else [""] * count
     specs: dict[str, KVCacheSpec] = {
         f"layer{i}": beside if kind == "sliding_attention" else spec for i, kind in enumerate(kinds)
     }
@@ -167,9 +167,9 @@ class Engine:
         self.scheduler = cls(config, pool, StructuredOutputManager(config), block_size=SIZE)
         self.depth = 2 if cls is ArenaAsyncScheduler else 1
         self.arena = self.scheduler._arena
-        self.planner = self.scheduler._plans.own
+        self.planner = self.scheduler._resolver.default_planner
         # The worker's own, made from the same configuration.
-        self.ledger = Ledger(plans_of(config, SIZE), self.scheduler._group)
+        self.ledger = Ledger(resolver_of(config, SIZE), self.scheduler._group)
         self.config = config
         self.in_flight: deque[InFlight] = deque()
         self.answers: dict[str, int] = {}
@@ -180,7 +180,7 @@ class Engine:
         # By request, the tokens of each of its steps.
         self.chunks: dict[str, list[tuple[int, int]]] = {}
         self._hasher = get_request_block_hasher(SIZE, sha256)
-        self._row = self.scheduler._plans.row_blocks(config.model_config.max_model_len)
+        self._row = self.scheduler._resolver.row_blocks(config.model_config.max_model_len)
         self._watch_promises()
 
     def _watch_promises(self) -> None:
@@ -190,8 +190,10 @@ class Engine:
         def allocate_slots(request: Request, *args: Any, **kwargs: Any) -> Any:
             blocks = original(request, *args, **kwargs)
             # A request that was admitted must get what it was admitted with.
-            state = self.arena.promises.get(request.request_id)
-            assert blocks is not None or state is None or not state.until, request.request_id
+            state = self.arena.reservations.get(request.request_id)
+            assert blocks is not None or state is None or not state.reserved_until, (
+                request.request_id
+            )
             return blocks
 
         manager.allocate_slots = allocate_slots
@@ -297,7 +299,7 @@ class Engine:
     def used(self, name: str) -> frozenset[int]:
         """Blocks that the worker reads and writes in the request's current step."""
         entry = self.ledger[name]
-        return frozenset(entry.private_blocks() if entry.cuts else entry.blocks)
+        return frozenset(entry.private_blocks() if entry.cuts_made else entry.blocks)
 
     def check(self) -> None:
         """Verify the books, and that the worker's blocks are those that the scheduler holds."""
@@ -313,18 +315,18 @@ class Engine:
                     held = {block.block_id for block in self.arena.req_to_blocks[name]}
                     assert using <= held, f"{name} lost blocks that a step in flight uses"
 
-    def _compare(self, name: str, entry: Entry) -> None:
-        state = self.arena.promises[name]
-        assert (entry.front, entry.cached) == (state.front, state.cached)
+    def _compare(self, name: str, entry: WorkerRequest) -> None:
+        state = self.arena.reservations[name]
+        assert (entry.prefill_blocks, entry.cached) == (state.prefill_blocks, state.cached)
         assert len(entry.blocks) <= self._row
         blocks = [block.block_id for block in self.arena.req_to_blocks[name]]
-        assert state.released <= entry.cuts
-        for number in range(state.released, entry.cuts):
+        assert state.released <= entry.cuts_made
+        for number in range(state.released, entry.cuts_made):
             # What goes back once the scheduler has processed the cut.
-            assert entry.course is not None
-            part = entry.course.superfluous(number, entry.front)
+            assert entry.schedule is not None
+            part = entry.schedule.releasable(number, entry.prefill_blocks)
             del blocks[part.start : part.stop]
-        assert blocks == (entry.private_blocks() if entry.cuts else entry.blocks), name
+        assert blocks == (entry.private_blocks() if entry.cuts_made else entry.blocks), name
 
     def leave_free(self, blocks: int) -> None:
         """Take blocks out of the pool, so that it is as small as a test wants it."""

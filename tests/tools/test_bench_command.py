@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_kvcompress.planning.config import KVCompressionConfig
-from vllm_kvcompress.planning.layer_groups import Layers
+from vllm_kvcompress.planning.layer_groups import LayerGroups
 from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.bench import apart, bounds
 from vllm_kvcompress.tools.bench import command as bench
@@ -37,7 +37,7 @@ FACTS = ModelFacts(
     name="m",
     architecture="LlamaForCausalLM",
     layers=3,
-    groups=Layers(3),
+    groups=LayerGroups(3),
     compressed=(),
     heads=4,
     kv_heads=2,
@@ -111,7 +111,7 @@ def test_pools_hold_what_their_names_say() -> None:
     assert figures[1].requests >= 10 + 1
     assert bound.blocks == 3 * whole + 2
     # In a hybrid, sliding windows take blocks of the same pool.
-    hybrid = ModelFacts(**{**vars(FACTS), "layers": 6, "groups": Layers(3, 1, 1, 512)})
+    hybrid = ModelFacts(**{**vars(FACTS), "layers": 6, "groups": LayerGroups(3, 1, 1, 512)})
     assert job(facts=hybrid).setups()[1].blocks > bound.blocks
 
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.e2e.harness import MODELS, SMALL
 from tests.support.inspections import inspection
-from vllm_kvcompress.planning.layer_groups import Layers
+from vllm_kvcompress.planning.layer_groups import LayerGroups
 from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.cli import build_parser, main
 from vllm_kvcompress.tools.inspection.chart import chart
@@ -105,7 +105,7 @@ FACTS = ModelFacts(
     name="m",
     architecture="LlamaForCausalLM",
     layers=3,
-    groups=Layers(3),
+    groups=LayerGroups(3),
     compressed=(),
     heads=4,
     kv_heads=2,
@@ -148,7 +148,7 @@ def test_engine_gets_what_the_prompt_needs(words: list[str]) -> None:
 
 def test_a_hybrids_cache_has_room_for_its_windows(words: list[str]) -> None:
     job = make_job(parsed(words, "--budget", "128"))
-    hybrid = replace(FACTS, layers=9, groups=Layers(3, 1, 2, 64), compressed=(2, 5, 8))
+    hybrid = replace(FACTS, layers=9, groups=LayerGroups(3, 1, 2, 64), compressed=(2, 5, 8))
     # Of both groups of windows what they would hold without any; a block is as large as before.
     page = 2 * 2 * job.block_size * FACTS.layers * FACTS.kv_heads * FACTS.head_size
     more = cache_bytes(job, hybrid, 301) - cache_bytes(job, FACTS, 301)

@@ -32,7 +32,7 @@ class Parsed(HTMLParser):
         given = dict(attrs)
         self.elements.add(tag)
         self.loads += [(n, v) for n, v in attrs if n in ("src", "href", "srcset", "action", "data")]
-        if given.get("http-equiv") == "Content-Security-Policy":
+        if given.get("http-equiv") == "Content-Security-RequestPolicy":
             self.policy = given["content"] or ""
         if tag not in ("meta", "input"):
             self._open.append((tag, given))

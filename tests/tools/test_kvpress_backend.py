@@ -253,8 +253,8 @@ def test_an_answer_ends_where_nothing_can_change_it(folder: Path) -> None:
     first, second, *_ = whole.text.split()
     stopped = answers(ours, [case(9, 150, stop=(second,))])[9, "full"]
     assert (stopped.text, stopped.tokens) == (f"{first} ", 2)
-    settled = answers(ours, [case(9, 150, references=(second,))])[9, "full"]
-    assert (settled.text, settled.tokens) == (f"{first} {second}", 2)
+    to_numbers = answers(ours, [case(9, 150, references=(second,))])[9, "full"]
+    assert (to_numbers.text, to_numbers.tokens) == (f"{first} {second}", 2)
 
 
 def test_a_window_that_does_not_fit_the_budget_is_refused(folder: Path) -> None:

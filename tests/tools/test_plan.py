@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tests.e2e.harness import MODELS, SMALL
-from vllm_kvcompress.planning.block_planner import Limits, Planner
+from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits
 from vllm_kvcompress.planning.config import KVCompressionConfig
-from vllm_kvcompress.planning.layer_groups import Layers
+from vllm_kvcompress.planning.layer_groups import LayerGroups
 from vllm_kvcompress.tools.cli import build_parser, main
 from vllm_kvcompress.tools.plan.command import make_report
 from vllm_kvcompress.tools.plan.figures import (
@@ -199,7 +199,7 @@ def test_steps_are_longer_on_a_large_gpu(tmp_path: Path) -> None:
     blocks=st.integers(1, 400),
     lag=st.sampled_from([0, 1]),
     one_step=st.sampled_from([64, 1000]),
-    layers=st.sampled_from([Layers(6), Layers(6, 1, 2, 24)]),
+    layers=st.sampled_from([LayerGroups(6), LayerGroups(6, 1, 2, 24)]),
 )
 def test_planned_figures_hang_together(
     size: int,
@@ -209,11 +209,13 @@ def test_planned_figures_hang_together(
     blocks: int,
     lag: int,
     one_step: int,
-    layers: Layers,
+    layers: LayerGroups,
 ) -> None:
     budget = max(int(share * context), 8 + size)
     config = KVCompressionConfig.parse({"method": "cake", "budget": budget, "window": 8})
-    planner = Planner(config, size, Limits(6, one_step, lag, alone=not layers.side_groups))
+    planner = BlockPlanner(
+        config, size, EngineLimits(6, one_step, lag, alone=not layers.window_groups)
+    )
     windows = Windows(layers, size, (1 + lag) * one_step, lag)
     work = Workload(context, output, longest=800)
     unit = block_bytes(6, 2, 8, size, 2)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.tools.test_plan import folder, plan
-from vllm_kvcompress.planning.layer_groups import Layers
+from vllm_kvcompress.planning.layer_groups import LayerGroups
 from vllm_kvcompress.tools.cli import main
 
 GEMMA: dict[str, Any] = {
@@ -54,7 +54,7 @@ def test_a_block_has_as_many_pages_as_the_largest_group(tmp_path: Path) -> None:
     types = ["sliding_attention"] * 4 + ["full_attention"] * 3
     model = folder(tmp_path, **GEMMA | {"num_hidden_layers": 7, "layer_types": types})
     report = plan(model, "--budget", "64")
-    assert report.model.groups == Layers(3, 1, 1, 40)
+    assert report.model.groups == LayerGroups(3, 1, 1, 40)
     assert report.model.compressed == (4, 5, 6)
     assert report.plain.blocks == (1 << 20) // (4 * PAGE)
 

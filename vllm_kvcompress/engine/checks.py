@@ -177,7 +177,7 @@ def _layer_rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             drop,
         ),
         (
-            bool(layers.side_groups)
+            bool(layers.window_groups)
             and bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
             "a model with sliding-window layers but no hybrid KV cache manager is not",
             "drop --disable-hybrid-kv-cache-manager",

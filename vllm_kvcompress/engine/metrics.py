@@ -42,7 +42,7 @@ SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 """Upper ends of the histograms' buckets."""
 
 
-def put_books(stats: SchedulerStats, books: Mapping[str, int], report: Report) -> None:
+def attach_stats(stats: SchedulerStats, books: Mapping[str, int], report: Report) -> None:
     """Let the scheduler's books and a worker's report travel with its stats. Mutates stats."""
     entries = dict(books)
     entries |= {f"report:{name}": count for name, count in report.counts.items()}
@@ -50,7 +50,7 @@ def put_books(stats: SchedulerStats, books: Mapping[str, int], report: Report) -
     stats.num_kv_fetch_reqs_by_stage.update({_PREFIX + k: v for k, v in entries.items()})
 
 
-def books_of(stats: SchedulerStats) -> dict[str, int]:
+def stats_of(stats: SchedulerStats) -> dict[str, int]:
     """Return what came with a scheduler's stats; empty if there is nothing."""
     entries = stats.num_kv_fetch_reqs_by_stage.items()
     return {k.removeprefix(_PREFIX): v for k, v in entries if k.startswith(_PREFIX)}
@@ -114,7 +114,7 @@ class CompressionMetrics:
         """Take in one engine's books. Mutates the metrics.
 
         Args:
-            books: As from :func:`books_of`.
+            books: As from :func:`stats_of`.
             engine: Its index.
 
         """
@@ -171,7 +171,7 @@ def _gauge(name: str, text: str, labels: list[str]) -> Gauge:
     return Gauge(_NAME + name, text, labels, multiprocess_mode="mostrecent")
 
 
-def export_books() -> None:
+def register_metrics() -> None:
     """Show the books of engines with compression on where vLLM shows its metrics; idempotent."""
     if getattr(PrometheusStatLogger, _MARK, False):
         return
@@ -187,7 +187,7 @@ def export_books() -> None:
     @functools.wraps(record)
     def recording(self: Any, scheduler_stats: Any, *args: Any, **kwargs: Any) -> Any:
         ours = getattr(self, _OURS, None)
-        books = books_of(scheduler_stats) if ours is not None and scheduler_stats else None
+        books = stats_of(scheduler_stats) if ours is not None and scheduler_stats else None
         if ours is not None and books:
             ours.observe(books, kwargs.get("engine_idx", 0))
         return record(self, scheduler_stats, *args, **kwargs)

@@ -5,12 +5,12 @@ Read from the config alone; the worker holds it against vLLM's real groups once 
 
 from vllm.config import VllmConfig
 
-from vllm_kvcompress.planning.layer_groups import Layers, group_layers
+from vllm_kvcompress.planning.layer_groups import LayerGroups, group_layers
 
-__all__ = ["Layers", "layers_of", "pool_for_arena"]
+__all__ = ["LayerGroups", "layers_of", "pool_for_arena"]
 
 
-def layers_of(vllm_config: VllmConfig) -> Layers:
+def layers_of(vllm_config: VllmConfig) -> LayerGroups:
     """Return what the model's config says of its layers.
 
     Args:
@@ -36,4 +36,4 @@ def pool_for_arena(vllm_config: VllmConfig, blocks: int, block_size: int) -> int
     """
     most = vllm_config.model_config.max_model_len
     in_flight = vllm_config.max_in_flight_tokens
-    return blocks - layers_of(vllm_config).side_blocks(block_size, most, in_flight)
+    return blocks - layers_of(vllm_config).window_group_blocks(block_size, most, in_flight)

@@ -77,13 +77,13 @@ def switch_on(vllm_config: Any) -> None:
     """
     # Imported here: a vLLM without some hook must still serve those who did not ask.
     from vllm_kvcompress.engine.checks import WORKERS, check_config
-    from vllm_kvcompress.engine.metrics import export_books
+    from vllm_kvcompress.engine.metrics import register_metrics
     from vllm_kvcompress.engine.requests import guard_requests
-    from vllm_kvcompress.engine.settings import plans_of
+    from vllm_kvcompress.engine.settings import resolver_of
 
     check_config(vllm_config)
     if vllm_config.cache_config.block_size:
-        plans_of(vllm_config, vllm_config.cache_config.block_size)
+        resolver_of(vllm_config, vllm_config.cache_config.block_size)
     vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]
     asynchronous = vllm_config.scheduler_config.async_scheduling
     vllm_config.scheduler_config.scheduler_cls = (
@@ -91,7 +91,7 @@ def switch_on(vllm_config: Any) -> None:
         + ("ArenaAsyncScheduler" if asynchronous else "ArenaScheduler")
     )
     guard_requests()
-    export_books()
+    register_metrics()
 
 
 def _wrap_add_cli_args(engine_args: Any) -> None:

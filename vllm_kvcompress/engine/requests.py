@@ -7,8 +7,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvcompress.engine.model_layers import pool_for_arena
-from vllm_kvcompress.engine.settings import compression_of, plans_of
-from vllm_kvcompress.planning.request_settings import Plans
+from vllm_kvcompress.engine.settings import compression_of, resolver_of
+from vllm_kvcompress.planning.request_settings import SettingsResolver
 
 _MARK = "_kv_compression_wrapped"
 _PLANS = "_kv_compression_plans"
@@ -55,14 +55,14 @@ def check_request(request: Any, processor: Any) -> None:
     ids = request.prompt_token_ids
     prompt_len = len(ids) if ids is not None else len(request.prompt_embeds)
     try:
-        terms = _plans(processor).terms(getattr(params, "extra_args", None), prompt_len)
+        settings = _resolver(processor).resolve(getattr(params, "extra_args", None), prompt_len)
     except ValueError as error:
         raise VLLMValidationError(_printable(error)) from None
     if not blocks or params is None or params.max_tokens is None:
         return
     # With data parallelism the number is that of all engines; each has its own pool.
     pool = int(blocks) // config.parallel_config.data_parallel_size - 1
-    planner, decode = terms.planner, terms.decode
+    planner, decode = settings.planner, settings.decode
     pool = pool_for_arena(config, pool, planner.block_size)
     if planner.peak_blocks(prompt_len, prompt_len + params.max_tokens, decode) <= pool:
         return
@@ -84,10 +84,10 @@ def _printable(error: ValueError) -> str:
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
-def _plans(processor: Any) -> Plans:
-    plans: Plans | None = getattr(processor, _PLANS, None)
-    if plans is None:
+def _resolver(processor: Any) -> SettingsResolver:
+    resolver: SettingsResolver | None = getattr(processor, _PLANS, None)
+    if resolver is None:
         config = processor.vllm_config
-        plans = plans_of(config, config.cache_config.block_size)
-        setattr(processor, _PLANS, plans)
-    return plans
+        resolver = resolver_of(config, config.cache_config.block_size)
+        setattr(processor, _PLANS, resolver)
+    return resolver

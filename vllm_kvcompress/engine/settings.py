@@ -6,9 +6,9 @@ from functools import lru_cache
 from vllm.config import VllmConfig
 
 from vllm_kvcompress.engine.model_layers import layers_of
-from vllm_kvcompress.planning.block_planner import Limits
+from vllm_kvcompress.planning.block_planner import EngineLimits
 from vllm_kvcompress.planning.config import CONFIG_KEY, KVCompressionConfig
-from vllm_kvcompress.planning.request_settings import Plans
+from vllm_kvcompress.planning.request_settings import SettingsResolver
 
 
 def compression_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None:
@@ -24,7 +24,7 @@ def compression_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None
     return KVCompressionConfig.parse(extra[CONFIG_KEY])
 
 
-def plans_of(vllm_config: VllmConfig, block_size: int) -> Plans:
+def resolver_of(vllm_config: VllmConfig, block_size: int) -> SettingsResolver:
     """Make the plans that all processes of an engine share.
 
     Args:
@@ -38,9 +38,9 @@ def plans_of(vllm_config: VllmConfig, block_size: int) -> Plans:
     """
     config = compression_of(vllm_config)
     if config is None:
-        raise ValueError("plans_of needs a configuration with compression on")
+        raise ValueError("resolver_of needs a configuration with compression on")
     scheduler, layers = vllm_config.scheduler_config, layers_of(vllm_config)
-    if layers.side_groups and config.prefill == "cascade":
+    if layers.window_groups and config.prefill == "cascade":
         raise ValueError(
             "kv_compression: prefill cascade is not supported for models with sliding-window "
             "layers, which need blocks for the whole prompt in that step; set prefill to auto"
@@ -50,16 +50,16 @@ def plans_of(vllm_config: VllmConfig, block_size: int) -> Plans:
         scheduler.max_num_scheduled_tokens,
         scheduler.long_prefill_token_threshold,
     ]
-    limits = Limits(
+    limits = EngineLimits(
         num_layers=layers.compressed,
         one_step_tokens=min(int(tokens) for tokens in one_step if tokens),
         lag=int(bool(scheduler.async_scheduling)),
-        alone=not layers.side_groups,
+        alone=not layers.window_groups,
     )
-    return _plans(json.dumps(config.as_dict(), sort_keys=True), block_size, limits)
+    return _resolver(json.dumps(config.as_dict(), sort_keys=True), block_size, limits)
 
 
 @lru_cache(maxsize=16)
-def _plans(settings: str, block_size: int, limits: Limits) -> Plans:
+def _resolver(settings: str, block_size: int, limits: EngineLimits) -> SettingsResolver:
     # vLLM asks for sizes many times, and what a planner has worked out it remembers.
-    return Plans(KVCompressionConfig.parse(json.loads(settings)), block_size, limits)
+    return SettingsResolver(KVCompressionConfig.parse(json.loads(settings)), block_size, limits)

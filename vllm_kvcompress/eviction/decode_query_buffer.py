@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcompress_kernels.transfer import upload
 
 
-class QueryRing:
+class DecodeQueryBuffer:
     """The last ``window`` queries before the next cut, of every request that has one coming.
 
     Args:

@@ -116,24 +116,24 @@ def _webster(weights: Floats, caps: Ints, floors: Ints, seats: int) -> Ints:
 def _hand_out(result: Ints, mantissa: Floats, exponent: Ints, caps: Ints, left: int) -> None:
     """Give the last ``left`` seats singly, in exact order of priority; changes ``result``."""
 
-    def entry(layer: int) -> tuple[int, float, int]:
+    def request(layer: int) -> tuple[int, float, int]:
         # (binary exponent, mantissa) orders the quotients without overflow, and in the same way
         # whatever power of two the weights were scaled by.
         fraction, power = math.frexp(float(mantissa[layer]) / (float(result[layer]) + 0.5))
         return -(power + int(exponent[layer])), -fraction, layer
 
-    queue = [entry(layer) for layer in range(len(result)) if result[layer] < caps[layer]]
+    queue = [request(layer) for layer in range(len(result)) if result[layer] < caps[layer]]
     heapq.heapify(queue)
     for _ in range(left):
         layer = queue[0][2]
         result[layer] += 1
         if result[layer] < caps[layer]:
-            heapq.heapreplace(queue, entry(layer))
+            heapq.heapreplace(queue, request(layer))
         else:
             heapq.heappop(queue)
 
 
-class Cascade:
+class BudgetDivision:
     """The division of one request's pool while its layers are seen one after another.
 
     ``add`` takes the scores of the next layer; at the method's cuts (its ``schedule``, and always
@@ -173,9 +173,9 @@ class Cascade:
         return self._held.copy()
 
     @property
-    def steady(self) -> bool:
+    def ratios_are_fixed(self) -> bool:
         """Whether cuts between layers make no difference to where the last one ends."""
-        return self._method.steady
+        return self._method.ratios_are_fixed
 
     def see(self, layers: Sequence[LayerScores]) -> None:
         """Take several layers' scores without a cut. Mutates the cascade."""
@@ -227,7 +227,7 @@ def token_budgets(
         raise ValueError(f"expected 1 to {num_layers} layers, got {len(layers)}")
     history = layers[0].tokens.shape[-1]
     own = max(method.cap(history, base), base)
-    cascade = Cascade(
+    cascade = BudgetDivision(
         method,
         pool=base * num_layers,
         cap=min(history, own),
@@ -245,8 +245,8 @@ def page_cascade(
     pages_per_layer: int,
     block_size: int,
     lengths: int | Sequence[int],
-    keep: int = 0,
-) -> tuple[Cascade, int]:
+    pinned: int = 0,
+) -> tuple[BudgetDivision, int]:
     """The division of an arena's whole pages, window pages apart.
 
     ``num_layers``: L. ``pages_per_layer``: R, so the arena has R * L pages and a layer's average
@@ -284,11 +284,11 @@ def page_cascade(
     if caps.sum() < pool:  # layers that hold little cannot make up for those that may not
         caps = full
     least = method.floor(min(history), base)
-    if keep:
+    if pinned:
         # Where the pool is too small for all floors none of them would hold, so let them fit.
-        least = max(min(least, base), keep)
+        least = max(min(least, base), pinned)
     wanted = -(-(method.window + least) // block_size)
-    cascade = Cascade(
+    cascade = BudgetDivision(
         method,
         pool=pool,
         cap=caps.tolist(),
@@ -306,7 +306,7 @@ def page_budgets(
     pages_per_layer: int,
     block_size: int,
     lengths: int | Sequence[int],
-    keep: int = 0,
+    pinned: int = 0,
 ) -> Ints:
     """Whole pages every layer keeps, the protected window included.
 
@@ -323,13 +323,13 @@ def page_budgets(
         pages_per_layer=pages_per_layer,
         block_size=block_size,
         lengths=lengths,
-        keep=keep,
+        pinned=pinned,
     )
     return _run(cascade, layers) + reserved
 
 
-def _run(cascade: Cascade, layers: Sequence[LayerScores]) -> Ints:
-    if cascade.steady:
+def _run(cascade: BudgetDivision, layers: Sequence[LayerScores]) -> Ints:
+    if cascade.ratios_are_fixed:
         cascade.see(layers)
         cascade.cut()
         return cascade.held

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.eviction.layer_budgets import page_budgets, page_cascade
-from vllm_kvcompress.eviction.pinned_tokens import first_choice
+from vllm_kvcompress.eviction.pinned_tokens import rank_first
 from vllm_kvcompress.eviction.selection import by_worth, with_window
-from vllm_kvcompress.methods import LayerScores, Method, settled
+from vllm_kvcompress.methods import LayerScores, Method, to_numbers
 from vllm_kvcompress.paging.arena import ArenaPlan, IntArray, PageGeometry
 
 
@@ -36,20 +36,20 @@ class Placement:
     pages: IntArray
 
 
-class LayerCascade:
+class LayerwiseEviction:
     """One prompt's division while its layers run one after another.
 
     Args:
-        method: Scores and weighs layers; ``nested``.
+        method: Scores and weighs layers; ``budgets_are_nested``.
         geometry: The pool's shape.
         plan: What the request holds in the end.
         cached: Leading blocks whose pages hold the prompt's first tokens already.
         workspace: Blocks whose pages the layers between two cuts share.
         arena: The ``plan.arena_blocks`` blocks that take the survivors.
-        layers_at_once: Most layers between two cuts.
-        keep: Tokens that stay in every layer and head, int64 [K], ascending; those in the window
+        layers_per_division: Most layers between two cuts.
+        pinned: Tokens that stay in every layer and head, int64 [K], ascending; those in the window
             do so anyway.
-        keep_count: Tokens outside of the window that every layer must have room for.
+        pinned_count: Tokens outside of the window that every layer must have room for.
 
     Attributes:
         sources: Per layer the flat ids of the pages where its tokens are while it runs, int64 [n].
@@ -70,9 +70,9 @@ class LayerCascade:
         cached: Sequence[int],
         workspace: Sequence[int],
         arena: Sequence[int],
-        layers_at_once: int,
-        keep: Tensor | None = None,
-        keep_count: int = 0,
+        layers_per_division: int,
+        pinned: Tensor | None = None,
+        pinned_count: int = 0,
     ) -> None:
         self.plan = plan
         self.tables: list[IntArray] = []
@@ -87,27 +87,27 @@ class LayerCascade:
             pages_per_layer=plan.arena_blocks,
             block_size=plan.block_size,
             lengths=plan.prompt_len,
-            keep=keep_count,
+            pinned=pinned_count,
         )
-        self._keep, self._keep_count = keep, keep_count
-        self.sources = self._lay_out(geometry, cached, workspace, layers_at_once)
+        self._pinned, self._pinned_count = pinned, pinned_count
+        self.sources = self._lay_out(geometry, cached, workspace, layers_per_division)
 
     def _lay_out(
         self,
         geometry: PageGeometry,
         cached: Sequence[int],
         workspace: Sequence[int],
-        layers_at_once: int,
+        layers_per_division: int,
     ) -> list[IntArray]:
         own = self.plan.prompt_blocks - len(cached)
         spare = geometry.all_pages(workspace).T.reshape(-1)
-        if own * layers_at_once > len(spare):
+        if own * layers_per_division > len(spare):
             raise ValueError(
-                f"{len(workspace)} blocks have too few pages for {layers_at_once} x {own}"
+                f"{len(workspace)} blocks have too few pages for {layers_per_division} x {own}"
             )
         sources = []
         for layer in range(geometry.num_layers):
-            turn = layer % layers_at_once * own
+            turn = layer % layers_per_division * own
             pages = (geometry.pages(layer, cached), spare[turn : turn + own])
             sources.append(np.concatenate(pages))
         return sources
@@ -130,10 +130,10 @@ class LayerCascade:
         """
         self._waiting.append(scores)
         seen = len(self.tables) + len(self._waiting)
-        if self._method.local:
+        if self._method.budgets_ignore_scores:
             counts = self._local_counts(seen)
         else:
-            scores = settled([scores])[0]
+            scores = to_numbers([scores])[0]
             found = self._cascade.add(scores)
             if found is None:
                 return []
@@ -173,14 +173,14 @@ class LayerCascade:
             pages_per_layer=self.plan.arena_blocks,
             block_size=self.plan.block_size,
             lengths=self.plan.prompt_len,
-            keep=self._keep_count,
+            pinned=self._pinned_count,
         )[:seen]
 
     def _choose(self, scores: LayerScores, pages: int) -> Tensor:
         history = pages * self.plan.block_size - self._method.window
-        if self._keep is not None:
-            places = self._keep.expand(len(scores.tokens), -1)
-            scores = replace(scores, tokens=first_choice(scores.tokens, places))
+        if self._pinned is not None:
+            places = self._pinned.expand(len(scores.tokens), -1)
+            scores = replace(scores, tokens=rank_first(scores.tokens, places))
         chosen = self._method.select_layers([scores], [history])[0]
         ordered = by_worth(chosen, scores.tokens)
         return with_window(ordered, self.plan.prompt_len, self._method.window)

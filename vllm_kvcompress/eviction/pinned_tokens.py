@@ -14,7 +14,7 @@ from vllm_kvcompress.planning.pinned_ranges import Ranges, count_before, ids_bet
 
 
 @dataclass
-class Keepsakes:
+class PinnedTokens:
     """Where a request's kept tokens lie in the storage of its layers.
 
     Attributes:
@@ -70,7 +70,7 @@ class Keepsakes:
         self.since = position
 
 
-def first_choice(worth: Tensor, places: Tensor) -> Tensor:
+def rank_first(worth: Tensor, places: Tensor) -> Tensor:
     """Return scores under which some tokens are chosen before all others.
 
     Args:

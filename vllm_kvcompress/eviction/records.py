@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from vllm_kvcompress.methods import LayerScores, Method, settled
+from vllm_kvcompress.methods import LayerScores, Method, to_numbers
 from vllm_kvcompress.paging.arena import IntArray
 
 
@@ -66,7 +66,7 @@ def make_record(
         capacity: Tokens that an average layer keeps, window included.
 
     """
-    found = settled(scores)
+    found = to_numbers(scores)
     weights = np.asarray(
         method.weights(found, base=capacity - method.window, num_layers=len(found)), np.float64
     )

@@ -9,12 +9,12 @@ from torch import Tensor
 from kvcompress_kernels.scoring import WindowStatistics
 from vllm_kvcompress.methods import LayerInput, LayerScores, Method, Need
 from vllm_kvcompress.paging.arena import IntArray
-from vllm_kvcompress.paging.attention_layer import LayerFacts
+from vllm_kvcompress.paging.attention_layer import AttentionParams
 from vllm_kvcompress.paging.page_codec import PageCodec
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldTokens:
     """What a request's layers hold when they are scored.
 
     Attributes:
@@ -31,7 +31,7 @@ class Held:
     windows: Tensor | None
 
 
-class Scorer:
+class LayerScorer:
     """Puts a layer's facts before the engine's method.
 
     Args:
@@ -41,28 +41,28 @@ class Scorer:
 
     """
 
-    def __init__(self, method: Method, codec: PageCodec, layers: Sequence[LayerFacts]) -> None:
+    def __init__(self, method: Method, codec: PageCodec, layers: Sequence[AttentionParams]) -> None:
         self._method = method
         self._codec = codec
         self._layers = layers
         self.needs_queries = Need.WINDOW_QUERIES in method.needs
 
-    def score_all(self, held: Held) -> list[LayerScores]:
+    def score_all(self, held: HeldTokens) -> list[LayerScores]:
         """Score every layer from its pages."""
         num_layers = len(self._layers)
         step = 1
         if held.windows is not None:
-            step = self._codec.layers_at_once(max(held.lengths), held.windows.shape[2])
+            step = self._codec.layers_per_launch(max(held.lengths), held.windows.shape[2])
         scores: list[LayerScores] = []
         for first in range(0, num_layers, step):
             scores += self.score_some(held, range(first, min(first + step, num_layers)))
         return scores
 
-    def score_some(self, held: Held, layers: range) -> list[LayerScores]:
+    def score_some(self, held: HeldTokens, layers: range) -> list[LayerScores]:
         """Score neighbouring layers from their pages, in one launch where there is a kernel."""
         found = None
         part = slice(layers.start, layers.stop)
-        if held.windows is not None and self._method.observes:
+        if held.windows is not None and self._method.uses_window_statistics:
             found = self._codec.observe(
                 held.windows[part], held.pages[part], held.lengths[part], self._layers[part]
             )
@@ -76,13 +76,13 @@ class Scorer:
             for layer in layers
         ]
 
-    def score_keys(self, held: Held, layer: int, keys: Tensor) -> LayerScores:
+    def score_keys(self, held: HeldTokens, layer: int, keys: Tensor) -> LayerScores:
         """Score a layer from all its keys after RoPE, [N, S, D]."""
         return self._score(held, layer, keys=keys)
 
     def _score(
         self,
-        held: Held,
+        held: HeldTokens,
         layer: int,
         *,
         keys: Tensor | None = None,

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.eviction.layer_budgets import page_budgets
-from vllm_kvcompress.eviction.pinned_tokens import first_choice
+from vllm_kvcompress.eviction.pinned_tokens import rank_first
 from vllm_kvcompress.methods import LayerScores, Method
 from vllm_kvcompress.paging.arena import IntArray
 
 
 @dataclass(frozen=True)
-class Pinned:
+class PinnedPlaces:
     """Tokens that stay whatever their scores.
 
     Attributes:
@@ -26,7 +26,7 @@ class Pinned:
     count: int
 
 
-def choose(
+def select_survivors(
     method: Method,
     found: Sequence[LayerScores],
     *,
@@ -35,13 +35,13 @@ def choose(
     lengths: Sequence[int],
     lap: Callable[[str], None],
     dealt: IntArray | None = None,
-    pinned: Pinned | None = None,
+    pinned: PinnedPlaces | None = None,
 ) -> tuple[IntArray, list[Tensor]]:
     """Divide a request's pages between the layers, and choose the tokens of each.
 
     Args:
         method: The request's.
-        found: Scores of all layers, their stats settled.
+        found: Scores of all layers, their stats as numbers.
         capacity: Tokens that an average layer keeps, window included; whole pages.
         block_size: Tokens per page.
         lengths: Tokens that each layer holds now.
@@ -65,12 +65,12 @@ def choose(
             pages_per_layer=capacity // block_size,
             block_size=block_size,
             lengths=lengths,
-            keep=pinned.count if pinned else 0,
+            pinned=pinned.count if pinned else 0,
         )
     lap("allocate")
     if pinned is not None:
         found = [
-            replace(s, tokens=first_choice(s.tokens, places))
+            replace(s, tokens=rank_first(s.tokens, places))
             for s, places in zip(found, pinned.places, strict=True)
         ]
     chosen = method.select_layers(found, (counts * block_size - method.window).tolist())

@@ -8,7 +8,7 @@ from vllm_kvcompress.methods.base import (
     Method,
     Need,
     Schedule,
-    settled,
+    to_numbers,
 )
 from vllm_kvcompress.methods.cake import Cake
 from vllm_kvcompress.methods.composed import Composed
@@ -51,5 +51,5 @@ __all__ = [
     "available",
     "get_method",
     "register",
-    "settled",
+    "to_numbers",
 ]

@@ -97,7 +97,7 @@ class LayerScores:
     ``tokens``: fp32 [N, S'], worth of every history token for every KV head, higher is kept.
     ``stats``: scalars of the layer its method's ``weights`` reads (CAKE: ``log_entropy`` and
     ``log_shift``, natural logarithms, -inf for zero). ``score`` may leave them on the device as
-    0-dim tensors; :func:`settled` makes numbers of all layers' at once before ``weights`` runs.
+    0-dim tensors; :func:`to_numbers` makes numbers of all layers' at once before ``weights`` runs.
     ``query_heads``: fp32 [H, S'], only where a faithful mode must count per query head.
     """
 
@@ -110,7 +110,7 @@ class LayerScores:
         return float(self.stats[name])
 
 
-def settled(scores: Sequence[LayerScores]) -> list[LayerScores]:
+def to_numbers(scores: Sequence[LayerScores]) -> list[LayerScores]:
     """The same scores with all ``stats`` as numbers, fetched from the device in one transfer."""
     waiting = [value for s in scores for value in s.stats.values() if isinstance(value, Tensor)]
     if not waiting:
@@ -132,10 +132,12 @@ class Method(ABC):
     A method has two parts, and a composition (:class:`.composed.Composed`) takes them from two
     methods:
 
-    * the *scorer* says what each token is worth: ``needs``, ``window``, ``observes``, ``score``,
-      ``select``, ``select_layers``, ``nested``, ``stores_by_worth``, ``token_by_token``;
+    * the *scorer* says what each token is worth: ``needs``, ``window``,
+      ``uses_window_statistics``, ``score``, ``select``, ``select_layers``,
+      ``budgets_are_nested``, ``stores_by_worth``, ``token_by_token``;
     * the *allocator* says how layers share the pool, and when: ``allocator_needs``,
-      ``layer_stats``, ``local``, ``steady``, ``schedule``, ``weights``, ``cap``, ``floor``.
+      ``layer_stats``, ``budgets_ignore_scores``, ``ratios_are_fixed``, ``schedule``, ``weights``,
+      ``cap``, ``floor``.
 
     What ties them together within one method: ``score`` returns the allocator's ``layer_stats``
     along with the tokens, so that both can come from one look at the window.
@@ -173,7 +175,7 @@ class Method(ABC):
     """What the method reads, its allocator's part included."""
 
     @property
-    def observes(self) -> bool:
+    def uses_window_statistics(self) -> bool:
         """Whether ``score`` works from ``LayerInput.observe``; else it is given keys to read.
 
         The same goes for ``layer_stats``.
@@ -194,13 +196,13 @@ class Method(ABC):
     def select_layers(self, scores: Sequence[LayerScores], counts: Sequence[int]) -> list[Tensor]:
         """``select`` for several layers of one prompt, on an accelerator in one launch."""
         alike = len({s.tokens.shape for s in scores}) == 1
-        if not (self.nested and alike and use_triton(scores[0].tokens, "auto")):
+        if not (self.budgets_are_nested and alike and use_triton(scores[0].tokens, "auto")):
             return [self.select(s, count) for s, count in zip(scores, counts, strict=True)]
         ids = select_tokens(torch.stack([s.tokens for s in scores]), counts)
         return [ids[layer, :, :count] for layer, count in enumerate(counts)]
 
     @property
-    def nested(self) -> bool:
+    def budgets_are_nested(self) -> bool:
         """Whether a layer keeps among its tokens, with a smaller budget, the best of those.
 
         A cascade cuts a layer again and again and needs it to be so, as :meth:`select` has it.
@@ -227,7 +229,7 @@ class Method(ABC):
 
     allocator_needs: ClassVar[frozenset[Need]] = frozenset()
     """The part of ``needs`` that ``layer_stats`` reads."""
-    local: ClassVar[bool] = False
+    budgets_ignore_scores: ClassVar[bool] = False
     """``weights`` does not look at scores: a layer's budget is known before any layer has run."""
 
     def layer_stats(self, layer: LayerInput) -> Mapping[str, float | Tensor]:
@@ -238,7 +240,7 @@ class Method(ABC):
         return {}
 
     @property
-    def steady(self) -> bool:
+    def ratios_are_fixed(self) -> bool:
         """Whether two layers' weights keep their ratio when further layers are seen.
 
         A cascade of cuts then ends exactly where a single one does, which is cheaper to make.

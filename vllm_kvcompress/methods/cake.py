@@ -86,7 +86,7 @@ class Cake(Method):
         )
 
     @property
-    def steady(self) -> bool:
+    def ratios_are_fixed(self) -> bool:
         return not self.faithful
 
     @property
@@ -94,7 +94,7 @@ class Cake(Method):
         return not self.faithful
 
     @property
-    def observes(self) -> bool:
+    def uses_window_statistics(self) -> bool:
         return not self.faithful
 
     @property

@@ -60,18 +60,18 @@ class Composed(Method):
     # --- scorer ----------------------------------------------------------------------------------
 
     @property
-    def observes(self) -> bool:
-        return self.scorer.observes or self._allocator_observes
+    def uses_window_statistics(self) -> bool:
+        return self.scorer.uses_window_statistics or self._allocator_observes
 
     @property
     def _allocator_observes(self) -> bool:
         window = Need.WINDOW_QUERIES in self.allocator.allocator_needs
-        return window and self.allocator.observes
+        return window and self.allocator.uses_window_statistics
 
     def score(self, layer: LayerInput) -> LayerScores:
         shared = self._shared(layer)
         blind = replace(shared, observe=None)
-        tokens = self.scorer.score(shared if self.scorer.observes else blind).tokens
+        tokens = self.scorer.score(shared if self.scorer.uses_window_statistics else blind).tokens
         stats = self.allocator.layer_stats(shared if self._allocator_observes else blind)
         return LayerScores(tokens, stats)
 
@@ -88,8 +88,8 @@ class Composed(Method):
         return self.scorer.select_layers(scores, counts)
 
     @property
-    def nested(self) -> bool:
-        return self.scorer.nested
+    def budgets_are_nested(self) -> bool:
+        return self.scorer.budgets_are_nested
 
     @property
     def stores_by_worth(self) -> bool:
@@ -98,13 +98,13 @@ class Composed(Method):
     # --- allocator -------------------------------------------------------------------------------
 
     @property
-    def local(self) -> bool:  # type: ignore[override]
+    def budgets_ignore_scores(self) -> bool:  # type: ignore[override]
         """As the allocator's."""
-        return self.allocator.local
+        return self.allocator.budgets_ignore_scores
 
     @property
-    def steady(self) -> bool:
-        return self.allocator.steady
+    def ratios_are_fixed(self) -> bool:
+        return self.allocator.ratios_are_fixed
 
     @property
     def schedule(self) -> Schedule:

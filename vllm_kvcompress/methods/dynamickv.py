@@ -87,7 +87,7 @@ class DynamicKV(Method):
         return not self.faithful
 
     @property
-    def observes(self) -> bool:
+    def uses_window_statistics(self) -> bool:
         return not self.faithful
 
     @property

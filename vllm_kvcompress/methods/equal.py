@@ -12,7 +12,7 @@ from vllm_kvcompress.methods.base import Method
 class EqualShares(Method):
     """Base of methods whose layers all get the same, known before any layer has run."""
 
-    local: ClassVar[bool] = True
+    budgets_ignore_scores: ClassVar[bool] = True
 
     def cap(self, history: int, base: int) -> int:
         """No layer ever needs more than its equal share."""

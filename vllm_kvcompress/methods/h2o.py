@@ -30,7 +30,7 @@ class H2O(EqualShares):
     needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
 
     @property
-    def observes(self) -> bool:
+    def uses_window_statistics(self) -> bool:
         return True
 
     def score(self, layer: LayerInput) -> LayerScores:

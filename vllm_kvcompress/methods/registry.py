@@ -2,7 +2,7 @@
 
 Another package adds a method by an entry point in the group ``vllm_kvcompress.methods`` whose
 object is a ``Method`` sub-class; its ``name`` counts, and a built-in name cannot be taken over.
-Entry points are read at the first question only, so importing this module stays cheap.
+WorkerRequest points are read at the first question only, so importing this module stays cheap.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class SnapKV(EqualShares):
         self._check_choice("reduce", ("mean", "max"))
 
     @property
-    def observes(self) -> bool:
+    def uses_window_statistics(self) -> bool:
         return True
 
     def score(self, layer: LayerInput) -> LayerScores:

@@ -31,7 +31,7 @@ class Tova(EqualShares):
     window: int = 1
 
     @property
-    def observes(self) -> bool:
+    def uses_window_statistics(self) -> bool:
         # Statistics of a longer window do not tell its last query from the others.
         return self.window == 1
 

@@ -35,7 +35,7 @@ class Uniform(EqualShares):
         self._check_odd("kernel")
 
     @property
-    def observes(self) -> bool:
+    def uses_window_statistics(self) -> bool:
         return True
 
     def score(self, layer: LayerInput) -> LayerScores:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class LayerFacts:
+class AttentionParams:
     """How one layer's attention turns products of what is stored into logits.
 
     Attributes:
@@ -24,7 +24,7 @@ class LayerFacts:
     sinks: Tensor | None
 
 
-def layer_facts(layer: Any, cache_dtype: str) -> LayerFacts:
+def attention_params(layer: Any, cache_dtype: str) -> AttentionParams:
     """Read the facts of one of vLLM's attention layers.
 
     Args:
@@ -39,7 +39,7 @@ def layer_facts(layer: Any, cache_dtype: str) -> LayerFacts:
         if layer.query_quant is not None:
             scale *= float(layer._q_scale_float)
     sinks = impl.sinks
-    return LayerFacts(
+    return AttentionParams(
         scale=scale,
         soft_cap=float(impl.logits_soft_cap or 0.0),
         sinks=sinks.to(torch.float32) if sinks is not None else None,

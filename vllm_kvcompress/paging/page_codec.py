@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcompress_kernels.scoring import WindowStatistics
 from vllm_kvcompress.paging.arena import IntArray
-from vllm_kvcompress.paging.attention_layer import LayerFacts
+from vllm_kvcompress.paging.attention_layer import AttentionParams
 
 
 class PageCodec(ABC):
@@ -70,7 +70,7 @@ class PageCodec(ABC):
         windows: Tensor,
         sources: Sequence[IntArray],
         num_tokens: Sequence[int],
-        facts: Sequence[LayerFacts],
+        facts: Sequence[AttentionParams],
     ) -> list[WindowStatistics] | None:
         """Statistics of the window's attention of several layers, straight from the pages.
 
@@ -86,7 +86,7 @@ class PageCodec(ABC):
         """
         return None
 
-    def layers_at_once(self, num_tokens: int, num_heads: int) -> int:
+    def layers_per_launch(self, num_tokens: int, num_heads: int) -> int:
         """How many layers :meth:`observe` should be given in one call."""
         return 1
 

@@ -11,7 +11,7 @@ from kvcompress_kernels.dispatch import Implementation
 from kvcompress_kernels.scoring import WindowStatistics, paged_window_statistics
 from kvcompress_kernels.transfer import upload
 from vllm_kvcompress.paging.arena import IntArray
-from vllm_kvcompress.paging.attention_layer import LayerFacts
+from vllm_kvcompress.paging.attention_layer import AttentionParams
 from vllm_kvcompress.paging.page_codec import PageCodec
 
 OBSERVED_BYTES = 256 << 20
@@ -98,7 +98,7 @@ class StridedPageCodec(PageCodec):
         windows: Tensor,
         sources: Sequence[IntArray],
         num_tokens: Sequence[int],
-        facts: Sequence[LayerFacts],
+        facts: Sequence[AttentionParams],
     ) -> list[WindowStatistics] | None:
         """See the base class."""
         sinks = [f.sinks for f in facts if f.sinks is not None]
@@ -115,7 +115,7 @@ class StridedPageCodec(PageCodec):
         )
         return [found.job(index) for index in range(len(sources))]
 
-    def layers_at_once(self, num_tokens: int, num_heads: int) -> int:
+    def layers_per_launch(self, num_tokens: int, num_heads: int) -> int:
         """See the base class."""
         return max(1, OBSERVED_BYTES // (2 * 4 * num_heads * num_tokens))
 

@@ -9,12 +9,12 @@ from functools import lru_cache
 
 from vllm_kvcompress.methods import Method, Need
 from vllm_kvcompress.paging.arena import ArenaPlan
-from vllm_kvcompress.planning.compression_schedule import Course, Cut, Repeat
+from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut, DecodeCuts
 from vllm_kvcompress.planning.config import KVCompressionConfig
 
 
 @dataclass(frozen=True)
-class Limits:
+class EngineLimits:
     """What the engine around a planner can do.
 
     Attributes:
@@ -31,7 +31,7 @@ class Limits:
     alone: bool = True
 
 
-class Planner:
+class BlockPlanner:
     """Plans requests of one engine.
 
     Args:
@@ -45,19 +45,19 @@ class Planner:
     """
 
     def __init__(
-        self, config: KVCompressionConfig, block_size: int, limits: Limits | None = None
+        self, config: KVCompressionConfig, block_size: int, limits: EngineLimits | None = None
     ) -> None:
         config.check_block_size(block_size)
         self.config = config
         self.block_size = block_size
-        self.limits = limits or Limits()
+        self.limits = limits or EngineLimits()
         self.method = method = config.build_method()
         self.window = method.window
         self.keeps_all = method.keeps_all
         self.token_by_token = method.token_by_token
         self.needs_queries = Need.WINDOW_QUERIES in method.needs
-        self.decode_queries = 1 if method.token_by_token else method.window
-        self.layers_at_once = layers_between_cuts(method, self.limits.num_layers)
+        self.decode_window = 1 if method.token_by_token else method.window
+        self.layers_per_division = layers_between_cuts(method, self.limits.num_layers)
         self._stream_chunk = self._checked_chunk()
         asked = config.prefill == "cascade" and not config.off
         if asked and limits is not None and not self.can_cascade:
@@ -67,13 +67,15 @@ class Planner:
             )
         # The scheduler asks several times per request and step.
         self.plan = lru_cache(maxsize=4096)(self._plan)
-        self.course = lru_cache(maxsize=8192)(self._course)
+        self.schedule = lru_cache(maxsize=8192)(self._schedule)
         self.least_pool = lru_cache(maxsize=8)(self._least_pool)
 
     @property
     def can_cascade(self) -> bool:
         """Whether layers can be cut while a prefill step runs."""
-        saves = self.layers_at_once < self.limits.num_layers and self.limits.one_step_tokens > 0
+        saves = (
+            self.layers_per_division < self.limits.num_layers and self.limits.one_step_tokens > 0
+        )
         return saves and self.limits.alone
 
     def budget_tokens(self, prompt_len: int) -> int:
@@ -88,7 +90,7 @@ class Planner:
         """Blocks per layer that the budget allows a prompt of this length."""
         return -(-self.budget_tokens(prompt_len) // self.block_size)
 
-    def front_blocks(self, prompt_len: int, cached_blocks: int = 0) -> int | None:
+    def cascade_prefill_blocks(self, prompt_len: int, cached_blocks: int = 0) -> int | None:
         """Blocks that stand in for the prompt's own in a cascade.
 
         Args:
@@ -103,12 +105,12 @@ class Planner:
         own = prompt_len - cached_blocks * self.block_size
         if plan is None or not self.can_cascade or own > self.limits.one_step_tokens:
             return None
-        front = cached_blocks + self.workspace_blocks(plan.prompt_blocks - cached_blocks)
-        return front if front < plan.prompt_blocks else None
+        prefill_blocks = cached_blocks + self.workspace_blocks(plan.prompt_blocks - cached_blocks)
+        return prefill_blocks if prefill_blocks < plan.prompt_blocks else None
 
     def workspace_blocks(self, pages: int) -> int:
         """Blocks whose pages hold that many pages of as many layers as run between two cuts."""
-        return -(-self.layers_at_once * pages // self.limits.num_layers)
+        return -(-self.layers_per_division * pages // self.limits.num_layers)
 
     def peak_blocks(self, prompt_len: int, num_tokens: int, decode: bool = True) -> int:
         """Most blocks that a request holds at one time, on its thriftiest way.
@@ -119,13 +121,13 @@ class Planner:
             decode: Whether the request is cut while it generates, if the settings say so.
 
         """
-        course = self.course(prompt_len, decode)
-        if course is None:
+        schedule = self.schedule(prompt_len, decode)
+        if schedule is None:
             return -(-num_tokens // self.block_size)
-        front = None
+        prefill_blocks = None
         if self.config.prefill != "full" and not self.streams(prompt_len):
-            front = self.front_blocks(prompt_len)
-        return course.peak_blocks(num_tokens, self.limits.lag, front)
+            prefill_blocks = self.cascade_prefill_blocks(prompt_len)
+        return schedule.peak_blocks(num_tokens, self.limits.lag, prefill_blocks)
 
     def _least_pool(self, max_model_len: int) -> int:
         """Blocks in which any one prompt of up to max_model_len tokens can be served.
@@ -170,7 +172,11 @@ class Planner:
         return low
 
     def concurrency(
-        self, max_model_len: int, pool_blocks: int, side_peak: int = 0, side_held: int = 0
+        self,
+        max_model_len: int,
+        pool_blocks: int,
+        window_group_peak: int = 0,
+        window_group_held: int = 0,
     ) -> float:
         """How many prompts of max_model_len tokens can be served at one time.
 
@@ -179,16 +185,16 @@ class Planner:
         Args:
             max_model_len: Tokens of each.
             pool_blocks: Blocks that can be handed out.
-            side_peak: Most blocks that each holds in layers that are not compressed.
-            side_held: Those that it holds there after its prefill.
+            window_group_peak: Most blocks that each holds in layers that are not compressed.
+            window_group_held: Those that it holds there after its prefill.
 
         """
-        peak = self.peak_blocks(max_model_len, max_model_len) + side_peak
-        course = self.course(max_model_len, True)
-        if course is None:
+        peak = self.peak_blocks(max_model_len, max_model_len) + window_group_peak
+        schedule = self.schedule(max_model_len, True)
+        if schedule is None:
             return pool_blocks / peak
-        number = course.count(max_model_len)
-        held = course.blocks_for(max_model_len, number) + side_held
+        number = schedule.count(max_model_len)
+        held = schedule.blocks_for(max_model_len, number) + window_group_held
         if pool_blocks < peak:
             return pool_blocks / peak
         return 1.0 + (pool_blocks - peak) / held
@@ -239,7 +245,7 @@ class Planner:
             return None
         return ArenaPlan(prompt_len, bs, prompt_blocks, blocks, 0)
 
-    def _course(self, prompt_len: int, decode: bool = True) -> Course | None:
+    def _schedule(self, prompt_len: int, decode: bool = True) -> CompressionSchedule | None:
         """Return when a request is cut, None if it never is.
 
         Args:
@@ -258,7 +264,7 @@ class Planner:
         repeat = self._repeat(prompt_len, cuts) if decode else None
         if not cuts and repeat is None:
             return None
-        return Course(prompt_len, self.block_size, cuts, repeat)
+        return CompressionSchedule(prompt_len, self.block_size, cuts, repeat)
 
     def _chunk_cuts(self, prompt_len: int) -> list[Cut]:
         chunk, blocks = self._stream_chunk, self._working_blocks()
@@ -270,7 +276,7 @@ class Planner:
             if position > blocks * self.block_size
         ]
 
-    def _repeat(self, prompt_len: int, cuts: list[Cut]) -> Repeat | None:
+    def _repeat(self, prompt_len: int, cuts: list[Cut]) -> DecodeCuts | None:
         if self.config.decode_budget is None:
             return None
         size = self.block_size
@@ -281,7 +287,7 @@ class Planner:
         held = cuts[-1].blocks * size if cuts else prompt_len
         position = prompt_len + max(blocks * size + buffer - held, buffer)
         moves = not cuts or cuts[-1].blocks != blocks
-        return Repeat(Cut(position, blocks, moves=moves), buffer)
+        return DecodeCuts(Cut(position, blocks, moves=moves), buffer)
 
     def _buffer(self) -> int:
         """Tokens between two cuts of a generation."""
@@ -313,9 +319,9 @@ class Planner:
 
 def layers_between_cuts(method: Method, num_layers: int) -> int:
     """Most layers whose full keys and values are held at one time in a cascade."""
-    if method.keeps_all or not method.nested:
+    if method.keeps_all or not method.budgets_are_nested:
         return num_layers
-    if method.local:
+    if method.budgets_ignore_scores:
         return 1
     longest, since = 0, 0
     for count in range(1, num_layers + 1):

@@ -32,14 +32,14 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Repeat:
+class DecodeCuts:
     """Cuts while a request generates: the first one, and one every ``every`` tokens after it."""
 
     first: Cut
     every: int
 
 
-class Course:
+class CompressionSchedule:
     """All cuts of one request.
 
     Args:
@@ -54,13 +54,13 @@ class Course:
         self,
         prompt_len: int,
         block_size: int,
-        cuts: Sequence[Cut],
-        repeat: Repeat | None = None,
+        prefill_cuts: Sequence[Cut],
+        decode_cuts: DecodeCuts | None = None,
     ) -> None:
         self.prompt_len = prompt_len
         self.block_size = block_size
-        self.cuts = tuple(cuts)
-        self.repeat = repeat
+        self.prefill_cuts = tuple(prefill_cuts)
+        self.decode_cuts = decode_cuts
 
     @property
     def first(self) -> int:
@@ -69,32 +69,32 @@ class Course:
 
     def has_cut(self, number: int) -> bool:
         """Whether there is a cut of that number, counted from 1."""
-        return number >= 1 and (self.repeat is not None or number <= len(self.cuts))
+        return number >= 1 and (self.decode_cuts is not None or number <= len(self.prefill_cuts))
 
     def cut(self, number: int) -> Cut:
         """Return a cut by its number, counted from 1; LookupError if there is none."""
         if not self.has_cut(number):
-            raise LookupError(f"the request is cut {len(self.cuts)} times, not {number}")
-        if number <= len(self.cuts):
-            return self.cuts[number - 1]
-        assert self.repeat is not None
-        later = number - len(self.cuts) - 1
+            raise LookupError(f"the request is cut {len(self.prefill_cuts)} times, not {number}")
+        if number <= len(self.prefill_cuts):
+            return self.prefill_cuts[number - 1]
+        assert self.decode_cuts is not None
+        later = number - len(self.prefill_cuts) - 1
         if later == 0:
-            return self.repeat.first
-        first, every = self.repeat.first, self.repeat.every
+            return self.decode_cuts.first
+        first, every = self.decode_cuts.first, self.decode_cuts.every
         return Cut(first.position + later * every, first.blocks, moves=False)
 
     def kind(self, number: int) -> str:
         """When a cut is made: ``chunk`` (between two), ``prompt`` (at its end) or ``decode``."""
-        if number < len(self.cuts):
+        if number < len(self.prefill_cuts):
             return "chunk"
-        return "prompt" if number == len(self.cuts) else "decode"
+        return "prompt" if number == len(self.prefill_cuts) else "decode"
 
     def count(self, num_tokens: int) -> int:
         """How many cuts lie at or before a position."""
-        done = sum(cut.position <= num_tokens for cut in self.cuts)
-        if self.repeat and num_tokens >= self.repeat.first.position:
-            done += 1 + (num_tokens - self.repeat.first.position) // self.repeat.every
+        done = sum(cut.position <= num_tokens for cut in self.prefill_cuts)
+        if self.decode_cuts and num_tokens >= self.decode_cuts.first.position:
+            done += 1 + (num_tokens - self.decode_cuts.first.position) // self.decode_cuts.every
         return done
 
     def next_position(self, num_tokens: int) -> int | None:
@@ -102,21 +102,23 @@ class Course:
         number = self.count(num_tokens) + 1
         return self.cut(number).position if self.has_cut(number) else None
 
-    def home(self, number: int) -> int:
+    def survivor_blocks(self, number: int) -> int:
         """Blocks that hold the survivors after that many cuts."""
         return self.cut(number).blocks if number else 0
 
-    def segment(self, number: int, num_tokens: int | None = None, front: int | None = None) -> int:
+    def tail_blocks(
+        self, number: int, num_tokens: int | None = None, prefill_blocks: int | None = None
+    ) -> int:
         """Blocks of the tokens that follow a cut, up to the next one.
 
         Args:
             number: Of the cut; 0 for the request's first tokens.
             num_tokens: How far the request has come; None: as far as the next cut.
-            front: Blocks that stand in for those of the first tokens, in a cascade.
+            prefill_blocks: Blocks that stand in for those of the first tokens, in a cascade.
 
         """
-        if number == 0 and front is not None:
-            return front
+        if number == 0 and prefill_blocks is not None:
+            return prefill_blocks
         start = self.cut(number) if number else Cut(0, 0)
         end = num_tokens
         if self.has_cut(number + 1):
@@ -126,54 +128,56 @@ class Course:
             raise ValueError("the tokens after the last cut have no end")
         return -(-max(end - start.position - start.slack, 0) // self.block_size)
 
-    def blocks_for(self, num_tokens: int, released: int = 0, front: int | None = None) -> int:
+    def blocks_for(
+        self, num_tokens: int, released: int = 0, prefill_blocks: int | None = None
+    ) -> int:
         """Blocks the request must hold to have slots for its first num_tokens tokens.
 
         Args:
             num_tokens: Prompt and generated tokens.
             released: Cuts whose superfluous blocks were already given back.
-            front: As for :meth:`segment`.
+            prefill_blocks: As for :meth:`segment`.
 
         """
         count = self.count(num_tokens)
-        held = self.home(released)
+        held = self.survivor_blocks(released)
         for number in range(released, count + 1):
-            held += self.segment(number, num_tokens, front)
+            held += self.tail_blocks(number, num_tokens, prefill_blocks)
             if number < count and self.cut(number + 1).moves:
-                held += self.home(number + 1)
+                held += self.survivor_blocks(number + 1)
         return held
 
-    def superfluous(self, released: int, front: int | None = None) -> range:
+    def releasable(self, released: int, prefill_blocks: int | None = None) -> range:
         """Places in the request's list that the next cut makes superfluous once processed.
 
         Args:
             released: Cuts whose superfluous blocks were already given back.
-            front: As for :meth:`segment`.
+            prefill_blocks: As for :meth:`segment`.
 
         """
-        home = self.home(released)
-        end = home + self.segment(released, None, front)
+        home = self.survivor_blocks(released)
+        end = home + self.tail_blocks(released, None, prefill_blocks)
         return range(0 if self.cut(released + 1).moves else home, end)
 
     def peak_blocks(
-        self, num_tokens: int, lag: int, front: int | None = None, released: int = 0
+        self, num_tokens: int, lag: int, prefill_blocks: int | None = None, released: int = 0
     ) -> int:
         """Most blocks the request holds at any time from now on until it has num_tokens tokens.
 
         Args:
             num_tokens: Prompt and generated tokens.
             lag: Steps that are planned before a cut's step has been processed.
-            front: As for :meth:`segment`.
+            prefill_blocks: As for :meth:`segment`.
             released: Cuts whose superfluous blocks were already given back.
 
         """
         count = self.count(num_tokens)
         peak = 0
         # After the first cuts all look alike.
-        last = min(count, max(released, len(self.cuts)) + 1 + lag)
+        last = min(count, max(released, len(self.prefill_cuts)) + 1 + lag)
         for number in range(released, last + 1):
             end = num_tokens
             if number < count:
                 end = self.cut(number + 1).position
-            peak = max(peak, self.blocks_for(end, max(number - lag, released), front))
+            peak = max(peak, self.blocks_for(end, max(number - lag, released), prefill_blocks))
         return peak

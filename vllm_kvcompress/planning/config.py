@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_kvcompress.methods import Method, get_method
 from vllm_kvcompress.planning.pinned_ranges import shown
-from vllm_kvcompress.planning.request_policy import OFF, Policy
+from vllm_kvcompress.planning.request_policy import OFF, RequestPolicy
 
 CONFIG_KEY = "kv_compression"
 """Name of the entry in vLLM's ``additional_config``."""
@@ -42,8 +42,8 @@ class KVCompressionConfig:
             the method evicts a token for each that comes.
         reserve_tokens: Generated tokens that a compressed request is promised blocks for when it
             is admitted, at most its max_tokens; more come as the pool has them.
-        allow: What requests may set for themselves, as :meth:`Policy.parse` reads it; None: their
-            method, and a budget up to this one.
+        allow: What requests may set for themselves, as :meth:`RequestPolicy.parse` reads it;
+            None: their method, and a budget up to this one.
         check_integrity: Verify arena and block pool after every step (slow; for tests).
         log_requests: Log one JSON line per compressed request.
 
@@ -87,7 +87,7 @@ class KVCompressionConfig:
                 f"got {self.reserve_tokens!r}"
             )
         try:
-            Policy.parse(self.allow)
+            RequestPolicy.parse(self.allow)
         except ValueError as error:
             raise ValueError(f"{CONFIG_KEY}: {error}") from None
         method = self.build_method()
@@ -133,9 +133,9 @@ class KVCompressionConfig:
         return self.method == OFF
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> RequestPolicy:
         """What requests may set."""
-        return Policy.parse(self.allow)
+        return RequestPolicy.parse(self.allow)
 
     def build_method(self) -> Method:
         """Make the method object.

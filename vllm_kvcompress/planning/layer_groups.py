@@ -12,23 +12,23 @@ _CROWDED = 1.5
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerGroups:
     """The layers of a model.
 
     Attributes:
         compressed: Layers that attend to the whole context.
         full_groups: KV-cache groups that vLLM makes of them.
-        side_groups: Groups of sliding-window layers, which stay plain vLLM's; 0: no hybrid.
+        window_groups: Groups of sliding-window layers, which stay plain vLLM's; 0: no hybrid.
         window: Their window in tokens; 0 without any.
 
     """
 
     compressed: int
     full_groups: int = 1
-    side_groups: int = 0
+    window_groups: int = 0
     window: int = 0
 
-    def side_blocks(self, block_size: int, tokens: int, in_flight: int) -> int:
+    def window_group_blocks(self, block_size: int, tokens: int, in_flight: int) -> int:
         """Most blocks that a request's sliding-window groups hold at one time.
 
         Args:
@@ -40,7 +40,7 @@ class Layers:
         whole = -(-tokens // block_size)
         # The window's first token may be anywhere in its block.
         seen = -(-(self.window - 1 + in_flight) // block_size) + 1
-        return self.side_groups * min(whole, seen)
+        return self.window_groups * min(whole, seen)
 
     def pages_of_block(self, total: int) -> int:
         """Layers of the largest group: as many pages as a block has, in whatever group it is.
@@ -50,7 +50,7 @@ class Layers:
 
         """
         full = -(-self.compressed // self.full_groups)
-        beside = -(-(total - self.compressed) // self.side_groups) if self.side_groups else 0
+        beside = -(-(total - self.compressed) // self.window_groups) if self.window_groups else 0
         return max(full, beside)
 
 
@@ -58,7 +58,7 @@ def _is_local(kind: str) -> bool:
     return kind == "sliding_attention"
 
 
-def group_layers(types: Sequence[str], total: int, window: int | None) -> Layers:
+def group_layers(types: Sequence[str], total: int, window: int | None) -> LayerGroups:
     """Group layers as vLLM does (_get_kv_cache_groups_uniform_page_size of kv_cache_utils.py).
 
     Args:
@@ -70,13 +70,13 @@ def group_layers(types: Sequence[str], total: int, window: int | None) -> Layers
     local = sum(_is_local(kind) for kind in types)
     full = total - local
     if not local or not window or full <= 0:
-        return Layers(total)
+        return LayerGroups(total)
     fewest, most = sorted((full, local))
     size = most if most < fewest * _CROWDED else fewest
-    return Layers(full, -(-full // size), -(-local // size), int(window))
+    return LayerGroups(full, -(-full // size), -(-local // size), int(window))
 
 
-def compressed_numbers(types: Sequence[str], layers: Layers) -> tuple[int, ...]:
+def compressed_numbers(types: Sequence[str], layers: LayerGroups) -> tuple[int, ...]:
     """Numbers of the layers that are compressed, in the model's order; empty: all of them.
 
     Args:
@@ -84,6 +84,6 @@ def compressed_numbers(types: Sequence[str], layers: Layers) -> tuple[int, ...]:
         layers: What it returned.
 
     """
-    if not layers.side_groups:
+    if not layers.window_groups:
         return ()
     return tuple(number for number, kind in enumerate(types) if not _is_local(kind))

@@ -24,7 +24,7 @@ MOST_KERNEL = 129
 
 
 @dataclass(frozen=True)
-class Range:
+class Bounds:
     """Numbers between two, both included; None leaves an end open."""
 
     low: float | None = None
@@ -43,7 +43,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Policy:
+class RequestPolicy:
     """Which settings of a request are its client's to choose.
 
     Attributes:
@@ -51,7 +51,7 @@ class Policy:
         budget: Bounds, in tokens or as shares of the prompt; True: up to the server's own; False:
             not to be set.
         params: Parameters of methods by name and what they may be: True for whatever the method
-            takes, a :class:`Range`, or a tuple of choices. True for all parameters.
+            takes, a :class:`Bounds`, or a tuple of choices. True for all parameters.
         keep: Most prompt tokens that may be kept by decree; True: as many as the budget has room
             for; False: none.
         decode: Whether a request may have its generated tokens left alone.
@@ -59,13 +59,13 @@ class Policy:
     """
 
     methods: frozenset[str] | None = None
-    budget: Range | bool = True
-    params: Mapping[str, "Range | tuple[Any, ...] | bool"] | bool = False
+    budget: Bounds | bool = True
+    params: Mapping[str, "Bounds | tuple[Any, ...] | bool"] | bool = False
     keep: int | bool = False
     decode: bool = False
 
     @classmethod
-    def parse(cls, value: object) -> "Policy":
+    def parse(cls, value: object) -> "RequestPolicy":
         """Read the ``allow`` entry of the settings.
 
         Args:
@@ -102,7 +102,7 @@ class Policy:
         rule = self._rule(name)
         if rule is False:
             return "may not be set by requests on this server"
-        if isinstance(rule, Range):
+        if isinstance(rule, Bounds):
             return None if value in rule else f"must be {rule} on this server"
         if isinstance(rule, tuple):
             choices = ", ".join(str(choice) for choice in rule)
@@ -121,7 +121,7 @@ class Policy:
                 return f"has {shown(name)}, which {refusal}"
         return None
 
-    def _rule(self, name: str) -> "Range | tuple[Any, ...] | bool":
+    def _rule(self, name: str) -> "Bounds | tuple[Any, ...] | bool":
         return self.params if isinstance(self.params, bool) else self.params.get(name, False)
 
     def most(self, name: str, unbounded: float) -> float | None:
@@ -129,7 +129,7 @@ class Policy:
         rule = self._rule(name)
         if rule is False:
             return None
-        if isinstance(rule, Range):
+        if isinstance(rule, Bounds):
             return unbounded if rule.high is None else rule.high
         if rule is True:
             return unbounded
@@ -158,7 +158,7 @@ def _methods(value: object) -> frozenset[str] | None:
     raise ValueError(f"allow: method must be true, false or a list of names, got {value!r}")
 
 
-def _budget(value: object) -> Range | bool:
+def _budget(value: object) -> Bounds | bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, Mapping):
@@ -168,12 +168,12 @@ def _budget(value: object) -> Range | bool:
     )
 
 
-def _params(value: object) -> Mapping[str, Range | tuple[Any, ...] | bool] | bool:
+def _params(value: object) -> Mapping[str, Bounds | tuple[Any, ...] | bool] | bool:
     if isinstance(value, bool):
         return value
     if not isinstance(value, Mapping):
         raise ValueError(f"allow: params must be true, false or a mapping, got {value!r}")
-    rules: dict[str, Range | tuple[Any, ...] | bool] = {}
+    rules: dict[str, Bounds | tuple[Any, ...] | bool] = {}
     for name, rule in value.items():
         if isinstance(rule, bool):
             rules[name] = rule
@@ -189,7 +189,7 @@ def _params(value: object) -> Mapping[str, Range | tuple[Any, ...] | bool] | boo
     return MappingProxyType(rules)
 
 
-def _range(name: str, value: Mapping[Any, Any]) -> Range:
+def _range(name: str, value: Mapping[Any, Any]) -> Bounds:
     ends = list(value.values())
     numbers = all(
         isinstance(e, int | float) and not isinstance(e, bool) and abs(e) < math.inf for e in ends
@@ -203,7 +203,7 @@ def _range(name: str, value: Mapping[Any, Any]) -> Range:
     # A share of the prompt and a number of tokens cannot be compared.
     if low is not None and high is not None and low > high and (low < 1) == (high < 1):
         raise ValueError(f'allow: {name} needs a "min" of at most "max", got {low} and {high}')
-    return Range(low, high)
+    return Bounds(low, high)
 
 
 def _keep(value: object) -> int | bool:

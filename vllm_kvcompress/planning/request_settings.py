@@ -13,8 +13,8 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_kvcompress.methods import available, get_method
-from vllm_kvcompress.planning.block_planner import Limits, Planner
-from vllm_kvcompress.planning.compression_schedule import Course
+from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits
+from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
 from vllm_kvcompress.planning.config import KVCompressionConfig, check_budget
 from vllm_kvcompress.planning.pinned_ranges import Ranges, count_before, parse_ranges, shown
 from vllm_kvcompress.planning.request_policy import OFF
@@ -31,35 +31,37 @@ MOST_WINDOW = 128
 
 
 @dataclass(frozen=True)
-class Terms:
+class RequestSettings:
     """What one request gets.
 
     Attributes:
         planner: Plans requests with its method, budget and parameters.
-        keep: Prompt tokens that stay whatever the method thinks of them.
+        pinned_ranges: Prompt tokens that stay whatever the method thinks of them.
         decode: Whether generated tokens are cut back, if the engine does that.
 
     """
 
-    planner: Planner
-    keep: Ranges = ()
+    planner: BlockPlanner
+    pinned_ranges: Ranges = ()
     decode: bool = True
 
-    def course(self, prompt_len: int) -> Course | None:
+    def schedule(self, prompt_len: int) -> CompressionSchedule | None:
         """Return when a request with this prompt is cut, None if it never is."""
-        return self.planner.course(prompt_len, self.decode)
+        return self.planner.schedule(prompt_len, self.decode)
 
-    def keep_count(self, prompt_len: int) -> int:
+    def pinned_count(self, prompt_len: int) -> int:
         """Tokens outside of the window that every layer must have room for at every cut."""
-        course = self.course(prompt_len)
-        if course is None or not self.keep:
+        schedule = self.schedule(prompt_len)
+        if schedule is None or not self.pinned_ranges:
             return 0
         # What is in the window at the prompt's end is not, when the first answer is cut back.
-        stays = course.repeat is not None
-        return count_before(self.keep, prompt_len if stays else prompt_len - self.planner.window)
+        stays = schedule.decode_cuts is not None
+        return count_before(
+            self.pinned_ranges, prompt_len if stays else prompt_len - self.planner.window
+        )
 
 
-class Plans:
+class SettingsResolver:
     """The planners of one engine.
 
     Args:
@@ -71,16 +73,16 @@ class Plans:
         own: Plans requests that set nothing.
 
     Raises:
-        ValueError: As :class:`Planner` does, or the policy names an unknown method.
+        ValueError: As :class:`BlockPlanner` does, or the policy names an unknown method.
 
     """
 
     def __init__(
-        self, config: KVCompressionConfig, block_size: int, limits: Limits | None = None
+        self, config: KVCompressionConfig, block_size: int, limits: EngineLimits | None = None
     ) -> None:
-        self.own = Planner(config, block_size, limits)
+        self.default_planner = BlockPlanner(config, block_size, limits)
         self._policy = config.policy
-        self._own_terms = Terms(self.own)
+        self._own_settings = RequestSettings(self.default_planner)
         self._planner = lru_cache(maxsize=256)(self._make_planner)
         for name in self._policy.methods or ():
             if name not in available():
@@ -89,7 +91,7 @@ class Plans:
                     f"{', '.join(available())}"
                 )
 
-    def terms(self, extra_args: Mapping[str, Any] | None, prompt_len: int) -> Terms:
+    def resolve(self, extra_args: Mapping[str, Any] | None, prompt_len: int) -> RequestSettings:
         """Come to terms with one request.
 
         Args:
@@ -102,7 +104,7 @@ class Plans:
         """
         asked = {k: v for k, v in (extra_args or {}).items() if str(k).startswith(METHOD_KEY)}
         if not asked:
-            return self._own_terms
+            return self._own_settings
         for key in asked:
             if key not in REQUEST_KEYS:
                 raise ValueError(
@@ -110,22 +112,24 @@ class Plans:
                     f"{', '.join(REQUEST_KEYS)}"
                 )
         planner = self._asked_planner(asked, prompt_len)
-        terms = Terms(planner, self._keep(asked, prompt_len), self._decode(asked))
-        self._check_room(terms, prompt_len)
-        return terms
+        settings = RequestSettings(planner, self._keep(asked, prompt_len), self._decode(asked))
+        self._check_room(settings, prompt_len)
+        return settings
 
     @property
-    def most_window(self) -> int:
+    def largest_window(self) -> int:
         """Largest window that any request can have."""
         named = self._policy.methods
         allowed = [n for n in available() if named is None or n in named]
-        most = max([self.own.window, *(get_method(name, {}).window for name in allowed)])
+        most = max(
+            [self.default_planner.window, *(get_method(name, {}).window for name in allowed)]
+        )
         return int(max(most, self._policy.most("window", MOST_WINDOW) or 0))
 
     @property
-    def decode_queries(self) -> int:
+    def largest_decode_window(self) -> int:
         """Most queries that a cut of generated tokens looks at."""
-        return 1 if self.own.token_by_token else self.most_window
+        return 1 if self.default_planner.token_by_token else self.largest_window
 
     def row_blocks(self, max_model_len: int) -> int:
         """Entries that a row of the runner's block table needs, whatever a request asks for."""
@@ -138,15 +142,15 @@ class Plans:
         if "scatter" in (self._policy.methods or ()):
             most = max_model_len
         # A share of the prompt is never less than a method's window and a block.
-        most = max(int(most) + 1, self.most_window + self.own.block_size)
-        return self.own.row_blocks(max_model_len, min(most, max_model_len))
+        most = max(int(most) + 1, self.largest_window + self.default_planner.block_size)
+        return self.default_planner.row_blocks(max_model_len, min(most, max_model_len))
 
     # --- method, budget and parameters -----------------------------------------------------------
 
-    def _asked_planner(self, asked: Mapping[str, Any], prompt_len: int) -> Planner:
+    def _asked_planner(self, asked: Mapping[str, Any], prompt_len: int) -> BlockPlanner:
         method = self._method(asked)
         params = self._params(asked)
-        budget = asked.get(BUDGET_KEY, self.own.config.budget)
+        budget = asked.get(BUDGET_KEY, self.default_planner.config.budget)
         if method == OFF:
             for key in (BUDGET_KEY, PARAMS_KEY):
                 if key in asked:
@@ -157,7 +161,7 @@ class Plans:
         merged = {**self._inherited(method, params), **params}
         key = repr((method, budget, sorted(merged.items())))
         if key == self._own_key:
-            return self.own
+            return self.default_planner
         planner = self._planner(_Hashed(key, method, budget, MappingProxyType(merged)))
         if BUDGET_KEY in asked:
             self._check_budget(planner, prompt_len)
@@ -167,7 +171,7 @@ class Plans:
 
     def _inherited(self, method: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
         """The server's parameters that a request shares: of its method, of the parts it keeps."""
-        own = self.own.config
+        own = self.default_planner.config
         if method != own.method:
             return {}
         whole = get_method(method, {})
@@ -180,16 +184,25 @@ class Plans:
 
     @property
     def _own_key(self) -> str:
-        own = self.own.config
+        own = self.default_planner.config
         return repr((own.method, own.budget, sorted(own.params.items())))
 
-    def _make_planner(self, asked: "_Hashed") -> Planner:
+    def _make_planner(self, asked: "_Hashed") -> BlockPlanner:
         config = replace(
-            self.own.config, method=asked.method, budget=asked.budget, params=asked.params
+            self.default_planner.config,
+            method=asked.method,
+            budget=asked.budget,
+            params=asked.params,
         )
-        config.check_block_size(self.own.block_size, BUDGET_KEY, "raise it or lower the window")
-        planner = Planner(config, self.own.block_size, self.own.limits)
-        if planner.token_by_token and not self.own.token_by_token and config.decode_budget:
+        config.check_block_size(
+            self.default_planner.block_size, BUDGET_KEY, "raise it or lower the window"
+        )
+        planner = BlockPlanner(config, self.default_planner.block_size, self.default_planner.limits)
+        if (
+            planner.token_by_token
+            and not self.default_planner.token_by_token
+            and config.decode_budget
+        ):
             raise ValueError(
                 f"{PARAMS_KEY}: {asked.method} with these parameters evicts a token for each that "
                 f"it generates, which this server does not offer; drop them"
@@ -197,7 +210,7 @@ class Plans:
         return planner
 
     def _method(self, asked: Mapping[str, Any]) -> str:
-        own = self.own.config.method
+        own = self.default_planner.config.method
         method = asked.get(METHOD_KEY, own)
         if METHOD_KEY not in asked or method == own:
             return own
@@ -211,7 +224,7 @@ class Plans:
         return method
 
     def _offered(self) -> str:
-        own = self.own.config.method
+        own = self.default_planner.config.method
         return ", ".join(n for n in available() if n == own or self._policy.allows_method(n))
 
     def _params(self, asked: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -231,15 +244,15 @@ class Plans:
                 raise ValueError(f"{PARAMS_KEY}: {shown(name)} {refusal}, got {shown(setting)}")
         return value
 
-    def _check_budget(self, planner: Planner, prompt_len: int) -> None:
+    def _check_budget(self, planner: BlockPlanner, prompt_len: int) -> None:
         bounds, budget = self._policy.budget, planner.config.budget
         tokens = planner.budget_tokens(prompt_len)
-        if bounds is False and budget != self.own.config.budget:
+        if bounds is False and budget != self.default_planner.config.budget:
             raise ValueError(
                 f"{BUDGET_KEY} may not be set by requests on this server, got {budget}"
             )
         if bounds is True:
-            self._check_most(budget, tokens, self.own.config.budget, prompt_len)
+            self._check_most(budget, tokens, self.default_planner.config.budget, prompt_len)
         elif not isinstance(bounds, bool):
             if bounds.high is not None:
                 self._check_most(budget, tokens, bounds.high, prompt_len)
@@ -253,15 +266,17 @@ class Plans:
         if type(budget) is type(most):
             good = budget <= most
         else:
-            good = tokens <= max(_tokens(most, prompt_len), self.own.budget_tokens(prompt_len))
+            good = tokens <= max(
+                _tokens(most, prompt_len), self.default_planner.budget_tokens(prompt_len)
+            )
         if not good:
             kind = "of the prompt" if most < 1 else "tokens per layer"
             raise ValueError(f"{BUDGET_KEY} must be at most {most} {kind} here, got {budget}")
 
-    def _check_window(self, planner: Planner) -> None:
-        if planner.window > self.most_window:
+    def _check_window(self, planner: BlockPlanner) -> None:
+        if planner.window > self.largest_window:
             raise ValueError(
-                f"{PARAMS_KEY}: window must be at most {self.most_window} on this server, got "
+                f"{PARAMS_KEY}: window must be at most {self.largest_window} on this server, got "
                 f"{planner.window}"
             )
 
@@ -293,12 +308,15 @@ class Plans:
             raise ValueError(f"{DECODE_KEY} may not be set to false by requests on this server")
         return bool(value)
 
-    def _check_room(self, terms: Terms, prompt_len: int) -> None:
-        planner, kept = terms.planner, terms.keep_count(prompt_len)
-        course = terms.course(prompt_len)
-        if course is None or planner.keeps_all:
+    def _check_room(self, settings: RequestSettings, prompt_len: int) -> None:
+        planner, kept = settings.planner, settings.pinned_count(prompt_len)
+        schedule = settings.schedule(prompt_len)
+        if schedule is None or planner.keeps_all:
             return
-        cuts = [*course.cuts, *([course.repeat.first] if course.repeat else [])]
+        cuts = [
+            *schedule.prefill_cuts,
+            *([schedule.decode_cuts.first] if schedule.decode_cuts else []),
+        ]
         held = min(cut.blocks for cut in cuts) * planner.block_size
         if kept > held - planner.window:
             raise ValueError(

@@ -42,7 +42,7 @@ def table_bytes(shape: ModelShape, limits: TableLimits, staged_pages: int = 0) -
     return shape.layers * (4 * entries + 8 * limits.tokens)
 
 
-def ring_bytes(shape: ModelShape, rows: int, queries: int) -> int:
+def query_buffer_bytes(shape: ModelShape, rows: int, queries: int) -> int:
     """Bytes of the queries of generated tokens that wait for a cut, held all the time.
 
     Args:

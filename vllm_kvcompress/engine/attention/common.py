@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace
 from vllm_kvcompress.engine.attention import FP8_CACHES, PLAIN_CACHES
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 from vllm_kvcompress.engine.settings import compression_of
-from vllm_kvcompress.engine.step.session import Session, StepPlan
+from vllm_kvcompress.engine.step.session import Session, StepInputs
 from vllm_kvcompress.paging.arena import PageArena
 from vllm_kvcompress.paging.device_page_tables import DeviceTableBuilder
 from vllm_kvcompress.paging.page_codec import PageCodec
@@ -47,11 +47,11 @@ class ArenaBuilder:
     session: Session | None = None
     request_ids: Callable[[int], Sequence[str]]
 
-    def plan(self, common: CommonAttentionMetadata) -> StepPlan | None:
+    def plan(self, common: CommonAttentionMetadata) -> StepInputs | None:
         """Ask the session what this step needs. Mutates the session; None: plain vLLM's path."""
         if self.session is None:
             return None
-        return self.session.plan_step(
+        return self.session.prepare_step(
             self.request_ids(common.num_reqs),
             common.block_table_tensor,
             common.seq_lens,
@@ -129,7 +129,7 @@ class DeviceBuilder(ArenaBuilder):
         # No request runs while a graph is captured, so this is plain vLLM's metadata.
         base = super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
         if self.session is not None:
-            base.arena_step = self.session.plan_capture(base.seq_lens, len(base.slot_mapping))
+            base.arena_step = self.session.capture_inputs(base.seq_lens, len(base.slot_mapping))
         return base
 
 
@@ -156,13 +156,13 @@ class DeviceImpl(ArenaImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """See vLLM's AttentionImpl."""
-        step: StepPlan | None = getattr(attn_metadata, "arena_step", None)
+        step: StepInputs | None = getattr(attn_metadata, "arena_step", None)
         if attn_metadata is not None:
             if step is not None and self.session is not None:
                 for capture in step.captures:
                     capture.take(self.arena_layer, query)
-                if step.ring is not None:
-                    step.ring.take(self.arena_layer, query)
+                if step.query_buffer is not None:
+                    step.query_buffer.take(self.arena_layer, query)
                 if step.tables is not None:
                     kv_cache = self.session.flat_cache
                     attn_metadata = self.layer_metadata(attn_metadata, step)
@@ -183,7 +183,7 @@ class DeviceImpl(ArenaImpl):
                 self.session.cascade(self.arena_layer, row, None)
         return result
 
-    def layer_metadata(self, base: Any, step: StepPlan) -> Any:
+    def layer_metadata(self, base: Any, step: StepInputs) -> Any:
         """Return the batch's metadata with this layer's tables."""
         assert step.tables is not None
         own = copy.copy(base)

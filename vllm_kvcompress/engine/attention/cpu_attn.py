@@ -15,7 +15,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_kvcompress.engine.attention.common import ArenaBackend, ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.attention.cpu_codec import CpuPageCodec
-from vllm_kvcompress.engine.step.session import StepPlan
+from vllm_kvcompress.engine.step.session import StepInputs
 from vllm_kvcompress.paging.arena import PageArena
 from vllm_kvcompress.paging.page_codec import PageCodec
 from vllm_kvcompress.paging.page_tables import (
@@ -100,15 +100,15 @@ class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
         """See the base class."""
-        step: StepPlan | None = getattr(attn_metadata, "arena_step", None)
+        step: StepInputs | None = getattr(attn_metadata, "arena_step", None)
         if step is not None and self.session is not None and attn_metadata is not None:
             for capture in step.captures:
                 capture.take(self.arena_layer, query)
                 if capture.whole:
                     # The prompt's keys are at hand; reading them back out of the pages costs more.
                     self.session.score(self.arena_layer, capture, key)
-            if step.ring is not None:
-                step.ring.take(self.arena_layer, query)
+            if step.query_buffer is not None:
+                step.query_buffer.take(self.arena_layer, query)
             if step.tables is not None:
                 kv_cache = self.session.flat_cache
                 attn_metadata = attn_metadata.arena_layers[self.arena_layer]

@@ -12,10 +12,10 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from vllm_kvcompress.engine.metrics import COUNTERS
-from vllm_kvcompress.engine.scheduler.reservations import Promises, Share
+from vllm_kvcompress.engine.scheduler.reservations import Reservation, Reservations
 from vllm_kvcompress.paging.arena import IntegrityError
-from vllm_kvcompress.planning.compression_schedule import Course
-from vllm_kvcompress.planning.request_settings import Plans, Terms
+from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
+from vllm_kvcompress.planning.request_settings import RequestSettings, SettingsResolver
 
 _TERMS = "_kv_compression_terms"
 
@@ -39,16 +39,16 @@ class ArenaManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._requests: Mapping[str, Request] = {}
-        self._plans: Plans | None = None
+        self._resolver: SettingsResolver | None = None
         self._watermark = 0
-        self._promises: Promises | None = None
+        self._reservations: Reservations | None = None
         self._chosen: dict[str, tuple[int, int]] = {}
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
 
     def bind(
         self,
         requests: Mapping[str, Request],
-        plans: Plans,
+        resolver: SettingsResolver,
         max_model_len: int,
         watermark_blocks: int,
     ) -> None:
@@ -62,50 +62,52 @@ class ArenaManager(FullAttentionManager):
 
         """
         self._requests = requests
-        self._plans = plans
-        self._promises = Promises(plans.own, max_model_len, self.req_to_blocks)
+        self._resolver = resolver
+        self._reservations = Reservations(
+            resolver.default_planner, max_model_len, self.req_to_blocks
+        )
         self._watermark = watermark_blocks
 
     @property
-    def plans(self) -> Plans:
+    def resolver(self) -> SettingsResolver:
         """The engine's plans; RuntimeError under a scheduler that is not ours."""
-        if self._plans is None:
+        if self._resolver is None:
             raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
-        return self._plans
+        return self._resolver
 
     @property
-    def promises(self) -> Promises:
+    def reservations(self) -> Reservations:
         """What every request holds and was promised; RuntimeError as for the plans."""
-        if self._promises is None:
+        if self._reservations is None:
             raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
-        return self._promises
+        return self._reservations
 
-    def course_of(self, request_id: str) -> Course | None:
+    def schedule_of(self, request_id: str) -> CompressionSchedule | None:
         """Return when the request is cut, None if it never is."""
         request = self._requests[request_id]
-        return self.terms_of(request).course(request.num_prompt_tokens)
+        return self.settings_of(request).schedule(request.num_prompt_tokens)
 
-    def terms_of(self, request: Request) -> Terms:
+    def settings_of(self, request: Request) -> RequestSettings:
         """Return the request's method, budget and the like, worked out once."""
-        terms: Terms | None = getattr(request, _TERMS, None)
-        if terms is None:
+        settings: RequestSettings | None = getattr(request, _TERMS, None)
+        if settings is None:
             extra = getattr(request.sampling_params, "extra_args", None)
-            terms = self.plans.terms(extra, request.num_prompt_tokens)
-            setattr(request, _TERMS, terms)
-        return terms
+            settings = self.resolver.resolve(extra, request.num_prompt_tokens)
+            setattr(request, _TERMS, settings)
+        return settings
 
     def is_admitted(self, request_id: str) -> bool:
         """Whether the request holds blocks."""
-        return request_id in self.promises
+        return request_id in self.reservations
 
     def is_released(self, request_id: str) -> bool:
         """Whether the request's prompt blocks have been given back."""
-        share = self.promises.get(request_id)
-        return share is not None and share.released > 0
+        reservation = self.reservations.get(request_id)
+        return reservation is not None and reservation.released > 0
 
-    def front_of(self, request_id: str) -> int | None:
+    def prefill_blocks_of(self, request_id: str) -> int | None:
         """Blocks in place of the prompt's own if the request's prefill is a cascade."""
-        return self.promises[request_id].front
+        return self.reservations[request_id].prefill_blocks
 
     def books(self) -> dict[str, int]:
         """Blocks reserved, held and free now, and what has been counted so far."""
@@ -113,17 +115,17 @@ class ArenaManager(FullAttentionManager):
         held = self.block_pool.num_gpu_blocks - 1 - free
         return {
             "blocks_held": held,
-            "blocks_reserved": held + self.promises.total(),
+            "blocks_reserved": held + self.reservations.total(),
             "blocks_free": free,
             **self.counts,
         }
 
     def running(self) -> dict[str, int]:
         """Blocks of requests that hold some: now, and as they would be in plain vLLM."""
-        tokens = [self._requests[name].num_computed_tokens for name, _ in self.promises]
+        tokens = [self._requests[name].num_computed_tokens for name, _ in self.reservations]
         return {
             "running_plain": sum(-(-count // self.block_size) for count in tokens),
-            "running_held": sum(len(self.req_to_blocks[name]) for name, _ in self.promises),
+            "running_held": sum(len(self.req_to_blocks[name]) for name, _ in self.reservations),
         }
 
     # --- admission -------------------------------------------------------------------------------
@@ -134,14 +136,16 @@ class ArenaManager(FullAttentionManager):
         A cascade uses them as they are, so in a small pool it may fit without them only.
         """
         prompt_len, total = request.num_prompt_tokens, self.block_pool.num_gpu_blocks - 1
-        course, planner = self.course_of(request.request_id), self.terms_of(request).planner
+        schedule, planner = self.schedule_of(request.request_id), self.settings_of(request).planner
 
-        def peak(front: int | None) -> int:
-            return self.promises.peak(self.promises.ask(request, course, front))
+        def peak(prefill_blocks: int | None) -> int:
+            return self.reservations.peak(
+                self.reservations.quote(request, schedule, prefill_blocks)
+            )
 
         def is_too_much(count: int) -> bool:
-            front = planner.front_blocks(prompt_len, count)
-            return front is None or peak(front) > total
+            prefill_blocks = planner.cascade_prefill_blocks(prompt_len, count)
+            return prefill_blocks is None or peak(prefill_blocks) > total
 
         if planner.config.prefill == "full" or planner.streams(prompt_len):
             return hits
@@ -167,16 +171,18 @@ class ArenaManager(FullAttentionManager):
 
         """
         self._chosen.pop(request.request_id, None)
-        prompt_len, planner = request.num_prompt_tokens, self.terms_of(request).planner
+        prompt_len, planner = request.num_prompt_tokens, self.settings_of(request).planner
         mode = planner.config.prefill
         if mode == "full" or planner.streams(prompt_len):
             return num_new_tokens
-        front = planner.front_blocks(prompt_len, len(hits))
-        if front is None or (mode != "cascade" and self._has_room(request, hits, computed)):
+        prefill_blocks = planner.cascade_prefill_blocks(prompt_len, len(hits))
+        if prefill_blocks is None or (
+            mode != "cascade" and self._has_room(request, hits, computed)
+        ):
             return num_new_tokens
         if num_new_tokens < prompt_len - computed:
             return 0
-        self._chosen[request.request_id] = (front, len(hits))
+        self._chosen[request.request_id] = (prefill_blocks, len(hits))
         return num_new_tokens
 
     def _has_room(self, request: Request, hits: Sequence[KVCacheBlock], computed: int) -> bool:
@@ -199,12 +205,12 @@ class ArenaManager(FullAttentionManager):
     ) -> int:
         """See the base class; counts what the request was or others were promised, too."""
         later = 0
-        if (share := self.promises.get(request_id)) is not None:
-            blocks = self.promises.blocks_for(share, num_tokens)
+        if (reservation := self.reservations.get(request_id)) is not None:
+            blocks = self.reservations.blocks_for(reservation, num_tokens)
         else:
-            share = self.asked(request_id)
-            blocks = self.promises.peak(share)
-            later = self.promises.peak_after_cut(share)
+            reservation = self.quoted(request_id)
+            blocks = self.reservations.peak(reservation)
+            later = self.reservations.peak_after_first_cut(reservation)
         slots = blocks * self.block_size
         own = super().get_num_blocks_to_allocate(
             request_id,
@@ -217,48 +223,48 @@ class ArenaManager(FullAttentionManager):
             prefill_end=prefill_end,
         )
         own = max(int(own), later)
-        return own + self.promises.total(request_id, new_computed_blocks) if own else 0
+        return own + self.reservations.total(request_id, new_computed_blocks) if own else 0
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """See the base class; the step that makes a cut gets the blocks for its survivors."""
-        begins = request_id not in self.promises
+        begins = request_id not in self.reservations
         if begins:
             self._admit(request_id)
-        needed = self.promises.blocks_for(self.promises[request_id], num_tokens)
+        needed = self.reservations.blocks_for(self.reservations[request_id], num_tokens)
         slots = needed * self.block_size
         blocks = list(super().allocate_new_blocks(request_id, slots, slots))
         if begins:
             # Others may share blocks with it from now on, which they will not get free.
-            self.promises.update_all()
+            self.reservations.update_all()
         elif blocks:
-            self.promises.update(request_id)
+            self.reservations.update(request_id)
         return blocks
 
     def wants(self, request_id: str, num_tokens: int) -> bool:
         """Whether an admitted request needs another block for its first num_tokens tokens."""
-        needed = self.promises.blocks_for(self.promises[request_id], num_tokens)
+        needed = self.reservations.blocks_for(self.reservations[request_id], num_tokens)
         return needed > len(self.req_to_blocks[request_id])
 
-    def asked(self, request_id: str) -> Share:
+    def quoted(self, request_id: str) -> Reservation:
         """What a waiting request asks for, on the way chosen for its prompt."""
-        front, cached = self._chosen.get(request_id, (None, 0))
-        course = self.course_of(request_id)
-        return self.promises.ask(self._requests[request_id], course, front, cached)
+        prefill_blocks, cached = self._chosen.get(request_id, (None, 0))
+        schedule = self.schedule_of(request_id)
+        return self.reservations.quote(self._requests[request_id], schedule, prefill_blocks, cached)
 
     def _admit(self, request_id: str) -> None:
-        share = self.asked(request_id)
+        reservation = self.quoted(request_id)
         self._chosen.pop(request_id, None)
-        self.promises.admit(request_id, share)
+        self.reservations.admit(request_id, reservation)
         request = self._requests[request_id]
-        planner, prompt_len = self.terms_of(request).planner, request.num_prompt_tokens
+        planner, prompt_len = self.settings_of(request).planner, request.num_prompt_tokens
         compressed = planner.plan(prompt_len) is not None
         if not request.num_preemptions:
             self.counts[f"requests:{planner.method.name}:{str(compressed).lower()}"] += 1
         if not compressed:
             return
-        path = "full" if share.front is None else "cascade"
+        path = "full" if reservation.prefill_blocks is None else "cascade"
         if planner.streams(prompt_len):
             path = "streaming"
         self.counts[f"prefills_{path}"] += 1
@@ -272,35 +278,38 @@ class ArenaManager(FullAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         """Give back what cuts made superfluous, once no step in flight can still read it."""
-        share = self.promises.get(request_id)
-        if share is None:
+        reservation = self.reservations.get(request_id)
+        if reservation is None:
             return
-        released = share.released
+        released = reservation.released
         while (
-            share.course is not None
-            and share.course.has_cut(share.released + 1)
-            and share.course.cut(share.released + 1).position <= processed_computed_tokens
+            reservation.schedule is not None
+            and reservation.schedule.has_cut(reservation.released + 1)
+            and reservation.schedule.cut(reservation.released + 1).position
+            <= processed_computed_tokens
         ):
-            self._release(request_id, share.course, share)
-        over = 0 < share.until <= processed_computed_tokens
+            self._release(request_id, reservation.schedule, reservation)
+        over = 0 < reservation.reserved_until <= processed_computed_tokens
         if over:
-            share.until = 0
-        if over or share.released > released:
-            self.promises.update(request_id)
+            reservation.reserved_until = 0
+        if over or reservation.released > released:
+            self.reservations.update(request_id)
 
-    def _release(self, request_id: str, course: Course, share: Share) -> None:
+    def _release(
+        self, request_id: str, schedule: CompressionSchedule, reservation: Reservation
+    ) -> None:
         blocks = self.req_to_blocks[request_id]
-        part = course.superfluous(share.released, share.front)
+        part = schedule.releasable(reservation.released, reservation.prefill_blocks)
         gone = blocks[part.start : part.stop]
         del blocks[part.start : part.stop]
-        share.released += 1
+        reservation.released += 1
         self.block_pool.free_blocks(reversed(gone))
         self.counts["blocks_freed"] += len(gone)
-        self.counts[f"cuts_{course.kind(share.released)}"] += 1
-        if self.plans.own.config.log_requests:
+        self.counts[f"cuts_{schedule.kind(reservation.released)}"] += 1
+        if self.resolver.default_planner.config.log_requests:
             facts = {
                 "request": request_id,
-                "cut": share.released,
+                "cut": reservation.released,
                 "released": len(gone),
                 "held": len(blocks),
                 "free": self.block_pool.get_num_free_blocks(),
@@ -317,12 +326,12 @@ class ArenaManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Hash what plain vLLM would have computed: tokens before the first cut, not workspace."""
-        course = self.course_of(request.request_id)
-        if course is not None:
-            share = self.promises[request.request_id]
-            if share.released or share.front is not None:
+        schedule = self.schedule_of(request.request_id)
+        if schedule is not None:
+            reservation = self.reservations[request.request_id]
+            if reservation.released or reservation.prefill_blocks is not None:
                 return
-            num_tokens = min(num_tokens, course.first)
+            num_tokens = min(num_tokens, schedule.first)
         super().cache_blocks(
             request,
             num_tokens,
@@ -332,7 +341,7 @@ class ArenaManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request (finished or preempted) and hand its blocks over."""
-        self.promises.drop(request_id)
+        self.reservations.drop(request_id)
         self._chosen.pop(request_id, None)
         return list(super().pop_blocks_for_free(request_id))
 
@@ -341,12 +350,16 @@ class ArenaManager(FullAttentionManager):
     def private_blocks(self) -> dict[str, list[int]]:
         """Block ids that no other request may share, of every request that has some."""
         private = {}
-        for request_id, share in self.promises:
-            if share.course is None:
+        for request_id, reservation in self.reservations:
+            if reservation.schedule is None:
                 continue
             skip = 0
-            if not share.released:
-                skip = share.course.segment(0) if share.front is None else share.cached
+            if not reservation.released:
+                skip = (
+                    reservation.schedule.tail_blocks(0)
+                    if reservation.prefill_blocks is None
+                    else reservation.cached
+                )
             blocks = self.req_to_blocks[request_id]
             if len(blocks) > skip:
                 private[request_id] = [b.block_id for b in blocks[skip:]]
@@ -370,10 +383,12 @@ class ArenaManager(FullAttentionManager):
                         f"block {block_id} of {request_id} is not private: {block}, {other}"
                     )
         # Block frees may be deferred, so blocks can be out of the free queue without an owner.
-        beside = self.promises.side.block_ids() if self.promises.side is not None else set()
+        beside = self.reservations.side.block_ids() if self.reservations.side is not None else set()
         held, total = len(beside.union(by_id)), self.block_pool.num_gpu_blocks - 1
         free = self.block_pool.get_num_free_blocks()
         if held + free > total:
             raise IntegrityError(f"{held} held + {free} free exceed the pool")
-        if held + self.promises.total() > total:
-            raise IntegrityError(f"{held} held + {self.promises.total()} promised exceed the pool")
+        if held + self.reservations.total() > total:
+            raise IntegrityError(
+                f"{held} held + {self.reservations.total()} promised exceed the pool"
+            )

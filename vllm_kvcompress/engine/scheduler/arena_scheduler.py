@@ -21,12 +21,12 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvcompress.engine.metrics import put_books
+from vllm_kvcompress.engine.metrics import attach_stats
 from vllm_kvcompress.engine.scheduler.arena_manager import ArenaManager
-from vllm_kvcompress.engine.scheduler.sliding_window_groups import keep_books
-from vllm_kvcompress.engine.settings import plans_of
+from vllm_kvcompress.engine.scheduler.sliding_window_groups import patch_coordinator
+from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.step.measurement_channel import report_of
-from vllm_kvcompress.engine.step.messages import Orders, attach
+from vllm_kvcompress.engine.step.messages import StepMessage, attach
 from vllm_kvcompress.eviction.measurements import Report
 
 
@@ -39,21 +39,21 @@ class _ArenaScheduling(Scheduler):
         managers = coordinator.single_type_managers
         (self._arena,) = (m for m in managers if isinstance(m, ArenaManager))
         self._group = managers.index(self._arena)
-        self._plans = plans_of(self.vllm_config, self._arena.block_size)
+        self._resolver = resolver_of(self.vllm_config, self._arena.block_size)
         self._arena.bind(
             self.requests,
-            self._plans,
+            self._resolver,
             self.max_model_len,
             self.kv_cache_manager.watermark_blocks,
         )
         if len(managers) > 1:
-            keep_books(coordinator, self._arena, self.max_model_len)
+            patch_coordinator(coordinator, self._arena, self.max_model_len)
         self._hits: tuple[str, Sequence[KVCacheBlock]] = ("", ())
         self._report = Report()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """See the base class; verifies the books first when asked to."""
-        if self._plans.own.config.check_integrity:
+        if self._resolver.default_planner.config.check_integrity:
             self._arena.check_integrity()
         for request in self.running:
             # Else a request could be preempted for want of blocks that another is about to return.
@@ -62,11 +62,15 @@ class _ArenaScheduling(Scheduler):
         output = super().schedule(throttle_prefills)
         begun = [r.req_id for r in output.scheduled_new_reqs]
         begun += output.scheduled_cached_reqs.resumed_req_ids
-        fronts = {name: self._arena.front_of(name) for name in begun}
+        prefill_blocks = {name: self._arena.prefill_blocks_of(name) for name in begun}
         attach(
             output,
-            Orders(
-                fronts={name: front for name, front in fronts.items() if front is not None},
+            StepMessage(
+                prefill_blocks={
+                    name: prefill_blocks
+                    for name, prefill_blocks in prefill_blocks.items()
+                    if prefill_blocks is not None
+                },
                 books=self._arena.books(),
             ),
         )
@@ -84,18 +88,18 @@ class _ArenaScheduling(Scheduler):
         """See the base class; the books travel along."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            put_books(stats, {**self._arena.books(), **self._arena.running()}, self._report)
+            attach_stats(stats, {**self._arena.books(), **self._arena.running()}, self._report)
             self._report = Report()
         return stats
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         blocks, hit, boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        course = self._arena.course_of(request.request_id)
-        if course is not None:
-            window = self._arena.terms_of(request).planner.window
-            most = max(course.first - window, 0)
-            most = self._arena.usable_hits(request, min(hit, most) // course.block_size)
-            most *= course.block_size
+        schedule = self._arena.schedule_of(request.request_id)
+        if schedule is not None:
+            window = self._arena.settings_of(request).planner.window
+            most = max(schedule.first - window, 0)
+            most = self._arena.usable_hits(request, min(hit, most) // schedule.block_size)
+            most *= schedule.block_size
             if hit > most:
                 # Looked up anew: what a sliding window sees before an earlier end may be missing.
                 found, hit, behind = self.kv_cache_manager.coordinator.find_longest_cache_hit(
@@ -112,10 +116,10 @@ class _ArenaScheduling(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        course = self._arena.course_of(request.request_id)
-        if course is None:
+        schedule = self._arena.schedule_of(request.request_id)
+        if schedule is None:
             return int(num_new_tokens)
-        if (cut := course.next_position(num_computed_tokens)) is not None:
+        if (cut := schedule.next_position(num_computed_tokens)) is not None:
             num_new_tokens = min(num_new_tokens, cut - num_computed_tokens)
         if not self._arena.is_admitted(request.request_id):
             name, hits = self._hits

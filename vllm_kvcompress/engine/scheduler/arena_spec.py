@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.engine.model_layers import layers_of
 from vllm_kvcompress.engine.scheduler.arena_manager import ArenaManager
-from vllm_kvcompress.engine.settings import plans_of
+from vllm_kvcompress.engine.settings import resolver_of
 
 _MARK = "_kv_compression_wrapped"
 
@@ -22,12 +22,12 @@ class ArenaSpec(FullAttentionSpec):
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Entries of a row in the runner's block table: all blocks a request is ever given."""
         # The runner only ever appends, so the prompt's entries stay in the row after release.
-        return plans_of(vllm_config, self.block_size).row_blocks(max_len)
+        return resolver_of(vllm_config, self.block_size).row_blocks(max_len)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes that one request needs at its peak, in one layer, whatever its prompt's length."""
         max_model_len = vllm_config.model_config.max_model_len
-        blocks = plans_of(vllm_config, self.block_size).own.least_pool(max_model_len)
+        blocks = resolver_of(vllm_config, self.block_size).default_planner.least_pool(max_model_len)
         return int(blocks * self.page_size_bytes)
 
 
@@ -43,14 +43,16 @@ def tell_concurrency() -> None:
         arena = next((spec for spec in specs if isinstance(spec, ArenaSpec)), None)
         if arena is None:
             return float(original(vllm_config, kv_cache_config))
-        planner = plans_of(vllm_config, arena.block_size).own
+        planner = resolver_of(vllm_config, arena.block_size).default_planner
         layers, longest = layers_of(vllm_config), vllm_config.model_config.max_model_len
         reading = vllm_config.max_in_flight_tokens
         return planner.concurrency(
             longest,
             kv_cache_config.num_blocks - 1,
-            side_peak=layers.side_blocks(arena.block_size, longest, reading),
-            side_held=layers.side_blocks(arena.block_size, longest, planner.limits.lag + 1),
+            window_group_peak=layers.window_group_blocks(arena.block_size, longest, reading),
+            window_group_held=layers.window_group_blocks(
+                arena.block_size, longest, planner.limits.lag + 1
+            ),
         )
 
     setattr(get_max_concurrency, _MARK, True)

@@ -14,13 +14,13 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from vllm_kvcompress.engine.scheduler.arena_manager import ArenaManager
-from vllm_kvcompress.engine.scheduler.reservations import Share
+from vllm_kvcompress.engine.scheduler.reservations import Reservation
 
 Hits = tuple[Sequence[KVCacheBlock], ...]
 """By group, blocks of the prefix cache; null blocks for tokens out of a window."""
 
 
-class SideGroups:
+class SlidingWindowGroups:
     """What the sliding-window groups hold, and what each request needs of them.
 
     A request holds most blocks of a group while its known tokens are read, because a step's tokens
@@ -39,7 +39,7 @@ class SideGroups:
         self._max_len = max_len
         self._lag = lag
 
-    def missing(self, request_id: str, share: Share) -> int:
+    def missing(self, request_id: str, reservation: Reservation) -> int:
         """Blocks that a request will be given until what it is promised is in, less returned ones.
 
         Args:
@@ -50,13 +50,13 @@ class SideGroups:
         total = 0
         for manager in self._managers.values():
             blocks = manager.req_to_blocks.get(request_id, ())
-            peak, whole = self._peak(manager, share)
+            peak, whole = self._peak(manager, reservation)
             # What it shares will not be free when it slides out of the window.
             own = sum(block.ref_cnt == 1 for block in _tail(blocks))
             total += min(max(whole - len(blocks), 0), max(peak - own, 0))
         return total
 
-    def needed(self, share: Share, hits: Hits) -> dict[int, int]:
+    def needed(self, reservation: Reservation, hits: Hits) -> dict[int, int]:
         """By group, blocks that a request would take out of the pool over its promised life.
 
         Args:
@@ -66,7 +66,7 @@ class SideGroups:
         """
         result = {}
         for group, manager in self._managers.items():
-            peak, whole = self._peak(manager, share)
+            peak, whole = self._peak(manager, reservation)
             cached = hits[group]
             idle = sum(block.ref_cnt == 0 and not block.is_null for block in cached)
             result[group] = min(peak, max(whole - len(cached), 0) + idle)
@@ -89,15 +89,15 @@ class SideGroups:
             for block in _tail(blocks)
         }
 
-    def _peak(self, manager: Any, share: Share) -> tuple[int, int]:
+    def _peak(self, manager: Any, reservation: Reservation) -> tuple[int, int]:
         """Most blocks that one group holds at one time, and all that it is ever given."""
         size = manager.block_size
-        end = min(share.until + 1, self._max_len)
+        end = min(reservation.reserved_until + 1, self._max_len)
         whole = -(-end // size)
         seen = -(-(manager.sliding_window + self._lag) // size) + 1
         peak = min(whole, seen)
-        if not share.read:
-            first = min(share.known + 1 + self._lag, self._max_len)
+        if not reservation.read:
+            first = min(reservation.known + 1 + self._lag, self._max_len)
             peak = max(peak, min(-(-first // size), manager.max_admission_blocks_per_request))
         return peak, whole
 
@@ -110,8 +110,8 @@ def _tail(blocks: Sequence[KVCacheBlock]) -> Iterable[KVCacheBlock]:
         yield block
 
 
-def keep_books(coordinator: Any, arena: ArenaManager, max_len: int) -> None:
-    """Let promises count the side groups, and hash no token after a cut. Mutates the coordinator.
+def patch_coordinator(coordinator: Any, arena: ArenaManager, max_len: int) -> None:
+    """Let reservations count window groups, and hash no token after a cut. Mutates the coordinator.
 
     Args:
         coordinator: vLLM's, of an engine with more groups than the arena's.
@@ -120,9 +120,9 @@ def keep_books(coordinator: Any, arena: ArenaManager, max_len: int) -> None:
 
     """
     managers = {i: m for i, m in enumerate(coordinator.single_type_managers) if m is not arena}
-    promises = arena.promises
-    side = SideGroups(managers, max_len, arena.plans.own.limits.lag)
-    promises.side = side
+    reservations = arena.reservations
+    side = SlidingWindowGroups(managers, max_len, arena.resolver.default_planner.limits.lag)
+    reservations.side = side
     count, allocate = coordinator.get_num_blocks_to_allocate, coordinator.allocate_new_blocks
     remove, cache = coordinator.remove_skipped_blocks, coordinator.cache_blocks
 
@@ -142,12 +142,12 @@ def keep_books(coordinator: Any, arena: ArenaManager, max_len: int) -> None:
         result = int(
             count(request_id, num_tokens, new_computed_blocks, num_encoder_tokens, *rest, *last)
         )
-        if request_id in promises:
-            # The arena's manager counts others' promises only when it needs a block itself.
+        if request_id in reservations:
+            # The arena's manager counts others' reservations only when it needs a block itself.
             if result and not arena.wants(request_id, num_tokens):
-                result += promises.total(request_id)
+                result += reservations.total(request_id)
             return result
-        for group, blocks in side.needed(arena.asked(request_id), new_computed_blocks).items():
+        for group, blocks in side.needed(arena.quoted(request_id), new_computed_blocks).items():
             now = managers[group].get_num_blocks_to_allocate(
                 request_id, num_tokens, new_computed_blocks[group], *rest, *last
             )
@@ -155,31 +155,31 @@ def keep_books(coordinator: Any, arena: ArenaManager, max_len: int) -> None:
         return result + side.lent(new_computed_blocks)
 
     def allocate_new_blocks(request_id: str, *args: Any, **kwargs: Any) -> Any:
-        begins = request_id not in promises
+        begins = request_id not in reservations
         blocks = allocate(request_id, *args, **kwargs)
         if begins:
-            promises.update_all()
+            reservations.update_all()
         elif any(blocks):
-            promises.update(request_id)
+            reservations.update(request_id)
         return blocks
 
     def remove_skipped_blocks(
         request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
         remove(request_id, processed_computed_tokens, num_prompt_tokens)
-        share = promises.get(request_id)
-        if share is not None and share.until:
-            share.read = share.read or processed_computed_tokens >= share.known
-            promises.update(request_id)
+        reservation = reservations.get(request_id)
+        if reservation is not None and reservation.reserved_until:
+            reservation.read = reservation.read or processed_computed_tokens >= reservation.known
+            reservations.update(request_id)
 
     def cache_blocks(request: Any, num_computed_tokens: int) -> None:
-        course = arena.course_of(request.request_id)
-        if course is None:
+        schedule = arena.schedule_of(request.request_id)
+        if schedule is None:
             cache(request, num_computed_tokens)
             return
-        tokens = min(num_computed_tokens, course.first)
+        tokens = min(num_computed_tokens, schedule.first)
         # vLLM keeps only the windows before positions at which a prompt may be taken up again.
-        resumed = max(course.first - arena.terms_of(request).planner.window, 0)
+        resumed = max(schedule.first - arena.settings_of(request).planner.window, 0)
         for group, manager in enumerate(coordinator.single_type_managers):
             if manager.enable_caching:
                 manager.cache_blocks(

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_kvcompress.engine.step.messages import orders_of
-from vllm_kvcompress.eviction.request import Entry
-from vllm_kvcompress.planning.request_settings import Plans
+from vllm_kvcompress.engine.step.messages import message_of
+from vllm_kvcompress.eviction.request import WorkerRequest
+from vllm_kvcompress.planning.request_settings import SettingsResolver
 
 
 class Ledger:
@@ -22,15 +22,15 @@ class Ledger:
 
     """
 
-    def __init__(self, plans: Plans, group: int = 0) -> None:
-        self._plans = plans
+    def __init__(self, resolver: SettingsResolver, group: int = 0) -> None:
+        self._resolver = resolver
         self._group = group
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, WorkerRequest] = {}
 
-    def __getitem__(self, request_id: str) -> Entry:
+    def __getitem__(self, request_id: str) -> WorkerRequest:
         return self._entries[request_id]
 
-    def __iter__(self) -> Iterator[tuple[str, Entry]]:
+    def __iter__(self) -> Iterator[tuple[str, WorkerRequest]]:
         return iter(self._entries.items())
 
     def update(self, output: SchedulerOutput) -> tuple[list[str], list[str]]:
@@ -47,40 +47,44 @@ class Ledger:
         void: list[str] = [*output.finished_req_ids, *(output.preempted_req_ids or ())]
         grown: list[str] = []
         self._forget(output.finished_req_ids)
-        fronts = orders_of(output).fronts
+        prefill_blocks = message_of(output).prefill_blocks
         for new in output.scheduled_new_reqs:
             void.append(new.req_id)
             extra = getattr(new.sampling_params, "extra_args", None)
-            terms = self._plans.terms(extra, new.prompt_len)
-            entry = self._entries[new.req_id] = Entry(
+            settings = self._resolver.resolve(extra, new.prompt_len)
+            request = self._entries[new.req_id] = WorkerRequest(
                 prompt_len=new.prompt_len,
-                terms=terms,
-                course=terms.course(new.prompt_len),
+                settings=settings,
+                schedule=settings.schedule(new.prompt_len),
                 blocks=list(new.block_ids[self._group]),
                 computed=new.num_computed_tokens,
-                front=fronts.get(new.req_id),
+                prefill_blocks=prefill_blocks.get(new.req_id),
             )
-            entry.cached = self._cached(entry)
+            request.cached = self._cached(request)
         cached = output.scheduled_cached_reqs
         for request_id, blocks, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
-            entry = self._entries[request_id]
-            entry.computed = computed
+            request = self._entries[request_id]
+            request.computed = computed
             if request_id in cached.resumed_req_ids:
                 void.append(request_id)
                 own = list(blocks[self._group]) if blocks else []
-                entry.restart(own, fronts.get(request_id))
-                entry.cached = self._cached(entry)
+                request.restart(own, prefill_blocks.get(request_id))
+                request.cached = self._cached(request)
             elif blocks and blocks[self._group]:
-                entry.blocks.extend(blocks[self._group])
+                request.blocks.extend(blocks[self._group])
                 grown.append(request_id)
         for request_id, count in output.num_scheduled_tokens.items():
             self._entries[request_id].scheduled = count
         return void, grown
 
-    def _cached(self, entry: Entry) -> int:
-        return 0 if entry.front is None else entry.computed // self._plans.own.block_size
+    def _cached(self, request: WorkerRequest) -> int:
+        return (
+            0
+            if request.prefill_blocks is None
+            else request.computed // self._resolver.default_planner.block_size
+        )
 
     def _forget(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -12,23 +12,23 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvcompress.engine.step.block_ledger import Ledger
 from vllm_kvcompress.engine.step.measurement_channel import attach
-from vllm_kvcompress.engine.step.messages import orders_of
-from vllm_kvcompress.eviction.compressor import CascadeRun, Compressor
-from vllm_kvcompress.eviction.decode_query_buffer import QueryRing
+from vllm_kvcompress.engine.step.messages import message_of
+from vllm_kvcompress.eviction.compressor import Compressor, RunningCascade
+from vllm_kvcompress.eviction.decode_query_buffer import DecodeQueryBuffer
 from vllm_kvcompress.eviction.measurements import Report
 from vllm_kvcompress.eviction.records import CutRecord
-from vllm_kvcompress.eviction.request import Entry
+from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.paging.arena import IntArray, PageArena, PageGeometry
-from vllm_kvcompress.paging.attention_layer import LayerFacts
+from vllm_kvcompress.paging.attention_layer import AttentionParams
 from vllm_kvcompress.paging.page_codec import PageCodec
 from vllm_kvcompress.paging.page_tables import BatchRows, LayerTables, StepTableBuilder, TableLimits
-from vllm_kvcompress.planning.request_settings import Plans
+from vllm_kvcompress.planning.request_settings import SettingsResolver
 
 logger = init_logger("vllm.kvcompress.session")
 
 
 @dataclass(frozen=True)
-class Capture:
+class WindowCapture:
     """Queries of one row that belong to the observation window of its prompt's next cut.
 
     Attributes:
@@ -46,7 +46,7 @@ class Capture:
     offset: int
     start: int
     count: int
-    entry: Entry
+    request: WorkerRequest
     whole: bool
 
     def take(self, layer: int, query: Tensor) -> None:
@@ -57,7 +57,7 @@ class Capture:
 
 
 @dataclass(frozen=True)
-class Cascading:
+class CascadeRow:
     """One row whose layers are cut as soon as they have run.
 
     Attributes:
@@ -67,13 +67,13 @@ class Cascading:
 
     """
 
-    run: CascadeRun
-    entry: Entry
+    run: RunningCascade
+    request: WorkerRequest
     start: int
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepInputs:
     """What a step has to do beyond plain vLLM.
 
     Attributes:
@@ -84,10 +84,10 @@ class StepPlan:
 
     """
 
-    captures: tuple[Capture, ...]
+    captures: tuple[WindowCapture, ...]
     tables: LayerTables | None
-    cascades: tuple[Cascading, ...] = ()
-    ring: QueryRing | None = None
+    cascades: tuple[CascadeRow, ...] = ()
+    query_buffer: DecodeQueryBuffer | None = None
 
 
 class Session:
@@ -113,11 +113,11 @@ class Session:
 
     def __init__(
         self,
-        plans: Plans,
+        resolver: SettingsResolver,
         geometry: PageGeometry,
         flat_cache: Tensor,
         codec: PageCodec,
-        layers: Sequence[LayerFacts],
+        layers: Sequence[AttentionParams],
         num_heads: int,
         dtype: torch.dtype,
         make_tables: Callable[[PageArena], StepTableBuilder],
@@ -126,24 +126,24 @@ class Session:
     ) -> None:
         self.flat_cache = flat_cache
         self.arena = PageArena(geometry)
-        self.step: StepPlan | None = None
+        self.step: StepInputs | None = None
         self.replays = False
         self.stats = dict.fromkeys(
             ("prompt_cuts", "chunk_cuts", "decode_cuts", "compressed_steps", "plain_steps"), 0
         )
         self.books: dict[str, int] = {}
-        self._plans = plans
-        self._ledger = Ledger(plans, group)
+        self._resolver = resolver
+        self._ledger = Ledger(resolver, group)
         self._tables = make_tables(self.arena)
         self._codec = codec
-        self._compressor = Compressor(plans.own.config, self.arena, codec, layers)
+        self._compressor = Compressor(resolver.default_planner.config, self.arena, codec, layers)
         self._query_shape = (num_heads, codec.head_size)
         self._dtype = dtype
-        self._ring: QueryRing | None = None
-        if plans.own.config.decode_budget is not None:
-            self._ring = QueryRing(
+        self._query_buffer: DecodeQueryBuffer | None = None
+        if resolver.default_planner.config.decode_budget is not None:
+            self._query_buffer = DecodeQueryBuffer(
                 geometry.num_layers,
-                plans.decode_queries,
+                resolver.largest_decode_window,
                 num_heads,
                 codec.head_size,
                 rows=limits.rows,
@@ -154,27 +154,27 @@ class Session:
             )
         self._scheduled: frozenset[str] = frozenset()
         self._ending: list[str] = []
-        self._cascades: dict[str, CascadeRun] = {}
+        self._cascades: dict[str, RunningCascade] = {}
 
     def begin_step(self, output: SchedulerOutput) -> None:
         """Take in the scheduler's message before the model runs. Mutates ledger and arena."""
-        orders = orders_of(output)
+        message = message_of(output)
         void, grown = self._ledger.update(output)
         for request_id in void:
             self.arena.drop(request_id)
-            if self._ring is not None:
-                self._ring.drop(request_id)
+            if self._query_buffer is not None:
+                self._query_buffer.drop(request_id)
         for request_id in grown:
             blocks = self._ledger[request_id].private_blocks()
             if request_id in self.arena and self.arena.can_grow(request_id, blocks):
                 self.arena.grow(request_id, blocks)
         self._cascades = {}
-        for request_id in orders.fronts:
+        for request_id in message.prefill_blocks:
             run = self._compressor.begin_cascade(self._ledger[request_id])
             self.arena.stage(request_id, run.layers.sources)
             self._cascades[request_id] = run
-        if orders.books:
-            self.books = dict(orders.books)
+        if message.books:
+            self.books = dict(message.books)
         self._scheduled = frozenset(output.num_scheduled_tokens)
         self._ending = []
         self.step = None
@@ -199,9 +199,9 @@ class Session:
         if self._cascades:
             return True
         entries = [self._ledger[request_id] for request_id in self._scheduled]
-        return any(e.terms.planner.needs_queries and self._prompt_part(e) for e in entries)
+        return any(e.settings.planner.needs_queries and self._prompt_part(e) for e in entries)
 
-    def plan_step(
+    def prepare_step(
         self,
         request_ids: Sequence[str],
         block_table: Tensor,
@@ -211,7 +211,7 @@ class Session:
         *,
         query_start_cpu: Tensor,
         seq_lens_bound: Tensor | None,
-    ) -> StepPlan | None:
+    ) -> StepInputs | None:
         """Decide what this step's attention has to do. Mutates windows and the session's step.
 
         Args:
@@ -229,27 +229,31 @@ class Session:
         """
         if not self._scheduled or not self._scheduled.issuperset(request_ids):
             return None  # a dummy run
-        captures: list[Capture] = []
-        cascades: list[Cascading] = []
+        captures: list[WindowCapture] = []
+        cascades: list[CascadeRow] = []
         generated: list[tuple[str, int, range]] = []
         rows: list[int] = []
         starts = query_start_cpu.tolist()
         for row, request_id in enumerate(request_ids):
-            entry = self._ledger[request_id]
-            if entry.course is None:
+            request = self._ledger[request_id]
+            if request.schedule is None:
                 continue
             if request_id in self.arena:
                 rows.append(row)
             if request_id in self._cascades:
-                cascades.append(Cascading(self._cascades[request_id], entry, starts[row]))
-            if entry.next_cut == entry.computed + entry.scheduled:
+                cascades.append(CascadeRow(self._cascades[request_id], request, starts[row]))
+            if request.next_cut == request.computed + request.scheduled:
                 self._ending.append(request_id)
-            if capture := self._capture(entry, starts[row]):
+            if capture := self._capture(request, starts[row]):
                 captures.append(capture)
-            elif part := self._generated_part(entry):
-                first = starts[row] + part.start - entry.computed
+            elif part := self._generated_part(request):
+                first = starts[row] + part.start - request.computed
                 generated.append(
-                    (request_id, first, _places(entry, part, entry.terms.planner.decode_queries))
+                    (
+                        request_id,
+                        first,
+                        _places(request, part, request.settings.planner.decode_window),
+                    )
                 )
         self.stats["compressed_steps" if rows else "plain_steps"] += 1
         tables = None
@@ -265,12 +269,16 @@ class Session:
                 seq_lens_bound=None if seq_lens_bound is None else seq_lens_bound.numpy(),
             )
             tables = self._tables.build(batch)
-        ring = self._ring if self._ring is not None and self._ring.plan(generated) else None
-        if captures or tables or ring:
-            self.step = StepPlan(tuple(captures), tables, tuple(cascades), ring)
+        query_buffer = (
+            self._query_buffer
+            if self._query_buffer is not None and self._query_buffer.plan(generated)
+            else None
+        )
+        if captures or tables or query_buffer:
+            self.step = StepInputs(tuple(captures), tables, tuple(cascades), query_buffer)
         return self.step
 
-    def plan_capture(self, seq_lens: Tensor, num_tokens: int) -> StepPlan:
+    def capture_inputs(self, seq_lens: Tensor, num_tokens: int) -> StepInputs:
         """Return what a CUDA graph is captured with. Mutates the table buffers.
 
         Args:
@@ -278,7 +286,9 @@ class Session:
             num_tokens: Tokens of the batch.
 
         """
-        return StepPlan((), self._tables.capture(seq_lens, num_tokens), ring=self._ring)
+        return StepInputs(
+            (), self._tables.capture(seq_lens, num_tokens), query_buffer=self._query_buffer
+        )
 
     def warm_up(self, max_model_len: int) -> None:
         """Run every kernel once, so that no request waits for a compiler. Mutates table buffers.
@@ -287,10 +297,10 @@ class Session:
             max_model_len: Tokens of the longest prompt.
 
         """
-        self._compressor.warm_up(self._plans, self._query_shape, self._dtype, max_model_len)
+        self._compressor.warm_up(self._resolver, self._query_shape, self._dtype, max_model_len)
         self._tables.warm_up()
 
-    def score(self, layer: int, capture: Capture, keys: Tensor) -> None:
+    def score(self, layer: int, capture: WindowCapture, keys: Tensor) -> None:
         """Score a layer in the step that holds the whole prompt. Mutates the request's entry.
 
         Args:
@@ -299,11 +309,11 @@ class Session:
             keys: Keys of the batch after RoPE, [T, N, D] (or with heads and dims merged).
 
         """
-        entry = capture.entry
-        first = capture.start + capture.count - entry.prompt_len
-        self._compressor.score_in_step(layer, entry, self._own_keys(keys, first, entry))
+        request = capture.request
+        first = capture.start + capture.count - request.prompt_len
+        self._compressor.score_in_step(layer, request, self._own_keys(keys, first, request))
 
-    def cascade(self, layer: int, row: Cascading, keys: Tensor | None) -> None:
+    def cascade(self, layer: int, row: CascadeRow, keys: Tensor | None) -> None:
         """Cut a layer of a row whose attention has just run. Mutates its run and arena pages.
 
         Args:
@@ -313,85 +323,91 @@ class Session:
 
         """
         own = None
-        if keys is not None and row.entry.computed == 0:
-            own = self._own_keys(keys, row.start, row.entry)
-        self._compressor.cascade(row.run, layer, row.entry, own)
+        if keys is not None and row.request.computed == 0:
+            own = self._own_keys(keys, row.start, row.request)
+        self._compressor.cascade(row.run, layer, row.request, own)
 
-    def _own_keys(self, keys: Tensor, first: int, entry: Entry) -> Tensor:
+    def _own_keys(self, keys: Tensor, first: int, request: WorkerRequest) -> Tensor:
         """Keys of one row that holds a whole prompt, [N, S, D]."""
-        own = keys[first : first + entry.prompt_len]
-        shape = (entry.prompt_len, self._codec.num_kv_heads, self._codec.head_size)
+        own = keys[first : first + request.prompt_len]
+        shape = (request.prompt_len, self._codec.num_kv_heads, self._codec.head_size)
         return own.view(shape).transpose(0, 1)
 
     def end_step(self) -> None:
         """Make the cuts that are due after this step. Mutates arena, ledger and pages."""
         for request_id in self._ending:
-            entry = self._ledger[request_id]
+            request = self._ledger[request_id]
             if run := self._cascades.get(request_id):
-                self._compressor.finish_cascade(request_id, entry, run)
+                self._compressor.finish_cascade(request_id, request, run)
             else:
-                windows, planner = entry.window, entry.terms.planner
-                if windows is None and self._ring is not None and planner.needs_queries:
-                    windows = self._ring.windows(request_id, planner.decode_queries)
-                self._compressor.cut(request_id, entry, windows)
-            self._count(entry)
+                windows, planner = request.window, request.settings.planner
+                if windows is None and self._query_buffer is not None and planner.needs_queries:
+                    windows = self._query_buffer.windows(request_id, planner.decode_window)
+                self._compressor.cut(request_id, request, windows)
+            self._count(request)
         self._ending = []
         self._cascades = {}
         self._scheduled = frozenset()
         self.step = None
-        if self._plans.own.config.check_integrity:
+        if self._resolver.default_planner.config.check_integrity:
             self.check_integrity()
 
-    def _count(self, entry: Entry) -> None:
-        assert entry.course is not None
-        self.stats[f"{entry.course.kind(entry.cuts)}_cuts"] += 1
+    def _count(self, request: WorkerRequest) -> None:
+        assert request.schedule is not None
+        self.stats[f"{request.schedule.kind(request.cuts_made)}_cuts"] += 1
 
     def check_integrity(self) -> None:
         """Verify the arena against the scheduler's blocks; IntegrityError if they disagree."""
         held = {r: e.private_blocks() for r, e in self._ledger if r in self.arena}
         self.arena.check_integrity(held)
 
-    def _prompt_part(self, entry: Entry) -> range:
+    def _prompt_part(self, request: WorkerRequest) -> range:
         """Positions of this step's tokens in the window of the next cut, one of the prompt's."""
-        inside = entry.course is not None and entry.cuts < len(entry.course.cuts)
-        return self._part(entry, entry.terms.planner.window) if inside else range(0)
+        inside = request.schedule is not None and request.cuts_made < len(
+            request.schedule.prefill_cuts
+        )
+        return self._part(request, request.settings.planner.window) if inside else range(0)
 
-    def _generated_part(self, entry: Entry) -> range:
+    def _generated_part(self, request: WorkerRequest) -> range:
         """The same for a cut of the generation, whose queries the ring takes."""
-        inside = entry.course is not None and entry.cuts < len(entry.course.cuts)
-        planner = entry.terms.planner
-        if inside or self._ring is None or not planner.needs_queries:
+        inside = request.schedule is not None and request.cuts_made < len(
+            request.schedule.prefill_cuts
+        )
+        planner = request.settings.planner
+        if inside or self._query_buffer is None or not planner.needs_queries:
             return range(0)
-        return self._part(entry, planner.decode_queries)
+        return self._part(request, planner.decode_window)
 
-    def _part(self, entry: Entry, window: int) -> range:
+    def _part(self, request: WorkerRequest, window: int) -> range:
         """Positions of this step's tokens among the last ones before the next cut."""
-        cut = entry.next_cut
+        cut = request.next_cut
         if cut is None:
             return range(0)
-        first = max(cut - window, entry.computed)
-        return range(first, min(entry.computed + entry.scheduled, cut))
+        first = max(cut - window, request.computed)
+        return range(first, min(request.computed + request.scheduled, cut))
 
-    def _capture(self, entry: Entry, start: int) -> Capture | None:
-        part = self._prompt_part(entry)
-        planner = entry.terms.planner
+    def _capture(self, request: WorkerRequest, start: int) -> WindowCapture | None:
+        part = self._prompt_part(request)
+        planner = request.settings.planner
         if not planner.needs_queries or not part:
             return None
-        if entry.window is None:
+        if request.window is None:
             shape = (self.arena.geometry.num_layers, planner.window, *self._query_shape)
-            entry.window = torch.empty(shape, dtype=self._dtype, device=self._codec.device)
-        return Capture(
-            window=entry.window,
-            offset=_places(entry, part, planner.window).start,
-            start=start + part.start - entry.computed,
+            request.window = torch.empty(shape, dtype=self._dtype, device=self._codec.device)
+        return WindowCapture(
+            window=request.window,
+            offset=_places(request, part, planner.window).start,
+            start=start + part.start - request.computed,
             count=len(part),
-            entry=entry,
-            whole=entry.computed == 0 and part.stop == entry.prompt_len and entry.front is None,
+            request=request,
+            whole=request.computed == 0
+            and part.stop == request.prompt_len
+            and request.prefill_blocks is None,
         )
 
 
-def _places(entry: Entry, part: range, window: int) -> range:
+def _places(request: WorkerRequest, part: range, window: int) -> range:
     """Places of positions in the window of the next cut."""
-    assert entry.next_cut is not None
-    first = entry.next_cut - window
+    assert request.next_cut is not None
+    first = request.next_cut - window
     return range(part.start - first, part.stop - first)

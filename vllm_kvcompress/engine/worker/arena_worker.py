@@ -15,15 +15,15 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm_kvcompress.engine.attention import register_backends
 from vllm_kvcompress.engine.attention.common import ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.checks import check_specs
-from vllm_kvcompress.engine.model_layers import Layers, layers_of
+from vllm_kvcompress.engine.model_layers import LayerGroups, layers_of
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
-from vllm_kvcompress.engine.settings import plans_of
+from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.step.session import Session
 from vllm_kvcompress.eviction.records import CutRecord
 from vllm_kvcompress.paging.arena import PageGeometry
-from vllm_kvcompress.paging.attention_layer import layer_facts
+from vllm_kvcompress.paging.attention_layer import attention_params
 from vllm_kvcompress.paging.page_tables import TableLimits
-from vllm_kvcompress.planning.block_planner import Planner
+from vllm_kvcompress.planning.block_planner import BlockPlanner
 
 logger = init_logger("vllm.kvcompress.worker")
 
@@ -60,8 +60,8 @@ class ArenaWorker:
             config.compilation_config.static_forward_context[name] for name in group.layer_names
         ]
         flat, geometry = flat_view([layer.kv_cache for layer in layers])
-        plans = plans_of(config, group.kv_cache_spec.block_size)
-        planner = plans.own
+        resolver = resolver_of(config, group.kv_cache_spec.block_size)
+        planner = resolver.default_planner
         width = group.kv_cache_spec.max_num_blocks_per_req(
             config, config.model_config.max_model_len
         )
@@ -78,11 +78,11 @@ class ArenaWorker:
             tokens=config.scheduler_config.max_num_batched_tokens,
         )
         self._session = Session(
-            plans,
+            resolver,
             geometry,
             flat,
             first.impl.make_codec(flat, first, cache_dtype, dtype),
-            [layer_facts(layer, cache_dtype) for layer in layers],
+            [attention_params(layer, cache_dtype) for layer in layers],
             first.impl.num_heads,
             dtype,
             partial(first.impl.make_tables, limits=limits, device=flat.device),
@@ -173,7 +173,7 @@ def _follow_v2(runner: Any, session: Session) -> Callable[[int], Sequence[str]]:
     return lambda num_rows: batch[0][:num_rows]
 
 
-def arena_group(kv_cache_config: KVCacheConfig, layers: Layers) -> int:
+def arena_group(kv_cache_config: KVCacheConfig, layers: LayerGroups) -> int:
     """Return the index of the KV-cache group that is compressed.
 
     Args:
@@ -187,11 +187,11 @@ def arena_group(kv_cache_config: KVCacheConfig, layers: Layers) -> int:
     groups = kv_cache_config.kv_cache_groups
     found = [i for i, g in enumerate(groups) if isinstance(g.kv_cache_spec, ArenaSpec)]
     sizes = [len(groups[i].layer_names) for i in found]
-    if sizes != [layers.compressed] or len(groups) != 1 + layers.side_groups:
+    if sizes != [layers.compressed] or len(groups) != 1 + layers.window_groups:
         raise ValueError(
             f"vLLM has put the layers to be compressed into groups of {sizes} beside "
             f"{len(groups) - len(found)} others, where the model's config says "
-            f"[{layers.compressed}] beside {layers.side_groups}, which is not supported with "
+            f"[{layers.compressed}] beside {layers.window_groups}, which is not supported with "
             "--kv-compression; drop the flag for this model"
         )
     return found[0]
@@ -248,7 +248,7 @@ def _in_one_piece(page: Tensor) -> bool:
     return True
 
 
-def _announce(planner: Planner, max_model_len: int, num_blocks: int) -> None:
+def _announce(planner: BlockPlanner, max_model_len: int, num_blocks: int) -> None:
     config, size = planner.config, planner.block_size
     if config.off:
         logger.info("KV-cache compression is on for requests that ask for it")
@@ -276,12 +276,12 @@ def _announce(planner: Planner, max_model_len: int, num_blocks: int) -> None:
 
 def _announce_others(vllm_config: Any, block_size: int) -> None:
     layers, longest = layers_of(vllm_config), vllm_config.model_config.max_model_len
-    if layers.side_groups:
+    if layers.window_groups:
         logger.info(
             "%d layers are compressed; %d groups of sliding-window layers are not and hold up to "
             "%d blocks beside that while such a prompt is read, %d later",
             layers.compressed,
-            layers.side_groups,
-            layers.side_blocks(block_size, longest, vllm_config.max_in_flight_tokens),
-            layers.side_blocks(block_size, longest, vllm_config.max_concurrent_batches),
+            layers.window_groups,
+            layers.window_group_blocks(block_size, longest, vllm_config.max_in_flight_tokens),
+            layers.window_group_blocks(block_size, longest, vllm_config.max_concurrent_batches),
         )

@@ -5,13 +5,13 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_kvcompress.engine.settings import plans_of
+from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.worker.arena_worker import ArenaWorker
 from vllm_kvcompress.paging.page_tables import TableLimits
 from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES
 from vllm_kvcompress.planning.workspace_memory import (
     ModelShape,
-    ring_bytes,
+    query_buffer_bytes,
     table_bytes,
     transient_bytes,
 )
@@ -47,8 +47,8 @@ class ArenaGPUWorker(ArenaWorker, Worker):
     def _workspace(self) -> tuple[int, int]:
         config, model = self.vllm_config, self.model_config
         parallel = config.parallel_config
-        plans = plans_of(config, self.cache_config.block_size)
-        planner = plans.own
+        resolver = resolver_of(config, self.cache_config.block_size)
+        planner = resolver.default_planner
         shape = ModelShape(
             layers=planner.limits.num_layers,
             heads=model.get_num_attention_heads(parallel),
@@ -58,23 +58,23 @@ class ArenaGPUWorker(ArenaWorker, Worker):
         )
         limits = TableLimits(
             rows=config.scheduler_config.max_num_seqs,
-            width=plans.row_blocks(model.max_model_len),
+            width=resolver.row_blocks(model.max_model_len),
             tokens=config.scheduler_config.max_num_batched_tokens,
         )
-        staged, ring = 0, 0
+        staged, query_buffer = 0, 0
         if planner.can_cascade and planner.config.prefill != "full":
             longest = min(planner.limits.one_step_tokens, model.max_model_len)
             staged = -(-longest // planner.block_size)
         if planner.config.decode_budget is not None:
-            ring = ring_bytes(shape, limits.rows, plans.decode_queries)
+            query_buffer = query_buffer_bytes(shape, limits.rows, resolver.largest_decode_window)
         plan = planner.plan(model.max_model_len)
         # A layer can at most be given every page of the arena.
         most = plan.arena_blocks * plan.block_size * shape.layers if plan else 0
         transient = transient_bytes(
             shape,
             max_model_len=model.max_model_len,
-            window=plans.most_window,
+            window=resolver.largest_window,
             most_kept=min(most, model.max_model_len),
             observed=OBSERVED_BYTES,
         )
-        return table_bytes(shape, limits, staged) + ring, transient
+        return table_bytes(shape, limits, staged) + query_buffer, transient

@@ -10,10 +10,10 @@ from vllm_kvcompress.tools.bench.job import DECODE, TTFT, Case, Job, Setup
 from vllm_kvcompress.tools.bench.measure import Decoding, Queue, first_token, run_queue
 from vllm_kvcompress.tools.bench.pairs import Paired, take_turns
 from vllm_kvcompress.tools.bench.rows import Row
-from vllm_kvcompress.tools.bench.stepped_engine import Subject
+from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
 
 Tell = Callable[[str], object]
-Pair = tuple[Subject, Subject]
+Pair = tuple[SteppedEngine, SteppedEngine]
 
 
 def measure(job: Job, setup: Setup, tell: Tell) -> Iterator[Row]:
@@ -193,9 +193,9 @@ def _rates(pairs: list[tuple[Queue, Queue]], rate: Callable[[Queue], float]) -> 
 
 
 def _whole(job: Job, case: Case) -> tuple[str, ...]:
-    from vllm_kvcompress.planning.block_planner import Planner
+    from vllm_kvcompress.planning.block_planner import BlockPlanner
 
-    if Planner(job.config, job.block_size).course(case.prompt) is None:
+    if BlockPlanner(job.config, job.block_size).schedule(case.prompt) is None:
         return ("such prompts are kept whole, so this is what the flag alone costs",)
     return ()
 

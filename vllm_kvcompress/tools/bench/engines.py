@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.bench.job import Case, Job, Setup, check_memory
-from vllm_kvcompress.tools.bench.stepped_engine import Subject
+from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -27,7 +27,7 @@ FIRST_WORDS = 100
 
 
 @contextmanager
-def two_engines(job: Job, setup: Setup) -> Iterator[tuple[Subject, Subject]]:
+def two_engines(job: Job, setup: Setup) -> Iterator[tuple[SteppedEngine, SteppedEngine]]:
     """Start plain vLLM, then the engine with compression; both are gone afterwards.
 
     Changes the process's environment variables.
@@ -66,7 +66,7 @@ def two_engines(job: Job, setup: Setup) -> Iterator[tuple[Subject, Subject]]:
         gc.collect()
 
 
-def prompts_of(job: Job, subject: Subject, case: Case) -> list[list[int]]:
+def prompts_of(job: Job, subject: SteppedEngine, case: Case) -> list[list[int]]:
     """Different prompts of random tokens; the same for both engines.
 
     Args:
@@ -109,11 +109,11 @@ def _arguments(job: Job, setup: Setup, total: int | None) -> dict[str, Any]:
     return {**arguments, **job.engine_args}
 
 
-def _start(arguments: dict[str, Any]) -> Subject:
+def _start(arguments: dict[str, Any]) -> SteppedEngine:
     from vllm_kvcompress import LLM
 
     try:
-        return Subject(LLM(**arguments))
+        return SteppedEngine(LLM(**arguments))
     except ValueError as error:  # vLLM's and the plugin's word for a setting that cannot be
         raise CommandError(_sentence(error)) from error
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvcompress.tools.bench.job import SETTLE_STEPS, WARM_STEPS
-from vllm_kvcompress.tools.bench.stepped_engine import Prompts, Subject
+from vllm_kvcompress.tools.bench.stepped_engine import Prompts, SteppedEngine
 
 
-def first_token(subject: Subject, prompt: Sequence[int]) -> tuple[float, int]:
+def first_token(subject: SteppedEngine, prompt: Sequence[int]) -> tuple[float, int]:
     """Seconds from the request to its first token, and most blocks held until then.
 
     Args:
@@ -44,7 +44,7 @@ class Decoding:
 
     """
 
-    def __init__(self, subject: Subject, prompts: Prompts, generate: int) -> None:
+    def __init__(self, subject: SteppedEngine, prompts: Prompts, generate: int) -> None:
         self._subject = subject
         self._prompts = prompts
         self._generate = generate
@@ -132,7 +132,7 @@ class Queue:
         return 1 - self.decode_seconds / self.seconds
 
 
-def run_queue(subject: Subject, prompts: Prompts, generate: int) -> Queue:
+def run_queue(subject: SteppedEngine, prompts: Prompts, generate: int) -> Queue:
     """Run all requests to their end.
 
     Args:

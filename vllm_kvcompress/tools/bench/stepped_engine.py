@@ -8,7 +8,7 @@ from typing import Any
 Prompts = Sequence[Sequence[int]]
 
 
-class Subject:
+class SteppedEngine:
     """An engine, with compression or without.
 
     Args:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from vllm_kvcompress.planning.block_planner import Planner
+from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.planning.request_policy import OFF
 
@@ -63,5 +63,5 @@ def kept_tokens(budget: float | None, tokens: int, block_size: int, window: int 
 
 
 @lru_cache(maxsize=64)
-def _planner(budget: int | float, block_size: int, window: int) -> Planner:
-    return Planner(KVCompressionConfig("uniform", budget, {"window": window}), block_size)
+def _planner(budget: int | float, block_size: int, window: int) -> BlockPlanner:
+    return BlockPlanner(KVCompressionConfig("uniform", budget, {"window": window}), block_size)

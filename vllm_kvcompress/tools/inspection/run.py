@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllm_kvcompress.planning.block_planner import Planner
+from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.planning.request_settings import METHOD_KEY, PARAMS_KEY
 from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.inspection import Inspection, Run, split_text
@@ -144,7 +144,7 @@ def check_length(job: Job, model: ModelFacts, tokens: int) -> int:
 
     """
     for config in job.configs:
-        if Planner(config, job.block_size).course(tokens) is None:
+        if BlockPlanner(config, job.block_size).schedule(tokens) is None:
             raise CommandError(
                 f"a prompt of {tokens} tokens fits --budget {config.budget} and is kept whole; "
                 "lower the budget or take a longer text"
@@ -179,7 +179,7 @@ def cache_bytes(job: Job, model: ModelFacts, max_model_len: int) -> int:
     whole = -(-max_model_len // job.block_size)
     # A prompt holds its own blocks and those that it is compressed into, which are fewer; of each
     # group of sliding-window layers vLLM wants one more at most.
-    blocks = 2 * whole + 8 + model.groups.side_groups * (whole + 1)
+    blocks = 2 * whole + 8 + model.groups.window_groups * (whole + 1)
     return blocks * block_bytes(*shape, job.block_size, model.dtype.itemsize)
 
 

@@ -11,7 +11,7 @@ from vllm_kvcompress.tools.byte_sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
-    from vllm_kvcompress.planning.request_settings import Plans
+    from vllm_kvcompress.planning.request_settings import SettingsResolver
     from vllm_kvcompress.tools.plan.engine import EngineFacts
     from vllm_kvcompress.tools.plan.model import ModelFacts
     from vllm_kvcompress.tools.plan.report import Report
@@ -146,11 +146,11 @@ def make_report(args: argparse.Namespace) -> Report:
     model = model_facts(args.model, loaded, args.dtype)
     work = _workload(args, model)
     engine = _engine(args, work.context)
-    plans = _plans(settings, engine, model)
-    planner = plans.own
+    resolver = _resolver(settings, engine, model)
+    planner = resolver.default_planner
     assumed: list[str] = []
     memory = args.kv_cache_memory
-    beside = beside_bytes(plans, model, engine)
+    beside = beside_bytes(resolver, model, engine)
     if args.gpu_memory is not None:
         memory = _left_of_gpu(args, model, loaded, assumed)
     itemsize = 1 if args.kv_cache_dtype == "fp8" else model.dtype.itemsize
@@ -249,16 +249,18 @@ def _engine(args: argparse.Namespace, context: int) -> EngineFacts:
     )
 
 
-def _plans(settings: KVCompressionConfig, engine: EngineFacts, model: ModelFacts) -> Plans:
-    from vllm_kvcompress.planning.request_settings import Plans
+def _resolver(
+    settings: KVCompressionConfig, engine: EngineFacts, model: ModelFacts
+) -> SettingsResolver:
+    from vllm_kvcompress.planning.request_settings import SettingsResolver
 
-    if model.groups.side_groups and settings.prefill == "cascade":
+    if model.groups.window_groups and settings.prefill == "cascade":
         raise CommandError(
             "kv_compression: prefill cascade is not supported for models with sliding-window "
             "layers, which need blocks for the whole prompt in that step; set prefill to auto"
         )
     try:
-        return Plans(settings, engine.block_size, engine.limits(model.groups))
+        return SettingsResolver(settings, engine.block_size, engine.limits(model.groups))
     except ValueError as error:
         raise CommandError(str(error)) from None
 

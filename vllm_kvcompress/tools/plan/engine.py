@@ -7,12 +7,12 @@ engine/gpu_worker.py.
 from dataclasses import dataclass
 
 from vllm_kvcompress.paging.page_tables import TableLimits
-from vllm_kvcompress.planning.block_planner import Limits
-from vllm_kvcompress.planning.layer_groups import Layers
-from vllm_kvcompress.planning.request_settings import Plans
+from vllm_kvcompress.planning.block_planner import EngineLimits
+from vllm_kvcompress.planning.layer_groups import LayerGroups
+from vllm_kvcompress.planning.request_settings import SettingsResolver
 from vllm_kvcompress.planning.workspace_memory import (
     ModelShape,
-    ring_bytes,
+    query_buffer_bytes,
     table_bytes,
     transient_bytes,
 )
@@ -59,10 +59,10 @@ class EngineFacts:
         """Most tokens that are scheduled and not processed: vLLM's max_in_flight_tokens."""
         return (1 + self.lag) * self.max_num_batched_tokens
 
-    def limits(self, layers: Layers) -> Limits:
+    def limits(self, layers: LayerGroups) -> EngineLimits:
         """What the planner has to know, as engine/settings.py states it."""
-        alone = not layers.side_groups
-        return Limits(layers.compressed, self.max_num_batched_tokens, self.lag, alone)
+        alone = not layers.window_groups
+        return EngineLimits(layers.compressed, self.max_num_batched_tokens, self.lag, alone)
 
 
 def batch_defaults(device: str, gpu_memory: int | None) -> tuple[int, int]:
@@ -81,7 +81,7 @@ def batch_defaults(device: str, gpu_memory: int | None) -> tuple[int, int]:
     return (8192, 1024) if gib >= 70 else (2048, 256)
 
 
-def beside_bytes(plans: Plans, model: ModelFacts, engine: EngineFacts) -> int:
+def beside_bytes(resolver: SettingsResolver, model: ModelFacts, engine: EngineFacts) -> int:
     """Bytes that compression holds on a GPU beside the pool: page tables, and scoring a prompt.
 
     Args:
@@ -99,23 +99,23 @@ def beside_bytes(plans: Plans, model: ModelFacts, engine: EngineFacts) -> int:
         model.head_size,
         model.dtype.itemsize,
     )
-    planner, longest, size = plans.own, engine.max_model_len, engine.block_size
+    planner, longest, size = resolver.default_planner, engine.max_model_len, engine.block_size
     limits = TableLimits(
         rows=engine.max_num_seqs,
-        width=plans.row_blocks(longest),
+        width=resolver.row_blocks(longest),
         tokens=engine.max_num_batched_tokens,
     )
     staged, ring = 0, 0
     if planner.can_cascade and planner.config.prefill != "full":
         staged = -(-min(planner.limits.one_step_tokens, longest) // size)
     if planner.config.decode_budget is not None:
-        ring = ring_bytes(shape, limits.rows, plans.decode_queries)
+        ring = query_buffer_bytes(shape, limits.rows, resolver.largest_decode_window)
     plan = planner.plan(longest)
     most = plan.arena_blocks * size * shape.layers if plan else 0
     transient = transient_bytes(
         shape,
         max_model_len=longest,
-        window=plans.most_window,
+        window=resolver.largest_window,
         most_kept=min(most, longest),
         observed=STATISTICS_BYTES,
     )

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_kvcompress.planning.block_planner import Planner
-from vllm_kvcompress.planning.layer_groups import Layers
+from vllm_kvcompress.planning.block_planner import BlockPlanner
+from vllm_kvcompress.planning.layer_groups import LayerGroups
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Windows:
 
     """
 
-    layers: Layers
+    layers: LayerGroups
     block_size: int
     in_flight: int
     lag: int
@@ -73,15 +73,15 @@ class Windows:
     def reserved(self, tokens: int) -> int:
         """What vLLM wants room for at start: SlidingWindowSpec.max_admission_blocks_per_request."""
         seen = min(self.layers.window - 1 + self.in_flight, tokens)
-        return self.layers.side_groups * (-(-seen // self.block_size) + 1)
+        return self.layers.window_groups * (-(-seen // self.block_size) + 1)
 
     def read(self, tokens: int) -> int:
         """At most, until a request of that many tokens is read; as engine/spec.py counts it."""
-        return self.layers.side_blocks(self.block_size, tokens, self.in_flight)
+        return self.layers.window_group_blocks(self.block_size, tokens, self.in_flight)
 
     def held(self, tokens: int) -> int:
         """At most while such a request generates; as engine/spec.py counts it."""
-        return self.layers.side_blocks(self.block_size, tokens, self.lag + 1)
+        return self.layers.window_group_blocks(self.block_size, tokens, self.lag + 1)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,9 @@ def plain_figures(pool: Pool, work: Workload, windows: Windows) -> Figures:
     )
 
 
-def compressed_figures(pool: Pool, work: Workload, planner: Planner, windows: Windows) -> Figures:
+def compressed_figures(
+    pool: Pool, work: Workload, planner: BlockPlanner, windows: Windows
+) -> Figures:
     """What vLLM serves with compression.
 
     Args:
@@ -167,15 +169,18 @@ def compressed_figures(pool: Pool, work: Workload, planner: Planner, windows: Wi
     """
     plain = plain_figures(pool, work, windows)
     least = planner.least_pool(work.context) + windows.reserved(work.context)
-    side_peak, side_held = windows.read(work.context), windows.held(work.context)
-    peak = planner.peak_blocks(work.prompt, work.context) + side_peak
-    course = planner.course(work.prompt)
+    window_group_peak, window_group_held = windows.read(work.context), windows.held(work.context)
+    peak = planner.peak_blocks(work.prompt, work.context) + window_group_peak
+    schedule = planner.schedule(work.prompt)
     plan = planner.plan(work.prompt)
     at_end = held = plain.at_end
-    if course is not None:
-        done = course.count(work.prompt)
-        at_end = course.blocks_for(work.context, course.count(work.context)) + side_held
-        held = course.peak_blocks(work.context, planner.limits.lag, released=done) + side_held
+    if schedule is not None:
+        done = schedule.count(work.prompt)
+        at_end = schedule.blocks_for(work.context, schedule.count(work.context)) + window_group_held
+        held = (
+            schedule.peak_blocks(work.context, planner.limits.lag, released=done)
+            + window_group_held
+        )
     starts = least <= pool.usable
     # Each is admitted at its peak, one after another; those before it are at their longest.
     fits = starts and peak <= pool.usable
@@ -189,13 +194,15 @@ def compressed_figures(pool: Pool, work: Workload, planner: Planner, windows: Wi
         peak=peak,
         starts=starts,
         requests=1 + (pool.usable - peak) // held if fits else 0,
-        concurrency=planner.concurrency(work.context, pool.usable, side_peak, side_held),
+        concurrency=planner.concurrency(
+            work.context, pool.usable, window_group_peak, window_group_held
+        ),
         longest=longest_model_len(planner, pool.usable, work.longest, windows),
         least_memory=(max(least, peak) + 1) * pool.block_bytes,
     )
 
 
-def longest_model_len(planner: Planner, usable: int, longest: int, windows: Windows) -> int:
+def longest_model_len(planner: BlockPlanner, usable: int, longest: int, windows: Windows) -> int:
     """Longest --max-model-len with which an engine starts.
 
     Args:

@@ -10,7 +10,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from vllm_kvcompress.planning.layer_groups import Layers, compressed_numbers, group_layers
+from vllm_kvcompress.planning.layer_groups import LayerGroups, compressed_numbers, group_layers
 from vllm_kvcompress.tools.arguments import CommandError
 
 _LENGTHS = (
@@ -55,7 +55,7 @@ class ModelFacts:
     name: str
     architecture: str
     layers: int
-    groups: Layers
+    groups: LayerGroups
     compressed: tuple[int, ...]
     heads: int
     kv_heads: int
@@ -209,7 +209,7 @@ def _refusals(config: Any, text: Any) -> list[tuple[bool, str]]:
     ]
 
 
-def _groups(text: Any, types: Sequence[str], layers: int) -> Layers:
+def _groups(text: Any, types: Sequence[str], layers: int) -> LayerGroups:
     """Which layers are compressed; refuses what engine/checks.py refuses of them."""
     groups = group_layers(types, layers, getattr(text, "sliding_window", None))
     if groups.full_groups > 1:

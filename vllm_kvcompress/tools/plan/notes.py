@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from vllm_kvcompress.planning.block_planner import Planner
+from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.tools.byte_sizes import format_bytes
 from vllm_kvcompress.tools.plan.engine import EngineFacts
 from vllm_kvcompress.tools.plan.figures import Figures, Windows, Workload
@@ -13,7 +13,7 @@ _LITTLE = 0.75
 
 
 def gain_notes(
-    plain: Figures, compressed: Figures, work: Workload, planner: Planner, engine: EngineFacts
+    plain: Figures, compressed: Figures, work: Workload, planner: BlockPlanner, engine: EngineFacts
 ) -> list[str]:
     """Sentences on what compression gains with these settings.
 
@@ -34,7 +34,7 @@ def gain_notes(
         )
     elif planner.keeps_all:
         notes.append(f"Will not pay: {config.method} keeps every token; it is there for debugging.")
-    elif planner.course(prompt) is None:
+    elif planner.schedule(prompt) is None:
         notes.append(
             f"Will not pay: a prompt of {prompt:,} tokens fits the budget of {config.budget}, so "
             "nothing is evicted and requests take vLLM's own path."
@@ -86,26 +86,26 @@ def window_notes(model: ModelFacts, work: Workload, windows: Windows) -> list[st
 
     """
     groups = model.groups
-    if not groups.side_groups:
+    if not groups.window_groups:
         return []
-    many = "groups" if groups.side_groups > 1 else "group"
+    many = "groups" if groups.window_groups > 1 else "group"
     note = (
         f"Only the {groups.compressed} full-attention layers of {model.layers} are compressed. The "
         f"others, with windows of {groups.window:,} tokens, hold up to "
-        f"{windows.read(work.context):,} blocks of a request in {groups.side_groups} KV-cache "
+        f"{windows.read(work.context):,} blocks of a request in {groups.window_groups} KV-cache "
         f"{many} while its prompt is read and {windows.held(work.context):,} later, which both "
         "columns count."
     )
     return [note]
 
 
-def _why_little(work: Workload, planner: Planner) -> str:
+def _why_little(work: Workload, planner: BlockPlanner) -> str:
     if work.output > work.prompt and planner.config.decode_budget is None:
         return 'Most of it is the answer, which "decode_budget" in --config would cut back.'
     return "Lower the budget, or plan for longer prompts."
 
 
-def _prefill_notes(compressed: Figures, work: Workload, planner: Planner) -> list[str]:
+def _prefill_notes(compressed: Figures, work: Workload, planner: BlockPlanner) -> list[str]:
     """What a prompt that does not run in one step costs, where a longer step would help."""
     one_step, config = planner.limits.one_step_tokens, planner.config
     if config.prefill in ("full", "streaming") or planner.plan(work.prompt) is None:
@@ -113,7 +113,7 @@ def _prefill_notes(compressed: Figures, work: Workload, planner: Planner) -> lis
     if not planner.can_cascade or work.prompt <= one_step:
         return []
     longer = replace(planner.limits, one_step_tokens=work.context)
-    peak = Planner(config, planner.block_size, longer).peak_blocks(work.prompt, work.context)
+    peak = BlockPlanner(config, planner.block_size, longer).peak_blocks(work.prompt, work.context)
     if peak >= compressed.peak:
         return []
     note = (

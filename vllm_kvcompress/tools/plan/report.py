@@ -95,7 +95,7 @@ def show(report: Report, file: TextIO) -> None:
     )
     model = report.model
     console.print(model.name, soft_wrap=True)
-    which = f" ({model.groups.compressed} compressed)" if model.groups.side_groups else ""
+    which = f" ({model.groups.compressed} compressed)" if model.groups.window_groups else ""
     console.print(
         f"{model.architecture}: {model.layers} layers{which}, {model.kv_heads} KV heads of "
         f"{model.head_size}, {report.token_bytes:,} bytes of KV cache a token"
