@@ -130,18 +130,18 @@ def test_faithful_cake_evicts_as_the_release_does(
     config = {"faithful": True, "decode_budget": BUDGET, "decode_buffer": 1}
     engine = engines.get("cake", BUDGET, config=config)
     compressor, method = engine.session._compressor, engine.session._resolver.default_planner.method
-    next_cut, checked = compressor._next_cut, []
+    find_held = compressor._held
+    checked: list[int] = []
     held: Any = None
 
     def seeing(*args: Any) -> Any:
         nonlocal held
-        found = next_cut(*args)
-        held = found[-1]
-        return found
+        held = find_held(*args)
+        return held
 
     def checking(*args: Any, **kwargs: Any) -> Any:
-        counts, kept = select_survivors(*args, **kwargs)
-        if (dealt := kwargs["dealt"]) is not None:
+        found = select_survivors(*args, **kwargs)
+        if (dealt := kwargs["pages"]) is not None:
             for layer in (0, 7, 29):
                 length, query = held.lengths[layer], held.windows[layer]
                 keys = engine.session._codec.read_keys(held.pages[layer], length)
@@ -153,16 +153,16 @@ def test_faithful_cake_evicts_as_the_release_does(
                 after, _ = released.decode(
                     before, budget, query, keys[None], keys[None], length - 1
                 )
-                assert torch.equal(kept[layer], after[0])
+                assert torch.equal(found.tokens[layer], after[0])
                 checked.append(layer)
-        return counts, kept
+        return found
 
-    compressor._next_cut = seeing
+    compressor._held = seeing
     monkeypatch.setattr("vllm_kvcompress.eviction.compressor.select_survivors", checking)
     try:
         (answer,), blocks = engine.run_counting([prose[:400]], 12)
     finally:
-        compressor._next_cut = next_cut
+        compressor._held = find_held
     assert len(answer) == 12
     assert len(checked) == 3 * 11
     # What each token is written to goes back with it.

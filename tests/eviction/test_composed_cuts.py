@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.eviction.test_cascade import World, check_against_one_cut, geometry_of, score
+from tests.eviction.test_layerwise import World, check_against_one_cut, geometry_of, score
 from vllm_kvcompress.eviction.layer_budgets import page_budgets
 from vllm_kvcompress.methods import Cake, Composed, LayerScores, Method, Tova, Uniform, get_method
 from vllm_kvcompress.planning.block_planner import layers_between_cuts

@@ -200,7 +200,7 @@ def test_triton_equals_torch_on_strided_views(outermost, device):
 def test_equals_the_workers_own_table_builder(implementation, outermost, device):
     """The same step through numpy's PageArena and TableBuilder: admitted, grown, replayed."""
     pytest.importorskip("vllm_kvcompress.paging.page_tables")
-    from vllm_kvcompress.paging.arena import ArenaPlan, PageArena, PageGeometry, deal_pages
+    from vllm_kvcompress.paging.arena import PageArena, PageGeometry, deal_pages
     from vllm_kvcompress.paging.page_tables import BatchRows, TableBuilder
 
     world = World(3, 16, outermost, seed=9)
@@ -214,9 +214,8 @@ def test_equals_the_workers_own_table_builder(implementation, outermost, device)
     ):
         prompt = 300
         blocks = world.take(sum(counts) // 3)
-        plan = ArenaPlan(prompt, 16, -(-prompt // 16), len(blocks), slack)
         pages = deal_pages(geometry, blocks, np.asarray(counts))
-        slot = theirs.admit(name, plan, blocks, pages)
+        slot = theirs.admit(name, blocks, pages, num_tokens=prompt, slack=slack)
         grown = world.take(-(-max(generated - slack, 0) // 16))
         theirs.grow(name, [*blocks, *grown])
         row = Row(prompt + generated, tokens, [*blocks, *grown], slot, growth=len(blocks))

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from vllm_kvcompress.paging.arena import (
-    ArenaPlan,
     IntArray,
     IntegrityError,
     PageArena,
@@ -111,8 +110,9 @@ class ArenaMachine(RuleBasedStateMachine):
         pages = deal_pages(self.geometry, blocks, counts)
         name = f"r{self.made}"
         self.made += 1
-        plan = ArenaPlan(50, SIZE, 13, count, slack)
-        slot = self.arena.admit(name, plan, blocks, pages, column)
+        slot = self.arena.admit(
+            name, blocks, pages, num_tokens=50, slack=slack, growth_column=column
+        )
         assert slot == self.arena.slot(name)
         self.blocks[name] = blocks
         self.dealt[name] = counts.tolist()
@@ -207,20 +207,19 @@ def arena_with(requests: dict[str, list[int]]) -> PageArena:
     arena = PageArena(geometry_of(LAYERS, BLOCKS, SIZE, outermost="layer"))
     for name, blocks in requests.items():
         pages = deal_pages(arena.geometry, blocks, np.full(LAYERS, len(blocks)))
-        arena.admit(name, ArenaPlan(50, SIZE, 13, len(blocks), 0), blocks, pages)
+        arena.admit(name, blocks, pages, num_tokens=50)
     return arena
 
 
 def test_admitting_twice_or_with_wrong_pages_is_refused_and_changes_nothing() -> None:
     arena = arena_with({"a": [3, 4]})
     pages = deal_pages(arena.geometry, [5, 6], np.full(LAYERS, 2))
-    plan = ArenaPlan(50, SIZE, 13, 2, 0)
     with pytest.raises(ValueError, match="request a is in the arena already"):
-        arena.admit("a", plan, [5, 6], pages)
+        arena.admit("a", [5, 6], pages, num_tokens=50)
     with pytest.raises(ValueError, match="request b: 6 pages of 3 layers in 1 blocks"):
-        arena.admit("b", plan, [5], pages)
+        arena.admit("b", [5], pages, num_tokens=50)
     with pytest.raises(ValueError, match="request b: 5 pages of 3 layers in 2 blocks"):
-        arena.admit("b", plan, [5, 6], [pages[0][:1], *pages[1:]])
+        arena.admit("b", [5, 6], [pages[0][:1], *pages[1:]], num_tokens=50)
     assert arena.request_ids() == ["a"]
     arena.check_integrity({"a": [3, 4]})
 
@@ -246,11 +245,10 @@ def test_a_request_is_staged_once_and_admitted_after_it_was_dropped() -> None:
     # Layers share its pages and it has no blocks: the books of the others are looked at alone.
     arena.check_integrity({"a": [3, 4]})
     pages = deal_pages(arena.geometry, [5, 6], np.full(LAYERS, 2))
-    plan = ArenaPlan(50, SIZE, 13, 2, 0)
     with pytest.raises(ValueError, match="request b is in the arena already"):
-        arena.admit("b", plan, [5, 6], pages)
+        arena.admit("b", [5, 6], pages, num_tokens=50)
     arena.drop("b")
-    arena.admit("b", plan, [5, 6], pages)
+    arena.admit("b", [5, 6], pages, num_tokens=50)
     arena.check_integrity({"a": [3, 4], "b": [5, 6]})
     assert arena.dealt_pages("b").tolist() == [2] * LAYERS
 
@@ -281,7 +279,7 @@ def wrong_length(arena: PageArena) -> None:
 def shared_block(arena: PageArena) -> None:
     blocks = [4, 9]
     pages = deal_pages(arena.geometry, blocks, np.full(LAYERS, 2))
-    arena.admit("thief", ArenaPlan(50, SIZE, 13, 2, 0), blocks, pages)
+    arena.admit("thief", blocks, pages, num_tokens=50)
 
 
 @pytest.mark.parametrize(

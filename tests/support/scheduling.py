@@ -35,7 +35,7 @@ from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaAsyncScheduler, ArenaScheduler
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 from vllm_kvcompress.engine.settings import resolver_of
-from vllm_kvcompress.engine.step.block_ledger import Ledger
+from vllm_kvcompress.engine.step.block_ledger import BlockLedger
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.planning.request_settings import DECODE_KEY
@@ -169,7 +169,7 @@ class Engine:
         self.arena = self.scheduler._arena
         self.planner = self.scheduler._resolver.default_planner
         # The worker's own, made from the same configuration.
-        self.ledger = Ledger(resolver_of(config, SIZE), self.scheduler._group)
+        self.ledger = BlockLedger(resolver_of(config, SIZE), self.scheduler._group)
         self.config = config
         self.in_flight: deque[InFlight] = deque()
         self.answers: dict[str, int] = {}
@@ -291,7 +291,7 @@ class Engine:
             self.in_flight.append(InFlight(output, result, using))
         for name in names:
             entry = self.ledger[name]
-            if entry.next_cut == entry.computed + entry.scheduled:
+            if entry.ends_at_cut:
                 entry.advance()
                 self._compare(name, entry)
         return output

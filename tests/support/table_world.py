@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvcompress.paging.arena import ArenaPlan, PageArena, PageGeometry, deal_pages
+from vllm_kvcompress.paging.arena import PageArena, PageGeometry, deal_pages
 from vllm_kvcompress.paging.device_page_tables import DeviceTableBuilder
 from vllm_kvcompress.paging.page_tables import (
     BatchRows,
@@ -72,11 +72,10 @@ class World:
     def admit(self, name: str, prompt: int, counts: list[int], slack: int = 0) -> Row:
         blocks = self.take(sum(counts) // self.layers)
         dealt = deal_pages(self.geometry, blocks, np.asarray(counts))
-        plan = ArenaPlan(prompt, self.size, -(-prompt // self.size), len(blocks), slack)
-        self.arena.admit(name, plan, blocks, dealt)
+        self.arena.admit(name, blocks, dealt, num_tokens=prompt, slack=slack)
         kept = tuple(c * self.size - slack for c in counts)
         pages = tuple([int(p) for p in part] for part in dealt)
-        return Row(prompt, 0, blocks, name, prompt, kept, pages, first=plan.prompt_blocks)
+        return Row(prompt, 0, blocks, name, prompt, kept, pages, first=-(-prompt // self.size))
 
     def cut_again(self, row: Row, counts: list[int] | None = None) -> None:
         """Cut a request back to its arena blocks, in place, or to new ones dealt as told."""
@@ -92,11 +91,10 @@ class World:
             row.blocks = self.take(sum(counts) // self.layers)
             found = deal_pages(self.arena.geometry, row.blocks, np.asarray(counts))
             pages = [ids.tolist() for ids in found]
-        plan = ArenaPlan(row.length, self.size, 999, len(row.blocks), 0)
         self.arena.drop(row.name)
         tables = [np.asarray(ids) for ids in pages]
         column = row.first + len(row.blocks)
-        self.arena.admit(row.name, plan, row.blocks, tables, column)
+        self.arena.admit(row.name, row.blocks, tables, num_tokens=row.length, growth_column=column)
         row.pages, row.prompt = tuple(pages), row.length
         row.kept = tuple(len(ids) * self.size for ids in pages)
 

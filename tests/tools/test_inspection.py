@@ -129,11 +129,11 @@ def test_a_methods_record_becomes_a_run() -> None:
             method,
             scores,
             [ids[head : head + 1] for ids in kept],
+            method.weights(scores, base=24, num_layers=layers),
             request_id="a",
             number=1,
             prompt_len=tokens,
             block_size=8,
-            capacity=32,
         )
         for head in range(2)
     ]

@@ -231,7 +231,7 @@ def test_planned_figures_hang_together(
     # Nothing is lost where no moment takes more than without compression.
     if compressed.peak <= plain.peak and compressed.least_memory <= plain.least_memory:
         assert compressed.requests >= plain.requests
-    untouched = planner.plan(work.prompt) is None and planner.plan(context) is None
+    untouched = planner.prompt_cut(work.prompt) is None and planner.prompt_cut(context) is None
     if untouched and compressed.starts == plain.starts:
         assert compressed.requests == plain.requests
     # The least memory is just enough.

@@ -1,4 +1,4 @@
-"""Queries of generated tokens, kept until the cut that they are to judge.
+"""Queries of generated tokens, collected until the next cut looks at them.
 
 One indexed copy a layer and step takes the queries of all rows that need it, however many. On a
 device the index lies in a buffer that never moves, so that the copy can be part of a CUDA graph.
@@ -23,8 +23,8 @@ class DecodeQueryBuffer:
         head_size: D.
         rows: Most requests at one time.
         tokens: Most tokens of a step, padding included.
-        dtype: Of the queries.
-        device: Where they are.
+        dtype: Dtype of the queries.
+        device: Device of the queries.
         in_place: Whether the copy may be part of a CUDA graph: then every step takes all its
             tokens, those that nobody needs into a row that nobody reads.
 
@@ -54,8 +54,8 @@ class DecodeQueryBuffer:
         self._slot: dict[str, int] = {}
         self._free = list(range(rows - 1, -1, -1))
 
-    def plan(self, parts: Iterable[tuple[str, int, range]]) -> bool:
-        """Say which of a step's tokens are needed. Mutates the index, not the queries.
+    def select(self, parts: Iterable[tuple[str, int, range]]) -> bool:
+        """Set which of a step's tokens are needed. Mutates the index, not the queries.
 
         Args:
             parts: Per request its id, the batch's token that its first needed one is, and the
@@ -84,7 +84,7 @@ class DecodeQueryBuffer:
         return bool(tokens)
 
     def take(self, layer: int, query: Tensor) -> None:
-        """Copy one layer's needed queries out of a step's, [T, H, D]. Mutates the ring."""
+        """Copy one layer's needed queries out of a step's, [T, H, D]. Mutates the buffer."""
         rows = self._queries[layer]
         query = query.view(len(query), *rows.shape[1:])
         if self._in_place:
@@ -97,14 +97,14 @@ class DecodeQueryBuffer:
 
         Args:
             request_id: The request.
-            count: Its w, at most the ring's; None: that.
+            count: Its w, at most the buffer's; None: all of those.
 
         """
         start = self._slot[request_id] * self.window
         return self._queries[:, start : start + (self.window if count is None else count)]
 
     def drop(self, request_id: str) -> None:
-        """Forget a request, if it is here. Mutates the ring."""
+        """Forget a request, if it is here. Mutates the buffer."""
         slot = self._slot.pop(request_id, None)
         if slot is not None:
             self._free.append(slot)

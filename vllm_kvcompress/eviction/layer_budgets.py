@@ -2,150 +2,40 @@
 
 A method only says how much each layer *deserves* (its weights). Turning that into integers that
 spend the pool exactly, respect what a layer can hold and never let a layer grow again is the same
-for all methods and lives here.
-
-Seats of the pool are given one at a time to the layer with the highest p / (b + 1/2), Webster's
-rule. Unlike flooring and handing out remainders, it ranks all seats of all layers in one fixed
-order, so that a further layer can only push seats of earlier layers out. Dividing after every
-layer (CAKE's cascade) and dividing once at the end thus give the same integers, not just nearly
-the same: the paper's theorem survives rounding.
+for all methods and stands here and in :mod:`.apportionment`.
 """
 
-from __future__ import annotations
-
-import heapq
-import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from vllm_kvcompress.methods.base import LayerScores, Method
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-
-# Width of the last bracket of log2(divisor): far above rounding (1e-16), far below one seat in 1e6.
-_BRACKET = 1e-8
-
-
-def apportion(
-    weights: npt.ArrayLike,
-    caps: npt.ArrayLike,
-    pool: int,
-    *,
-    floors: npt.ArrayLike | None = None,
-) -> Ints:
-    """Divide ``pool`` seats in proportion to ``weights``: capped Webster apportionment.
-
-    ``weights``: [L] finite, >= 0, any scale (only ratios count; 1e-300 beside 1e300 is fine).
-    ``caps``: [L] integers >= 0, most seats of each layer. ``floors``: [L] integers >= 0, seats that
-    come first; a floor above the cap counts as the cap, and if the pool is too small for all floors
-    it is divided within them. Returns int64 [L], nothing is mutated.
-
-    The result sums to min(pool, sum(caps)). Ties go to the lower index. A layer of weight zero gets
-    seats beyond its floor only when every layer of positive weight is at its cap, and then evenly;
-    all weights zero means an even split. With pool, caps and floors unchanged, a further layer
-    never raises anybody's share; multiplying all weights by a power of two changes nothing.
-
-    Raises ValueError for weights that are negative or not finite, negative caps, floors or pool,
-    and lengths that differ.
-
-    Source: replaces the integer fix-up of the released code (cakekv utils.py, DynamicKV
-    dynamic_v11.py), which overshoots caps, loses budget and is not monotone.
-    """
-    share = np.asarray(weights, dtype=np.float64)
-    cap = np.asarray(caps, dtype=np.int64)
-    floor = np.zeros_like(cap) if floors is None else np.asarray(floors, dtype=np.int64)
-    _check(share, cap, floor, pool)
-    floor = np.minimum(floor, cap)
-    pool = min(int(pool), int(cap.sum()))
-    if floor.sum() > pool:
-        cap, floor = floor, np.zeros_like(floor)
-    result = floor.copy()
-    positive = share > 0.0
-    for members in (positive, ~positive):
-        left = pool - int(result[~members].sum())
-        seats = min(left, int(cap[members].sum()))
-        even = np.ones(int(members.sum()))
-        chosen = share[members] if members is positive else even
-        result[members] = _webster(chosen, cap[members], floor[members], seats)
-    return result
-
-
-def _check(share: Floats, cap: Ints, floor: Ints, pool: int) -> None:
-    if share.ndim != 1 or share.shape != cap.shape or share.shape != floor.shape:
-        raise ValueError(
-            "weights, caps and floors must be vectors of one length, "
-            f"got {share.shape}, {cap.shape} and {floor.shape}"
-        )
-    bad = np.flatnonzero(~(np.isfinite(share) & (share >= 0.0)))
-    if bad.size:
-        layer = int(bad[0])
-        raise ValueError(f"weights must be finite and not negative, got {share[layer]} at {layer}")
-    if (cap < 0).any() or (floor < 0).any() or pool < 0:
-        raise ValueError("caps, floors and the pool must not be negative")
-
-
-def _webster(weights: Floats, caps: Ints, floors: Ints, seats: int) -> Ints:
-    """Divide ``seats`` (sum(floors) <= seats <= sum(caps)) over layers of positive weight."""
-    if seats >= caps.sum():
-        return caps.copy()
-    mantissa, exponent = np.frexp(weights)
-    shift = (exponent - exponent.max()).astype(np.float64)
-
-    def filled(log2_scale: float) -> Ints:
-        # A quota above every cap or below half a seat needs no exact value: keep exp2 in range.
-        quota = mantissa * np.exp2(np.clip(shift + log2_scale, -64.0, 62.0))
-        held = np.minimum(np.floor(quota + 0.5), caps).astype(np.int64)
-        return np.maximum(held, floors)
-
-    low, high = -2.0, 64.0 - float(shift.min())  # everybody at the floor; everybody at the cap
-    while high - low > _BRACKET:
-        middle = 0.5 * (low + high)
-        if filled(middle).sum() <= seats:
-            low = middle
-        else:
-            high = middle
-    # One bracket lower, so that rounding cannot have put a seat here that does not belong.
-    result = filled(low - _BRACKET)
-    _hand_out(result, mantissa, exponent, caps, seats - int(result.sum()))
-    return result
-
-
-def _hand_out(result: Ints, mantissa: Floats, exponent: Ints, caps: Ints, left: int) -> None:
-    """Give the last ``left`` seats singly, in exact order of priority; changes ``result``."""
-
-    def request(layer: int) -> tuple[int, float, int]:
-        # (binary exponent, mantissa) orders the quotients without overflow, and in the same way
-        # whatever power of two the weights were scaled by.
-        fraction, power = math.frexp(float(mantissa[layer]) / (float(result[layer]) + 0.5))
-        return -(power + int(exponent[layer])), -fraction, layer
-
-    queue = [request(layer) for layer in range(len(result)) if result[layer] < caps[layer]]
-    heapq.heapify(queue)
-    for _ in range(left):
-        layer = queue[0][2]
-        result[layer] += 1
-        if result[layer] < caps[layer]:
-            heapq.heapreplace(queue, request(layer))
-        else:
-            heapq.heappop(queue)
+from vllm_kvcompress.eviction.apportionment import Floats, Ints, apportion
+from vllm_kvcompress.methods import LayerScores, Method
+from vllm_kvcompress.paging.rounding import cdiv
 
 
 class BudgetDivision:
     """The division of one request's pool while its layers are seen one after another.
 
-    ``add`` takes the scores of the next layer; at the method's cuts (its ``schedule``, and always
-    the last layer) it divides the whole pool between the layers seen so far and returns what each
-    may keep, int64 [layers seen]; between cuts it returns None and the new layer keeps everything
-    it may (``cap``). A budget never rises from one cut to the next, so the caller can drop tokens
-    for good at each. After the last layer the budgets sum to min(pool, cap * num_layers), provided
-    ``cap * num_layers`` can be reached without a layer growing, which is so whenever
-    cap * num_layers >= pool.
+    The pool is divided again and again, each time between the layers seen so far; until then a new
+    layer may hold all that its cap allows. A budget never rises from one division to the next, so
+    the caller can drop tokens for good at each. After the last layer the budgets sum to the pool
+    (and ``reserved`` of each layer), or to all caps if those are less, provided that can be reached
+    without a layer growing, which is so whenever cap * num_layers >= pool.
 
-    ``pool``, ``cap`` (most units of one layer, or of each) and ``floor`` are in the unit that is
-    divided, tokens or pages; ``base`` is passed on to the method, in tokens.
+    Args:
+        method: Weighs the layers, and says after which of them to divide.
+        pool: Units, tokens or pages, that the layers share.
+        cap: Most units of one layer, or of each, int [num_layers].
+        floor: Units that every layer gets first.
+        base: History tokens of an average layer, for the method.
+        num_layers: L.
+        reserved: Units that every layer has beside its part of the pool.
+
+    Attributes:
+        weights: The method's weights of the layers at the last division, fp64 [layers seen]; None
+            before the first.
+
     """
 
     def __init__(
@@ -157,47 +47,70 @@ class BudgetDivision:
         floor: int,
         base: int,
         num_layers: int,
+        reserved: int = 0,
     ) -> None:
+        self.weights: Floats | None = None
         self._method = method
         self._pool = pool
         self._caps: Ints = np.broadcast_to(np.asarray(cap, dtype=np.int64), (num_layers,))
         self._floor = floor
         self._base = base
         self._num_layers = num_layers
+        self._reserved = reserved
         self._seen: list[LayerScores] = []
-        self._held: Ints = np.zeros(0, dtype=np.int64)
+        self._shared: Ints = np.zeros(0, dtype=np.int64)
 
     @property
     def held(self) -> Ints:
-        """Units each layer seen so far may hold now (a copy)."""
-        return self._held.copy()
-
-    @property
-    def ratios_are_fixed(self) -> bool:
-        """Whether cuts between layers make no difference to where the last one ends."""
-        return self._method.ratios_are_fixed
-
-    def see(self, layers: Sequence[LayerScores]) -> None:
-        """Take several layers' scores without a cut. Mutates the cascade."""
-        first = len(self._seen)
-        self._seen.extend(layers)
-        self._held = np.append(self._held, self._caps[first : len(self._seen)])
+        """Units that each layer seen so far may hold now, int64 [layers seen], a copy."""
+        return self._shared + self._reserved
 
     def add(self, scores: LayerScores) -> Ints | None:
-        """Take the next layer's scores; the new budgets of all layers seen if there is a cut.
+        """Take the next layer's scores. Mutates the division.
 
-        Raises ValueError if all layers have been seen, or the method returns unusable weights.
+        Returns:
+            New budgets of all layers seen, int64; None where the pool is not divided after this
+            layer.
+
+        Raises:
+            ValueError: All layers have been seen, or the method returns unusable weights.
+
         """
         count = len(self._seen) + 1
         if count > self._num_layers:
             raise ValueError(f"all {self._num_layers} layers have been seen already")
-        self.see([scores])
+        self._see([scores])
         if not self._method.schedule.cuts_after(count, self._num_layers):
             return None
-        self.cut()
+        self._divide()
         return self.held
 
-    def cut(self) -> None:
+    def divide_all(self, layers: Sequence[LayerScores]) -> Ints:
+        """Take the scores of several layers at once. Mutates the division.
+
+        Returns:
+            Budgets of all layers seen, int64: those after the last of them.
+
+        Raises:
+            ValueError: As :meth:`add`.
+
+        """
+        divided = False
+        if self._method.ratios_are_fixed:  # divisions in between make no difference
+            self._see(layers)
+        else:
+            for scores in layers:
+                divided = self.add(scores) is not None
+        if not divided:
+            self._divide()
+        return self.held
+
+    def _see(self, layers: Sequence[LayerScores]) -> None:
+        first = len(self._seen)
+        self._seen.extend(layers)
+        self._shared = np.append(self._shared, self._caps[first : len(self._seen)])
+
+    def _divide(self) -> None:
         """Divide the whole pool between the layers seen so far, within what each still holds."""
         count = len(self._seen)
         weights = self._method.weights(self._seen, base=self._base, num_layers=self._num_layers)
@@ -205,21 +118,30 @@ class BudgetDivision:
             raise ValueError(
                 f"{self._method.name}: weights must have shape ({count},), got {np.shape(weights)}"
             )
+        self.weights = np.asarray(weights, dtype=np.float64)
         floors = np.full(count, self._floor, dtype=np.int64)
-        self._held = apportion(weights, self._held, self._pool, floors=floors)
+        self._shared = apportion(weights, self._shared, self._pool, floors=floors)
 
 
 def token_budgets(
     method: Method, layers: Sequence[LayerScores], *, base: int, num_layers: int
 ) -> Ints:
-    """History tokens every layer keeps (the protected window comes on top).
+    """Divide single tokens, as the papers do.
 
-    ``layers``: scores of the layers seen so far, normally all ``num_layers``. ``base``: history
-    tokens of an average layer, so the pool is base * num_layers. Returns int64 [len(layers)] that
-    sums to min(pool, S' * len(layers)), or less if the method's own cap binds while layers are
-    still missing. A method whose own cap cannot hold the pool has it raised to ``base``.
+    Args:
+        method: Weighs the layers. If its own cap cannot hold the pool, it is raised to ``base``.
+        layers: Scores of the layers seen so far, normally of all.
+        base: History tokens of an average layer, so the pool is base * num_layers.
+        num_layers: L.
 
-    Raises ValueError if base is negative, no layer is given or more than ``num_layers``.
+    Returns:
+        History tokens of every layer, int64 [len(layers)]; the protected window comes on top. They
+        sum to min(pool, S' * len(layers)), or less if the method's own cap binds while layers are
+        still missing.
+
+    Raises:
+        ValueError: base is negative, no layer is given or more than num_layers.
+
     """
     if base < 0:
         raise ValueError(f"base must not be negative, got {base}")
@@ -227,7 +149,7 @@ def token_budgets(
         raise ValueError(f"expected 1 to {num_layers} layers, got {len(layers)}")
     history = layers[0].tokens.shape[-1]
     own = max(method.cap(history, base), base)
-    cascade = BudgetDivision(
+    division = BudgetDivision(
         method,
         pool=base * num_layers,
         cap=min(history, own),
@@ -235,10 +157,10 @@ def token_budgets(
         base=base,
         num_layers=num_layers,
     )
-    return _run(cascade, layers)
+    return division.divide_all(layers)
 
 
-def page_cascade(
+def page_division(
     method: Method,
     *,
     num_layers: int,
@@ -246,22 +168,28 @@ def page_cascade(
     block_size: int,
     lengths: int | Sequence[int],
     pinned: int = 0,
-) -> tuple[BudgetDivision, int]:
-    """The division of an arena's whole pages, window pages apart.
+) -> BudgetDivision:
+    """Prepare the division of an arena's whole pages.
 
-    ``num_layers``: L. ``pages_per_layer``: R, so the arena has R * L pages and a layer's average
-    capacity is C = R * block_size tokens. ``lengths``: tokens that each layer holds now; one
-    number if all hold as many. ``keep``: history tokens that every layer must have room for, at
-    most C - window. Returns a cascade over the pages beyond those that the protected window fills,
-    and how many pages of every layer those are. A layer gets at most its length // block_size
-    (only full pages of survivors). A method whose own cap cannot hold the pool has it
-    raised just enough.
+    Every layer gets the pages that the protected window fills; the rest is divided. A layer gets at
+    most its length // block_size pages (only full pages of survivors).
 
-    Raises ValueError if the lengths leave nothing to evict, or the window does not fit R pages.
+    Args:
+        method: Weighs the layers. If its own cap cannot hold the pool, it is raised just enough.
+        num_layers: L.
+        pages_per_layer: R, so the arena has R * L pages and a layer's average capacity is
+            C = R * block_size tokens.
+        block_size: Tokens per page.
+        lengths: Tokens that each layer holds now; one number if all hold as many.
+        pinned: History tokens that every layer must have room for, at most C - window.
+
+    Raises:
+        ValueError: The lengths leave nothing to evict, or the window does not fit R pages.
+
     """
     held = np.broadcast_to(np.asarray(lengths, dtype=np.int64), (num_layers,))
     capacity = pages_per_layer * block_size
-    reserved = -(-method.window // block_size)
+    reserved = cdiv(method.window, block_size)
     full = held // block_size - reserved
     pool = (pages_per_layer - reserved) * num_layers
     if held.sum() <= capacity * num_layers or full.sum() < pool:
@@ -277,7 +205,7 @@ def page_cascade(
     base = capacity - method.window
     history = (held - method.window).tolist()
     own = [
-        max(-(-method.cap(tokens, base) // block_size), pages_per_layer - reserved)
+        max(cdiv(method.cap(tokens, base), block_size), pages_per_layer - reserved)
         for tokens in history
     ]
     caps = np.minimum(full, own)
@@ -287,16 +215,15 @@ def page_cascade(
     if pinned:
         # Where the pool is too small for all floors none of them would hold, so let them fit.
         least = max(min(least, base), pinned)
-    wanted = -(-(method.window + least) // block_size)
-    cascade = BudgetDivision(
+    return BudgetDivision(
         method,
         pool=pool,
         cap=caps.tolist(),
-        floor=wanted - reserved,
+        floor=cdiv(method.window + least, block_size) - reserved,
         base=base,
         num_layers=num_layers,
+        reserved=reserved,
     )
-    return cascade, reserved
 
 
 def page_budgets(
@@ -308,16 +235,26 @@ def page_budgets(
     lengths: int | Sequence[int],
     pinned: int = 0,
 ) -> Ints:
-    """Whole pages every layer keeps, the protected window included.
+    """Divide an arena's whole pages between all layers at once.
 
-    ``layers``: scores of all L layers; the rest as for :func:`page_cascade`. Returns int64 [L]
-    that sums to R * L exactly; every layer gets at least the pages its window fills.
+    Args:
+        method: As for :func:`page_division`, like all others but ``layers``.
+        layers: Scores of all L layers.
+        pages_per_layer: R.
+        block_size: Tokens per page.
+        lengths: Tokens of each layer.
+        pinned: History tokens that every layer must have room for.
 
-    Raises ValueError as :func:`page_cascade` does, or if no layer is given.
+    Returns:
+        Pages of every layer, int64 [L], the protected window's included; they sum to R * L.
+
+    Raises:
+        ValueError: As :func:`page_division`, or no layer is given.
+
     """
     if not layers:
         raise ValueError("expected at least one layer")
-    cascade, reserved = page_cascade(
+    division = page_division(
         method,
         num_layers=len(layers),
         pages_per_layer=pages_per_layer,
@@ -325,17 +262,4 @@ def page_budgets(
         lengths=lengths,
         pinned=pinned,
     )
-    return _run(cascade, layers) + reserved
-
-
-def _run(cascade: BudgetDivision, layers: Sequence[LayerScores]) -> Ints:
-    if cascade.ratios_are_fixed:
-        cascade.see(layers)
-        cascade.cut()
-        return cascade.held
-    budgets = None
-    for scores in layers:
-        budgets = cascade.add(scores)
-    if budgets is None:  # the layers given end between two cuts of an unfinished model
-        cascade.cut()
-    return cascade.held
+    return division.divide_all(layers)

@@ -1,23 +1,26 @@
-"""Compressing a prompt while it runs: each layer is cut as soon as its attention is done.
+"""Dividing an arena while a prompt's layers still run, so that its cache is never whole at once.
 
-Only the layers since the last cut have their keys and values in full, in a workspace of pages that
-all layers reuse in turn. Survivors go to the arena. When a later layer needs room there, earlier
-layers give pages back: each lists its tokens by ascending worth, so that giving up its first pages
-is all there is to do, and nothing moves.
+Only the layers since the last division have their keys and values in full, in a workspace of pages
+that all layers reuse in turn. Survivors go to the arena. When a later layer needs room there,
+earlier layers give pages back: each lists its tokens by ascending score, so that giving up its
+first pages is all there is to do, and nothing moves.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.eviction.layer_budgets import page_budgets, page_cascade
-from vllm_kvcompress.eviction.pinned_tokens import rank_first
-from vllm_kvcompress.eviction.selection import by_worth, with_window
+from vllm_kvcompress.eviction.apportionment import Floats
+from vllm_kvcompress.eviction.layer_budgets import page_division
+from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces
+from vllm_kvcompress.eviction.selection import Order, select_tokens
 from vllm_kvcompress.methods import LayerScores, Method, to_numbers
-from vllm_kvcompress.paging.arena import ArenaPlan, IntArray, PageGeometry
+from vllm_kvcompress.paging.arena import IntArray, PageGeometry
+from vllm_kvcompress.paging.rounding import cdiv
+from vllm_kvcompress.planning.compression_schedule import Cut
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,9 @@ class Placement:
     """Survivors to be copied from a layer's workspace into the arena.
 
     Attributes:
-        layer: Which.
-        tokens: int [N, T], token numbers in the order in which they are to lie.
-        pages: int64 [T / block_size], flat ids of the pages that take them.
+        layer: Index of the layer in the arena.
+        tokens: Token numbers in storage order, int [N, T].
+        pages: Flat ids of the pages that take them, int64 [T / block_size].
 
     """
 
@@ -42,18 +45,16 @@ class LayerwiseEviction:
     Args:
         method: Scores and weighs layers; ``budgets_are_nested``.
         geometry: The pool's shape.
-        plan: What the request holds in the end.
+        cut: The cut at the prompt's end, which this makes layer by layer.
         cached: Leading blocks whose pages hold the prompt's first tokens already.
-        workspace: Blocks whose pages the layers between two cuts share.
-        arena: The ``plan.arena_blocks`` blocks that take the survivors.
-        layers_per_division: Most layers between two cuts.
-        pinned: Tokens that stay in every layer and head, int64 [K], ascending; those in the window
-            do so anyway.
-        pinned_count: Tokens outside of the window that every layer must have room for.
+        workspace: Blocks whose pages the layers between two divisions share.
+        arena: The ``cut.blocks`` blocks that take the survivors.
+        layers_per_division: Most layers between two divisions.
+        pinned: Tokens that stay in every layer and head; those in the window do so anyway.
 
     Attributes:
         sources: Per layer the flat ids of the pages where its tokens are while it runs, int64 [n].
-        tables: Per layer seen and cut, the pages it holds now, least worth first.
+        tables: Per layer seen and cut, the pages it holds now, lowest scores first.
         kept: Per layer seen and cut, its tokens in that order, int [N, T].
 
     Raises:
@@ -65,31 +66,32 @@ class LayerwiseEviction:
         self,
         method: Method,
         geometry: PageGeometry,
-        plan: ArenaPlan,
+        cut: Cut,
         *,
         cached: Sequence[int],
         workspace: Sequence[int],
         arena: Sequence[int],
         layers_per_division: int,
-        pinned: Tensor | None = None,
-        pinned_count: int = 0,
+        pinned: PinnedPlaces | None = None,
     ) -> None:
-        self.plan = plan
+        self.cut = cut
         self.tables: list[IntArray] = []
         self.kept: list[Tensor] = []
         self._method = method
         self._num_layers = geometry.num_layers
+        self._block_size = geometry.block_size
         self._free: list[int] = geometry.all_pages(arena).T.reshape(-1).tolist()
         self._waiting: list[LayerScores] = []
-        self._cascade, self._reserved = page_cascade(
+        self._pinned = pinned
+        self._division = page_division(
             method,
             num_layers=geometry.num_layers,
-            pages_per_layer=plan.arena_blocks,
-            block_size=plan.block_size,
-            lengths=plan.prompt_len,
-            pinned=pinned_count,
+            pages_per_layer=cut.blocks,
+            block_size=geometry.block_size,
+            lengths=cut.position,
+            pinned=pinned.count if pinned else 0,
         )
-        self._pinned, self._pinned_count = pinned, pinned_count
+        self._given: IntArray | None = None
         self.sources = self._lay_out(geometry, cached, workspace, layers_per_division)
 
     def _lay_out(
@@ -99,7 +101,7 @@ class LayerwiseEviction:
         workspace: Sequence[int],
         layers_per_division: int,
     ) -> list[IntArray]:
-        own = self.plan.prompt_blocks - len(cached)
+        own = cdiv(self.cut.position, geometry.block_size) - len(cached)
         spare = geometry.all_pages(workspace).T.reshape(-1)
         if own * layers_per_division > len(spare):
             raise ValueError(
@@ -117,43 +119,50 @@ class LayerwiseEviction:
         """Whether all layers have been seen and cut."""
         return len(self.tables) == self._num_layers
 
+    @property
+    def weights(self) -> Floats | None:
+        """The allocator's weights of the layers at the last division; None before it."""
+        return self._division.weights
+
     def take(self, scores: LayerScores) -> list[Placement]:
-        """Take in the next layer; at a cut, say what is to be copied. Mutates the cascade.
+        """Take in the next layer; where the arena is divided, say what to copy. Mutates this.
 
         Args:
-            scores: Of the layer whose attention has just run.
+            scores: Scores of the layer whose attention has just run.
 
         Returns:
-            What must be copied before the workspace is written again; nothing between cuts. A
-            target page may have belonged to an earlier layer, never to a source.
+            What must be copied before the workspace is written again; nothing between divisions.
+            A target page may have belonged to an earlier layer, never to a source.
 
         """
         self._waiting.append(scores)
-        seen = len(self.tables) + len(self._waiting)
-        if self._method.budgets_ignore_scores:
-            counts = self._local_counts(seen)
-        else:
-            scores = to_numbers([scores])[0]
-            found = self._cascade.add(scores)
-            if found is None:
-                return []
-            counts = found + self._reserved
+        pages = self._pages()
+        if pages is None:
+            return []
         for layer in range(len(self.tables)):
-            self._shrink(layer, int(counts[layer]))
+            self._shrink(layer, int(pages[layer]))
         placements = []
         for waiting in self._waiting:
             layer = len(self.tables)
-            count = int(counts[layer])
-            pages, self._free = self._free[:count], self._free[count:]
-            tokens = self._choose(waiting, count)
-            self.tables.append(np.asarray(pages, dtype=np.int64))
+            count = int(pages[layer])
+            taken, self._free = self._free[:count], self._free[count:]
+            (tokens,) = select_tokens(
+                self._method,
+                [waiting],
+                [count],
+                block_size=self._block_size,
+                lengths=[self.cut.position],
+                order=Order.WORST_FIRST,
+                pinned=[self._pinned.places[layer]] if self._pinned else None,
+            )
+            self.tables.append(np.asarray(taken, dtype=np.int64))
             self.kept.append(tokens)
             placements.append(Placement(layer, tokens, self.tables[-1]))
         self._waiting = []
         return placements
 
     def in_order(self, layer: int) -> Tensor:
-        """Where a layer's tokens lie now, in the order they are to have: int64 [N, T]."""
+        """Where a layer's tokens lie now, in their final storage order: int64 [N, T]."""
         kept = self.kept[layer]
         if not self._method.stores_by_worth:
             return kept.argsort(dim=-1)
@@ -165,25 +174,14 @@ class LayerwiseEviction:
         """Per layer its tokens once they lie :meth:`in_order`, int [N, T]."""
         return [kept.gather(1, self.in_order(layer)) for layer, kept in enumerate(self.kept)]
 
-    def _local_counts(self, seen: int) -> IntArray:
-        # Shapes are all that weights may look at, and those of later layers are the same.
-        return page_budgets(
-            self._method,
-            [self._waiting[-1]] * self._num_layers,
-            pages_per_layer=self.plan.arena_blocks,
-            block_size=self.plan.block_size,
-            lengths=self.plan.prompt_len,
-            pinned=self._pinned_count,
-        )[:seen]
-
-    def _choose(self, scores: LayerScores, pages: int) -> Tensor:
-        history = pages * self.plan.block_size - self._method.window
-        if self._pinned is not None:
-            places = self._pinned.expand(len(scores.tokens), -1)
-            scores = replace(scores, tokens=rank_first(scores.tokens, places))
-        chosen = self._method.select_layers([scores], [history])[0]
-        ordered = by_worth(chosen, scores.tokens)
-        return with_window(ordered, self.plan.prompt_len, self._method.window)
+    def _pages(self) -> IntArray | None:
+        """Pages of at least the layers seen, int64; None where the arena is not divided now."""
+        newest = self._waiting[-1]
+        if not self._method.budgets_ignore_scores:
+            return self._division.add(to_numbers([newest])[0])
+        if self._given is None:  # shapes are all that matters, and those of all layers are the same
+            self._given = self._division.divide_all([newest] * self._num_layers)
+        return self._given
 
     def _shrink(self, layer: int, pages: int) -> None:
         given = len(self.tables[layer]) - pages
@@ -191,4 +189,4 @@ class LayerwiseEviction:
             raise RuntimeError(f"layer {layer} would grow from {pages - given} to {pages} pages")
         self._free.extend(self.tables[layer][:given].tolist())
         self.tables[layer] = self.tables[layer][given:]
-        self.kept[layer] = self.kept[layer][:, given * self.plan.block_size :]
+        self.kept[layer] = self.kept[layer][:, given * self._block_size :]

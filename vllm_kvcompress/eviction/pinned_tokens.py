@@ -1,7 +1,7 @@
-"""Prompt tokens that a request wants kept whatever a method thinks of them.
+"""Prompt tokens that must stay in every layer and head, whatever their scores: pinned tokens.
 
-They are chosen first in every layer and head. How many tokens a layer keeps is decided as if they
-were any others, except that no layer is given too little room for them.
+They are chosen before all others. How many tokens a layer keeps is decided as if they were any
+others, except that every layer has room for them.
 """
 
 from collections.abc import Sequence
@@ -10,15 +10,29 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.planning.pinned_ranges import Ranges, count_before, ids_between
+from vllm_kvcompress.planning.pinned_ranges import Ranges, ids_between
+
+
+@dataclass(frozen=True)
+class PinnedPlaces:
+    """Where pinned tokens lie at a cut.
+
+    Attributes:
+        places: Per layer their places in its storage, int64 [N, K].
+        count: Tokens outside of the window that every layer must have room for.
+
+    """
+
+    places: Sequence[Tensor]
+    count: int
 
 
 @dataclass
 class PinnedTokens:
-    """Where a request's kept tokens lie in the storage of its layers.
+    """Where a request's pinned tokens lie in the storage of its layers, from cut to cut.
 
     Attributes:
-        ranges: What is to be kept, in positions of the text.
+        ranges: The pinned tokens, as positions of the text.
         since: Position of the last cut; tokens from there on lie one after another.
         places: Per layer, int64 [N, K], where those before it lie; empty before the first cut.
 
@@ -28,16 +42,12 @@ class PinnedTokens:
     since: int = 0
     places: list[Tensor] = field(default_factory=list)
 
-    def count(self, position: int) -> int:
-        """How many tokens before a position have to be kept."""
-        return count_before(self.ranges, position)
-
     def find(self, layer: int, position: int, held: int, heads: int) -> Tensor:
-        """Return where a layer's kept tokens lie now, int64 [N, K].
+        """Return where a layer's pinned tokens lie now, int64 [N, K].
 
         Args:
             layer: Index in the arena.
-            position: Of the cut that is to be made.
+            position: Position of the cut that is to be made.
             held: Tokens that the layer holds.
             heads: KV heads N.
 
@@ -49,10 +59,10 @@ class PinnedTokens:
     def follow(
         self, position: int, places: Sequence[Tensor], stored: Sequence[Tensor], held: Sequence[int]
     ) -> None:
-        """Note where the kept tokens went in a cut. Mutates the record.
+        """Note where the pinned tokens went in a cut. Mutates the record.
 
         Args:
-            position: Of the cut.
+            position: Position of the cut.
             places: Per layer where they were, from :meth:`find`.
             stored: Per layer, int [N, T], what lies now where: places before the cut.
             held: Per layer the tokens it held before.
@@ -65,7 +75,7 @@ class PinnedTokens:
             new.scatter_(1, kept, torch.arange(kept.shape[1]).expand(len(kept), -1))
             moved.append(new.gather(1, old))
         if any(bool((layer < 0).any()) for layer in moved):
-            raise RuntimeError("a token that was to be kept has been evicted")
+            raise RuntimeError("a pinned token has been evicted")
         self.places = moved
         self.since = position
 

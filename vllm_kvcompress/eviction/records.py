@@ -17,7 +17,8 @@ class CutRecord:
 
     Attributes:
         request_id: vLLM's id of the request.
-        number: Of the cut, from 1. Until the first one a token lies where it stands in the text.
+        number: Number of the cut, from 1. Before the first, a token lies where it stands in the
+            text.
         method: Name of the method.
         prompt_len: Tokens S of the text before the cut: the prompt's, for the cut at its end.
         block_size: Tokens per block.
@@ -26,8 +27,8 @@ class CutRecord:
             first cut positions in the text, for a later one places in what the layer held.
         stats: Per layer what the method's allocator read beside the scores; for CAKE
             ``log_entropy`` and ``log_shift``, natural logarithms.
-        weights: fp64 [L], the allocator's weights of the layers, which sum to 1; None if it gives
-            none or treats all layers alike.
+        weights: fp64 [L], the allocator's weights of the layers, which sum to 1; None if it treats
+            all layers alike, or was not asked because every layer keeps the pages it has.
 
     """
 
@@ -46,31 +47,29 @@ def make_record(
     method: Method,
     scores: Sequence[LayerScores],
     kept: Sequence[Tensor],
+    weights: npt.NDArray[np.float64] | None,
     *,
     request_id: str,
     number: int,
     prompt_len: int,
     block_size: int,
-    capacity: int,
 ) -> CutRecord:
     """Describe a compression.
 
     Args:
-        method: That made it.
-        scores: Of all layers, stats on any device.
+        method: The method that made it.
+        scores: Scores of all layers, stats on any device.
         kept: Per layer int [N, T_l], where kept tokens lay, in any order.
+        weights: The allocator's weights of the layers, fp64 [L]; None if it was not asked.
         request_id: vLLM's id of the request.
-        number: Of the cut, from 1.
+        number: Number of the cut, from 1.
         prompt_len: Tokens of the text before the cut.
         block_size: Tokens per block.
-        capacity: Tokens that an average layer keeps, window included.
 
     """
     found = to_numbers(scores)
-    weights = np.asarray(
-        method.weights(found, base=capacity - method.window, num_layers=len(found)), np.float64
-    )
-    alike = not weights.sum() > 0.0 or bool((weights == weights[0]).all())
+    if weights is not None and (not weights.sum() > 0.0 or bool((weights == weights[0]).all())):
+        weights = None
     return CutRecord(
         request_id=request_id,
         number=number,
@@ -82,5 +81,5 @@ def make_record(
             np.asarray(tokens.sort(dim=1).values.cpu().numpy(), np.int64) for tokens in kept
         ),
         stats=tuple({k: s.stat(k) for k in s.stats} for s in found),
-        weights=None if alike else weights / weights.sum(),
+        weights=None if weights is None else weights / weights.sum(),
     )

@@ -1,12 +1,13 @@
 """What a worker knows of one request."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vllm_kvcompress.eviction.pinned_tokens import PinnedTokens
-from vllm_kvcompress.methods import LayerScores
-from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
+from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, PinnedTokens
+from vllm_kvcompress.methods import LayerScores, Method
+from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut
 from vllm_kvcompress.planning.request_settings import RequestSettings
 
 
@@ -16,21 +17,21 @@ class WorkerRequest:
 
     Attributes:
         prompt_len: Prompt tokens.
-        terms: Its method, budget and the like.
-        course: When it is cut, None if it never is.
+        settings: Its method, budget and the like.
+        schedule: When it is cut; None if it never is.
         blocks: All block ids it was ever sent since its prefill began.
         computed: Tokens computed before this step.
         scheduled: Tokens of this step.
         prefill_blocks: In a cascade, blocks in place of the prompt's own; None otherwise.
         cached: In a cascade, how many of them come from the prefix cache.
-        cuts: Cuts behind it.
-        home: Where in ``blocks`` the survivors' blocks begin.
-        growth: Where those of the tokens after the last cut begin.
+        cuts_made: Cuts behind it.
+        survivors_start: Where in ``blocks`` the survivors' blocks begin.
+        tail_start: Where in ``blocks`` those of the tokens after the last cut begin.
         window: Queries of the last tokens before a cut of the prompt, [L, w, H, D], while they
             are collected.
         scores: Layers already scored, in a prompt that runs in one step.
-        score_seconds: Time that took.
-        pinned_tokens: Where tokens lie that must stay; None if there are none.
+        score_seconds: Time that scoring them took.
+        pinned: Where its pinned tokens lie; None if it has none.
 
     """
 
@@ -48,32 +49,46 @@ class WorkerRequest:
     window: Tensor | None = field(default=None, repr=False)
     scores: dict[int, LayerScores] = field(default_factory=dict, repr=False)
     score_seconds: float = 0.0
-    pinned_tokens: PinnedTokens | None = field(default=None, repr=False)
+    pinned: PinnedTokens | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        self._forget_keepsakes()
+        self._forget_pinned()
 
     @property
-    def next_cut(self) -> int | None:
-        """Position of the next cut; None if there is none."""
+    def method(self) -> Method:
+        """The method that compresses it."""
+        return self.settings.planner.method
+
+    @property
+    def next_cut(self) -> Cut | None:
+        """The next cut; None if there is none."""
         if self.schedule is None or not self.schedule.has_cut(self.cuts_made + 1):
             return None
-        return self.schedule.cut(self.cuts_made + 1).position
+        return self.schedule.cut(self.cuts_made + 1)
+
+    @property
+    def ends_at_cut(self) -> bool:
+        """Whether this step computes the last token before the next cut."""
+        cut = self.next_cut
+        return cut is not None and cut.position == self.computed + self.scheduled
+
+    @property
+    def next_is_prefill_cut(self) -> bool:
+        """Whether the next cut, if any, is one of the prefill."""
+        return self.schedule is not None and self.cuts_made < len(self.schedule.prefill_cuts)
 
     def survivor_blocks(self) -> list[int]:
         """Blocks that hold the survivors of the last cut."""
         assert self.schedule is not None
-        return self.blocks[
-            self.survivors_start : self.survivors_start
-            + self.schedule.survivor_blocks(self.cuts_made)
-        ]
+        start = self.survivors_start
+        return self.blocks[start : start + self.schedule.survivor_blocks(self.cuts_made)]
 
     def private_blocks(self) -> list[int]:
         """Blocks of survivors and of the tokens after the last cut; none before the first."""
         return [*self.survivor_blocks(), *self.blocks[self.tail_start :]] if self.cuts_made else []
 
     def advance(self) -> None:
-        """Note that the next cut is behind the request. Mutates the entry."""
+        """Note that the next cut is behind the request. Mutates the request."""
         assert self.schedule is not None
         start = self.tail_start + self.schedule.tail_blocks(
             self.cuts_made, None, self.prefill_blocks
@@ -85,21 +100,58 @@ class WorkerRequest:
         self.tail_start = start
         self.forget_window()
 
+    def pinned_places(
+        self, cut: Cut, lengths: Sequence[int], num_kv_heads: int
+    ) -> PinnedPlaces | None:
+        """Find its pinned tokens in the storage of the layers; None if it has none.
+
+        Args:
+            cut: The next cut.
+            lengths: Tokens that each layer holds.
+            num_kv_heads: N.
+
+        """
+        if self.pinned is None:
+            return None
+        places = [
+            self.pinned.find(layer, cut.position, length, num_kv_heads)
+            for layer, length in enumerate(lengths)
+        ]
+        return PinnedPlaces(places, self.settings.pinned_count(self.prompt_len))
+
+    def follow_pinned(
+        self,
+        cut: Cut,
+        places: PinnedPlaces | None,
+        stored: Sequence[Tensor],
+        lengths: Sequence[int],
+    ) -> None:
+        """Note where its pinned tokens went in a cut. Mutates the request.
+
+        Args:
+            cut: The cut just made, behind the request.
+            places: Where they were; None if it has none.
+            stored: Per layer the places before the cut of what it holds now, int [N, T].
+            lengths: Tokens that each layer held before.
+
+        """
+        if self.pinned is not None and places is not None and self.next_cut is not None:
+            self.pinned.follow(cut.position, places.places, stored, lengths)
+
     def restart(self, blocks: list[int], prefill_blocks: int | None) -> None:
-        """Begin the prefill anew. Mutates the entry."""
+        """Begin the prefill anew. Mutates the request."""
         self.blocks = blocks
         self.prefill_blocks = prefill_blocks
         self.cuts_made = self.survivors_start = self.tail_start = 0
         self.forget_window()
-        self._forget_keepsakes()
+        self._forget_pinned()
 
     def forget_window(self) -> None:
-        """Let go of what was collected for scoring. Mutates the entry."""
+        """Let go of what was collected for scoring. Mutates the request."""
         self.window = None
         self.scores = {}
         self.score_seconds = 0.0
 
-    def _forget_keepsakes(self) -> None:
-        self.pinned_tokens = (
-            PinnedTokens(self.settings.pinned_ranges) if self.settings.pinned_ranges else None
-        )
+    def _forget_pinned(self) -> None:
+        ranges = self.settings.pinned_ranges
+        self.pinned = PinnedTokens(ranges) if ranges else None

@@ -32,10 +32,10 @@ class HeldTokens:
 
 
 class LayerScorer:
-    """Puts a layer's facts before the engine's method.
+    """Gives a method what it reads of each layer.
 
     Args:
-        method: The engine's.
+        method: The request's.
         codec: Reads tokens of pages.
         layers: One entry per layer of the arena.
 
@@ -89,7 +89,7 @@ class LayerScorer:
         read_keys: Callable[[], Tensor] | None = None,
         statistics: WindowStatistics | None = None,
     ) -> LayerScores:
-        facts = self._layers[layer]
+        attention = self._layers[layer]
         given = LayerInput(
             layer=layer,
             num_layers=len(self._layers),
@@ -98,9 +98,9 @@ class LayerScorer:
             base=held.capacity - self._method.window,
             queries=None if held.windows is None else held.windows[layer].transpose(0, 1),
             keys=keys,
-            scale=facts.scale,
-            soft_cap=facts.soft_cap,
-            sinks=facts.sinks,
+            scale=attention.scale,
+            soft_cap=attention.soft_cap,
+            sinks=attention.sinks,
             read_keys=read_keys if Need.KEYS in self._method.needs else None,
             observe=None if statistics is None else lambda: statistics,
         )

@@ -1,93 +1,145 @@
-"""From scores to what every layer keeps: how many pages, and which tokens."""
+"""From scores to what every layer keeps: how many pages, and which tokens in which order."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.eviction.layer_budgets import page_budgets
-from vllm_kvcompress.eviction.pinned_tokens import rank_first
+from vllm_kvcompress.eviction.apportionment import Floats
+from vllm_kvcompress.eviction.layer_budgets import page_division
+from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, rank_first
 from vllm_kvcompress.methods import LayerScores, Method
 from vllm_kvcompress.paging.arena import IntArray
 
 
+class Order(Enum):
+    """Order in which the survivors of the history are stored; the window always follows them."""
+
+    TEXT = auto()
+    """Ascending token number."""
+    BEST_FIRST = auto()
+    """Descending score; among equals the lower token number first."""
+    WORST_FIRST = auto()
+    """The reverse, so that the first pages are the first to be given up."""
+
+
 @dataclass(frozen=True)
-class PinnedPlaces:
-    """Tokens that stay whatever their scores.
+class Selection:
+    """What a cut keeps.
 
     Attributes:
-        places: Per layer where they lie, int64 [N, K].
-        count: Tokens outside of the window that every layer must have room for.
+        pages: Pages per layer, int64 [L].
+        tokens: Per layer the places of its tokens, int [N, T_l], in storage order.
+        weights: The allocator's weights of the layers, fp64 [L]; None if the pages were given.
 
     """
 
-    places: Sequence[Tensor]
-    count: int
+    pages: IntArray
+    tokens: list[Tensor]
+    weights: Floats | None
 
 
 def select_survivors(
     method: Method,
-    found: Sequence[LayerScores],
+    scores: Sequence[LayerScores],
     *,
     capacity: int,
     block_size: int,
     lengths: Sequence[int],
     lap: Callable[[str], None],
-    dealt: IntArray | None = None,
+    pages: IntArray | None = None,
     pinned: PinnedPlaces | None = None,
-) -> tuple[IntArray, list[Tensor]]:
+) -> Selection:
     """Divide a request's pages between the layers, and choose the tokens of each.
 
     Args:
         method: The request's.
-        found: Scores of all layers, their stats as numbers.
+        scores: Scores of all layers, their stats as numbers.
         capacity: Tokens that an average layer keeps, window included; whole pages.
         block_size: Tokens per page.
         lengths: Tokens that each layer holds now.
         lap: Told the name of each phase when it ends.
-        dealt: Pages per layer, int64 [L], if they shall stay as they are.
+        pages: Pages per layer, int64 [L], if they shall stay as they are.
         pinned: Tokens that must be among the chosen ones.
 
-    Returns:
-        Pages per layer, int64 [L], and per layer the places of its tokens, int [N, T_l], in the
-        order in which they are to be stored.
-
     Raises:
-        ValueError: As :func:`page_budgets`.
+        ValueError: As :func:`.layer_budgets.page_division`.
 
     """
-    counts = dealt
-    if counts is None:
-        counts = page_budgets(
+    weights = None
+    if pages is None:
+        division = page_division(
             method,
-            found,
+            num_layers=len(scores),
             pages_per_layer=capacity // block_size,
             block_size=block_size,
             lengths=lengths,
             pinned=pinned.count if pinned else 0,
         )
+        pages, weights = division.divide_all(scores), division.weights
     lap("allocate")
+    tokens = select_tokens(
+        method,
+        scores,
+        pages,
+        block_size=block_size,
+        lengths=lengths,
+        order=Order.BEST_FIRST if method.stores_by_worth else Order.TEXT,
+        pinned=pinned.places if pinned else None,
+    )
+    lap("select")
+    return Selection(pages, tokens, weights)
+
+
+def select_tokens(
+    method: Method,
+    scores: Sequence[LayerScores],
+    pages: Sequence[int] | IntArray,
+    *,
+    block_size: int,
+    lengths: Sequence[int],
+    order: Order,
+    pinned: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Choose the tokens that fill some layers' pages; the window is always among them.
+
+    Args:
+        method: Chooses by the scores.
+        scores: Scores of the layers.
+        pages: Pages of each.
+        block_size: Tokens per page.
+        lengths: Tokens that each layer holds now.
+        order: Storage order of the history.
+        pinned: Per layer the places of tokens that must be chosen, int64 [N, K].
+
+    Returns:
+        Per layer int [N, pages * block_size], places of tokens in storage order.
+
+    """
     if pinned is not None:
-        found = [
+        scores = [
             replace(s, tokens=rank_first(s.tokens, places))
-            for s, places in zip(found, pinned.places, strict=True)
+            for s, places in zip(scores, pinned, strict=True)
         ]
-    chosen = method.select_layers(found, (counts * block_size - method.window).tolist())
-    if method.stores_by_worth:
-        chosen = [by_worth(ids, s.tokens).flip(1) for ids, s in zip(chosen, found, strict=True)]
-    kept = [
+    counts = (np.asarray(pages) * block_size - method.window).tolist()
+    chosen = method.select_layers(scores, counts)
+    if order is not Order.TEXT:
+        chosen = [by_worth(ids, s.tokens) for ids, s in zip(chosen, scores, strict=True)]
+    if order is Order.BEST_FIRST:
+        chosen = [ids.flip(1) for ids in chosen]
+    return [
         with_window(ids, length, method.window) for ids, length in zip(chosen, lengths, strict=True)
     ]
-    lap("select")
-    return counts, kept
 
 
 def with_window(history: Tensor, num_tokens: int, window: int) -> Tensor:
     """Append the last tokens to the chosen ones.
 
     Args:
-        history: int [N, T], token ids below ``num_tokens - window``.
+        history: int [N, T], token numbers below ``num_tokens - window``.
         num_tokens: Tokens that there are.
         window: Protected tokens at their end.
 
@@ -105,11 +157,11 @@ def by_worth(chosen: Tensor, worth: Tensor) -> Tensor:
     """Sort chosen tokens so that any number of the best ones stands at the end.
 
     Args:
-        chosen: int [N, T], token ids, ascending.
-        worth: fp32 [N, S'], of every token.
+        chosen: int [N, T], token numbers, ascending.
+        worth: Scores of all tokens, fp32 [N, S'].
 
     Returns:
-        [N, T], same dtype: ascending worth; among equals the lower id counts as better.
+        [N, T], same dtype: ascending score; among equals the lower number counts as better.
 
     """
     values = worth.gather(1, chosen.to(torch.int64))

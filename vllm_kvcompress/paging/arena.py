@@ -7,36 +7,18 @@ its private blocks and gives each layer as many as its budget says.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vllm_kvcompress.paging.rounding import cdiv
 
 IntArray = NDArray[np.int64]
 
 
 class IntegrityError(AssertionError):
-    """The arena's or the block pool's books do not add up."""
-
-
-@dataclass(frozen=True)
-class ArenaPlan:
-    """What a request holds right after it was compressed.
-
-    Attributes:
-        prompt_len: Tokens of the text that were compressed: the prompt, or what there was of the
-            text at a later cut.
-        block_size: Tokens per block.
-        prompt_blocks: Blocks that so many tokens fill uncompressed.
-        arena_blocks: Private blocks whose pages the layers share.
-        slack: Free slots in every layer's last page.
-
-    """
-
-    prompt_len: int
-    block_size: int
-    prompt_blocks: int
-    arena_blocks: int
-    slack: int
+    """The arena or the block pool is inconsistent."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +89,14 @@ def deal_pages(
     ]
 
 
+class _Admission(NamedTuple):
+    """What :meth:`PageArena.admit` was told of a request, to verify its lengths later."""
+
+    num_tokens: int
+    slack: int
+    num_blocks: int
+
+
 class PageArena:
     """Page tables and lengths of one worker's compressed requests.
 
@@ -135,7 +125,7 @@ class PageArena:
         self._free: list[int] = []
         self._staged: set[str] = set()
         self._blocks: dict[str, list[int]] = {}
-        self._plan: dict[str, ArenaPlan] = {}
+        self._admissions: dict[str, _Admission] = {}
         self.tables: NDArray[np.int32] = np.zeros((layers, 0, 0), dtype=np.int32)
         self.used: IntArray = np.zeros((layers, 0), dtype=np.int64)
         self.dealt: IntArray = np.zeros((layers, 0), dtype=np.int64)
@@ -190,20 +180,23 @@ class PageArena:
     def admit(
         self,
         request_id: str,
-        plan: ArenaPlan,
         blocks: Sequence[int],
         pages: Sequence[IntArray],
+        *,
+        num_tokens: int,
+        slack: int = 0,
         growth_column: int | None = None,
     ) -> int:
         """Take in a request whose survivors were just placed. Mutates the arena.
 
         Args:
             request_id: A request that is not here yet.
-            plan: What it holds.
-            blocks: Its arena blocks.
-            pages: Per layer the flat page ids in token order.
+            blocks: The private blocks whose pages the layers share.
+            pages: Per layer the flat page ids in token order; together all pages of the blocks.
+            num_tokens: Tokens of the text that were compressed.
+            slack: Free slots in every layer's last page.
             growth_column: Where growth blocks begin among all blocks the request was ever given;
-                by default after the prompt's and the arena's.
+                by default after those of num_tokens tokens and these.
 
         Returns:
             Its slot.
@@ -214,18 +207,18 @@ class PageArena:
         """
         held = sum(len(p) for p in pages)
         layers = self.geometry.num_layers
-        if len(blocks) != plan.arena_blocks or len(pages) != layers or held != len(blocks) * layers:
+        if len(pages) != layers or held != len(blocks) * layers:
             raise ValueError(
                 f"request {request_id}: {held} pages of {len(pages)} layers in {len(blocks)} blocks"
             )
         slot = self._fill(request_id, pages)
-        kept = self.used[:, slot] * plan.block_size - plan.slack
-        self.shift[:, slot] = kept - plan.prompt_len
+        size = self.geometry.block_size
+        self.shift[:, slot] = self.used[:, slot] * size - slack - num_tokens
         if growth_column is None:
-            growth_column = plan.prompt_blocks + plan.arena_blocks
+            growth_column = cdiv(num_tokens, size) + len(blocks)
         self.growth_column[slot] = growth_column
         self._blocks[request_id] = list(blocks)
-        self._plan[request_id] = plan
+        self._admissions[request_id] = _Admission(num_tokens, slack, len(blocks))
         return slot
 
     def layer_pages(self, request_id: str) -> list[IntArray]:
@@ -299,7 +292,7 @@ class PageArena:
         if request_id in self._staged:
             self._staged.remove(request_id)
         else:
-            del self._blocks[request_id], self._plan[request_id]
+            del self._blocks[request_id], self._admissions[request_id]
         self.used[:, slot] = 0
         self.version += 1
 
@@ -318,7 +311,7 @@ class PageArena:
         for request_id, slot in self._slot.items():
             if request_id in self._staged:
                 continue  # its layers share pages on purpose, for this step
-            plan, blocks = self._plan[request_id], self._blocks[request_id]
+            admission, blocks = self._admissions[request_id], self._blocks[request_id]
             owned = set(self.geometry.all_pages(blocks).reshape(-1).tolist())
             held = [
                 int(page)
@@ -332,12 +325,12 @@ class PageArena:
                     f"request {request_id}: arena blocks {blocks}, scheduler's "
                     f"{list(blocks_of.get(request_id, ()))}"
                 )
-            kept = self.shift[:, slot] + plan.prompt_len
-            grown = len(blocks) - plan.arena_blocks
+            kept = self.shift[:, slot] + admission.num_tokens
+            grown = len(blocks) - admission.num_blocks
             if (self.dealt[:, slot] + grown != self.used[:, slot]).any():
                 raise IntegrityError(f"request {request_id}: {grown} growth blocks, other pages")
-            capacity = (self.used[:, slot] - grown) * plan.block_size
-            if (kept + plan.slack != capacity).any() or (kept < 1).any():
+            capacity = (self.used[:, slot] - grown) * self.geometry.block_size
+            if (kept + admission.slack != capacity).any() or (kept < 1).any():
                 raise IntegrityError(f"request {request_id}: lengths and pages disagree")
             for block in blocks:
                 other = seen.setdefault(block, request_id)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vllm_kvcompress.paging.arena import IntArray, PageArena
+from vllm_kvcompress.paging.rounding import cdiv
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class TableBuilder(StepTableBuilder):
         compressed_width = int(arena.used[:, batch.slots].max())
         plain_width = 0
         if not all_compressed:
-            plain_width = int(-(-seq_lens[plain].max() // geometry.block_size))
+            plain_width = cdiv(int(seq_lens[plain].max()), geometry.block_size)
         width = max(compressed_width, plain_width)
         tables = np.zeros((geometry.num_layers, num_rows, width), dtype=np.int32)
         tables[:, batch.rows, :compressed_width] = arena.tables[:, batch.slots, :compressed_width]

@@ -1,6 +1,6 @@
 """What a request will hold, decided from its prompt's length and the settings alone.
 
-Scheduler and worker run the same code on the same numbers, so neither has to tell the other.
+Scheduler and worker run the same code on the same numbers, so they agree without a message.
 """
 
 import math
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from vllm_kvcompress.methods import Method, Need
-from vllm_kvcompress.paging.arena import ArenaPlan
+from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut, DecodeCuts
 from vllm_kvcompress.planning.config import KVCompressionConfig
 
@@ -32,7 +32,7 @@ class EngineLimits:
 
 
 class BlockPlanner:
-    """Plans requests of one engine.
+    """Plans the blocks of one engine's requests.
 
     Args:
         config: The engine's settings.
@@ -66,7 +66,7 @@ class BlockPlanner:
                 "nothing before its last layer; set prefill to auto"
             )
         # The scheduler asks several times per request and step.
-        self.plan = lru_cache(maxsize=4096)(self._plan)
+        self.prompt_cut = lru_cache(maxsize=4096)(self._prompt_cut)
         self.schedule = lru_cache(maxsize=8192)(self._schedule)
         self.least_pool = lru_cache(maxsize=8)(self._least_pool)
 
@@ -88,10 +88,10 @@ class BlockPlanner:
 
     def budget_blocks(self, prompt_len: int) -> int:
         """Blocks per layer that the budget allows a prompt of this length."""
-        return -(-self.budget_tokens(prompt_len) // self.block_size)
+        return cdiv(self.budget_tokens(prompt_len), self.block_size)
 
     def cascade_prefill_blocks(self, prompt_len: int, cached_blocks: int = 0) -> int | None:
-        """Blocks that stand in for the prompt's own in a cascade.
+        """Count the prefill blocks of a cascade.
 
         Args:
             prompt_len: Prompt tokens.
@@ -101,19 +101,21 @@ class BlockPlanner:
             Cached blocks plus workspace; None where a cascade cannot be or saves nothing.
 
         """
-        plan = self.plan(prompt_len)
         own = prompt_len - cached_blocks * self.block_size
-        if plan is None or not self.can_cascade or own > self.limits.one_step_tokens:
+        if not self.can_cascade or own > self.limits.one_step_tokens:
             return None
-        prefill_blocks = cached_blocks + self.workspace_blocks(plan.prompt_blocks - cached_blocks)
-        return prefill_blocks if prefill_blocks < plan.prompt_blocks else None
+        if self.prompt_cut(prompt_len) is None:
+            return None
+        plain = cdiv(prompt_len, self.block_size)
+        prefill_blocks = cached_blocks + self.workspace_blocks(plain - cached_blocks)
+        return prefill_blocks if prefill_blocks < plain else None
 
     def workspace_blocks(self, pages: int) -> int:
-        """Blocks whose pages hold that many pages of as many layers as run between two cuts."""
-        return -(-self.layers_per_division * pages // self.limits.num_layers)
+        """Blocks needed to hold ``pages`` pages for each of ``layers_per_division`` layers."""
+        return cdiv(self.layers_per_division * pages, self.limits.num_layers)
 
     def peak_blocks(self, prompt_len: int, num_tokens: int, decode: bool = True) -> int:
-        """Most blocks that a request holds at one time, on its thriftiest way.
+        """Peak number of blocks that a request holds, with the prefill that needs fewest.
 
         Args:
             prompt_len: Prompt tokens.
@@ -123,17 +125,16 @@ class BlockPlanner:
         """
         schedule = self.schedule(prompt_len, decode)
         if schedule is None:
-            return -(-num_tokens // self.block_size)
+            return cdiv(num_tokens, self.block_size)
         prefill_blocks = None
         if self.config.prefill != "full" and not self.streams(prompt_len):
             prefill_blocks = self.cascade_prefill_blocks(prompt_len)
         return schedule.peak_blocks(num_tokens, self.limits.lag, prefill_blocks)
 
     def _least_pool(self, max_model_len: int) -> int:
-        """Blocks in which any one prompt of up to max_model_len tokens can be served.
+        """Count the blocks in which any one prompt of up to max_model_len tokens can be served.
 
-        That is, its prefill and one generated token; how many more fit is a matter of
-        :meth:`most_tokens`.
+        They hold its prefill and one generated token; :meth:`most_tokens` says how many more fit.
         """
         size, longest = self.block_size, max_model_len
         one_step = self.limits.one_step_tokens
@@ -164,7 +165,7 @@ class BlockPlanner:
         """
         low, high = prompt_len, max_model_len
         while low < high:
-            middle = -(-(low + high) // 2)
+            middle = cdiv(low + high, 2)
             if self.peak_blocks(prompt_len, middle, decode) <= pool_blocks:
                 low = middle
             else:
@@ -208,16 +209,16 @@ class BlockPlanner:
 
         """
         size = self.block_size
-        whole = -(-max_model_len // size)
-        budget = max(self.budget_blocks(max_model_len), -(-most_budget // size))
+        whole = cdiv(max_model_len, size)
+        budget = max(self.budget_blocks(max_model_len), cdiv(most_budget, size))
         if self.keeps_all and not self.config.off:
             budget = whole
         entries = whole + 2 + min(budget, whole)
         if self.config.prefill == "streaming":
             cuts = max_model_len // self._stream_chunk + 1
-            entries += cuts * max(self._working_blocks(), -(-2 * most_budget // size))
+            entries += cuts * max(self._working_blocks(), cdiv(2 * most_budget, size))
         if self.config.decode_budget is not None:
-            entries += -(-self.config.decode_budget // size) + 1
+            entries += cdiv(self.config.decode_budget, size) + 1
             if self.token_by_token:  # a block each time
                 entries += max_model_len
         return entries
@@ -226,27 +227,23 @@ class BlockPlanner:
         """Whether a prompt is compressed between its chunks."""
         return self.config.prefill == "streaming" and prompt_len > self.limits.one_step_tokens
 
-    def _plan(self, prompt_len: int) -> ArenaPlan | None:
-        """Return what a request with this prompt holds after its prefill, None if all of it.
+    def _prompt_cut(self, prompt_len: int) -> Cut | None:
+        """Return the cut at a prompt's end; None if the prompt is kept as it is.
 
         Args:
             prompt_len: Prompt tokens.
 
         """
-        bs = self.block_size
-        prompt_blocks = -(-prompt_len // bs)
         if self.config.off:
             return None
         if self.keeps_all:
-            slack = prompt_blocks * bs - prompt_len
-            return ArenaPlan(prompt_len, bs, prompt_blocks, prompt_blocks, slack)
+            blocks = cdiv(prompt_len, self.block_size)
+            return Cut(prompt_len, blocks, slack=blocks * self.block_size - prompt_len)
         blocks = self.budget_blocks(prompt_len)
-        if prompt_len <= blocks * bs:
-            return None
-        return ArenaPlan(prompt_len, bs, prompt_blocks, blocks, 0)
+        return None if prompt_len <= blocks * self.block_size else Cut(prompt_len, blocks)
 
     def _schedule(self, prompt_len: int, decode: bool = True) -> CompressionSchedule | None:
-        """Return when a request is cut, None if it never is.
+        """Return when a request is cut; None if it never is.
 
         Args:
             prompt_len: Prompt tokens.
@@ -255,16 +252,16 @@ class BlockPlanner:
         """
         if self.config.off:
             return None
-        plan = self.plan(prompt_len)
+        cut = self.prompt_cut(prompt_len)
         cuts: list[Cut] = []
-        if plan is not None:
+        if cut is not None:
             if self.streams(prompt_len):
                 cuts += self._chunk_cuts(prompt_len)
-            cuts.append(Cut(prompt_len, plan.arena_blocks, slack=plan.slack))
-        repeat = self._repeat(prompt_len, cuts) if decode else None
-        if not cuts and repeat is None:
+            cuts.append(cut)
+        decode_cuts = self._decode_cuts(prompt_len, cuts) if decode else None
+        if not cuts and decode_cuts is None:
             return None
-        return CompressionSchedule(prompt_len, self.block_size, cuts, repeat)
+        return CompressionSchedule(prompt_len, self.block_size, cuts, decode_cuts)
 
     def _chunk_cuts(self, prompt_len: int) -> list[Cut]:
         chunk, blocks = self._stream_chunk, self._working_blocks()
@@ -276,11 +273,11 @@ class BlockPlanner:
             if position > blocks * self.block_size
         ]
 
-    def _repeat(self, prompt_len: int, cuts: list[Cut]) -> DecodeCuts | None:
+    def _decode_cuts(self, prompt_len: int, cuts: list[Cut]) -> DecodeCuts | None:
         if self.config.decode_budget is None:
             return None
         size = self.block_size
-        blocks = -(-self.config.decode_budget // size)
+        blocks = cdiv(self.config.decode_budget, size)
         buffer = self._buffer()
         if self.token_by_token and not cuts:
             return None  # what is judged by single queries must have been compressed before
@@ -293,14 +290,14 @@ class BlockPlanner:
         """Tokens between two cuts of a generation."""
         if self.token_by_token:
             return 1
-        return -(-self.config.decode_buffer // self.block_size) * self.block_size
+        return cdiv(self.config.decode_buffer, self.block_size) * self.block_size
 
     def _working_blocks(self) -> int:
         budget = self.config.stream_budget
         if budget is None:
             assert isinstance(self.config.budget, int)  # KVCompressionConfig has seen to it
             budget = 2 * self.config.budget
-        return -(-budget // self.block_size)
+        return cdiv(budget, self.block_size)
 
     def _checked_chunk(self) -> int:
         """Tokens between two cuts of a prompt, whole blocks."""

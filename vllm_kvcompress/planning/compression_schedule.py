@@ -1,16 +1,23 @@
 """When a request's cache is cut, and how many blocks it holds in between.
 
 A *cut* compresses what the layers hold at that moment. Between cuts a request grows as in plain
-vLLM. Blocks are only ever appended to a request's list, in this order: the blocks of its first
-tokens; for each cut that moves its survivors, the blocks that take them; after each cut the blocks
-of the tokens that follow. Once a cut has been processed, what it made superfluous leaves the list.
+vLLM. Blocks are only ever appended to a request's list, in this order:
 
-Everything follows from the prompt's length and the settings, so scheduler and worker agree without
-a word. All positions are in tokens of the text.
+* *prefill blocks*: those of its first tokens, up to the first cut. In a cascade prefill they are
+  blocks from the prefix cache and a workspace, fewer than the prompt would fill;
+* for each cut that moves its survivors, the *survivor blocks* that take them;
+* after each cut the *tail blocks* of the tokens that follow, up to the next cut.
+
+Once a cut has been processed, the blocks that it made *releasable* leave the list.
+
+Everything follows from the prompt's length and the settings, so scheduler and worker need no
+message to agree. All positions are in tokens of the text.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from vllm_kvcompress.paging.rounding import cdiv
 
 
 @dataclass(frozen=True)
@@ -18,10 +25,11 @@ class Cut:
     """One compression of one request.
 
     Attributes:
-        position: The cut happens in the step that computes the token before this one.
-        blocks: R; the layers share R * L pages afterwards.
+        position: Tokens of the text that are compressed: the cut happens in the step that computes
+            the last of them.
+        blocks: R, private blocks afterwards; the layers share their R * L pages.
         moves: Whether survivors go to new blocks; if not, they are packed within their own.
-        slack: Free slots in every layer's last page right after it.
+        slack: Free slots in every layer's last page right after the cut.
 
     """
 
@@ -45,8 +53,8 @@ class CompressionSchedule:
     Args:
         prompt_len: Prompt tokens.
         block_size: Tokens per block.
-        cuts: Those of the prefill, ascending; the last one, if any, at the prompt's end.
-        repeat: Those of the generation, if any.
+        prefill_cuts: Cuts of the prefill, ascending; the last one, if any, at the prompt's end.
+        decode_cuts: Cuts of the generation, if any.
 
     """
 
@@ -72,7 +80,12 @@ class CompressionSchedule:
         return number >= 1 and (self.decode_cuts is not None or number <= len(self.prefill_cuts))
 
     def cut(self, number: int) -> Cut:
-        """Return a cut by its number, counted from 1; LookupError if there is none."""
+        """Return a cut by its number, counted from 1.
+
+        Raises:
+            LookupError: There is no such cut.
+
+        """
         if not self.has_cut(number):
             raise LookupError(f"the request is cut {len(self.prefill_cuts)} times, not {number}")
         if number <= len(self.prefill_cuts):
@@ -91,7 +104,7 @@ class CompressionSchedule:
         return "prompt" if number == len(self.prefill_cuts) else "decode"
 
     def count(self, num_tokens: int) -> int:
-        """How many cuts lie at or before a position."""
+        """Count the cuts at or before a position."""
         done = sum(cut.position <= num_tokens for cut in self.prefill_cuts)
         if self.decode_cuts and num_tokens >= self.decode_cuts.first.position:
             done += 1 + (num_tokens - self.decode_cuts.first.position) // self.decode_cuts.every
@@ -103,18 +116,21 @@ class CompressionSchedule:
         return self.cut(number).position if self.has_cut(number) else None
 
     def survivor_blocks(self, number: int) -> int:
-        """Blocks that hold the survivors after that many cuts."""
+        """Count the blocks that hold the survivors after that many cuts."""
         return self.cut(number).blocks if number else 0
 
     def tail_blocks(
         self, number: int, num_tokens: int | None = None, prefill_blocks: int | None = None
     ) -> int:
-        """Blocks of the tokens that follow a cut, up to the next one.
+        """Count the blocks of the tokens that follow a cut, up to the next one.
 
         Args:
-            number: Of the cut; 0 for the request's first tokens.
-            num_tokens: How far the request has come; None: as far as the next cut.
-            prefill_blocks: Blocks that stand in for those of the first tokens, in a cascade.
+            number: Number of the cut; 0 for the request's first tokens.
+            num_tokens: Tokens computed so far; None: up to the next cut.
+            prefill_blocks: In a cascade, blocks in place of those of the first tokens.
+
+        Raises:
+            ValueError: num_tokens is None and there is no next cut.
 
         """
         if number == 0 and prefill_blocks is not None:
@@ -126,17 +142,17 @@ class CompressionSchedule:
             end = limit if end is None else min(end, limit)
         if end is None:
             raise ValueError("the tokens after the last cut have no end")
-        return -(-max(end - start.position - start.slack, 0) // self.block_size)
+        return cdiv(max(end - start.position - start.slack, 0), self.block_size)
 
     def blocks_for(
         self, num_tokens: int, released: int = 0, prefill_blocks: int | None = None
     ) -> int:
-        """Blocks the request must hold to have slots for its first num_tokens tokens.
+        """Count the blocks that the request must hold to have slots for its first num_tokens.
 
         Args:
             num_tokens: Prompt and generated tokens.
-            released: Cuts whose superfluous blocks were already given back.
-            prefill_blocks: As for :meth:`segment`.
+            released: Cuts whose releasable blocks were given back.
+            prefill_blocks: As for :meth:`tail_blocks`.
 
         """
         count = self.count(num_tokens)
@@ -148,32 +164,32 @@ class CompressionSchedule:
         return held
 
     def releasable(self, released: int, prefill_blocks: int | None = None) -> range:
-        """Places in the request's list that the next cut makes superfluous once processed.
+        """Places in the request's list of the blocks that go once the next cut is processed.
 
         Args:
-            released: Cuts whose superfluous blocks were already given back.
-            prefill_blocks: As for :meth:`segment`.
+            released: Cuts whose releasable blocks were given back.
+            prefill_blocks: As for :meth:`tail_blocks`.
 
         """
-        home = self.survivor_blocks(released)
-        end = home + self.tail_blocks(released, None, prefill_blocks)
-        return range(0 if self.cut(released + 1).moves else home, end)
+        survivors = self.survivor_blocks(released)
+        end = survivors + self.tail_blocks(released, None, prefill_blocks)
+        return range(0 if self.cut(released + 1).moves else survivors, end)
 
     def peak_blocks(
         self, num_tokens: int, lag: int, prefill_blocks: int | None = None, released: int = 0
     ) -> int:
-        """Most blocks the request holds at any time from now on until it has num_tokens tokens.
+        """Peak number of blocks that the request holds from now until it has num_tokens tokens.
 
         Args:
             num_tokens: Prompt and generated tokens.
             lag: Steps that are planned before a cut's step has been processed.
-            prefill_blocks: As for :meth:`segment`.
-            released: Cuts whose superfluous blocks were already given back.
+            prefill_blocks: As for :meth:`tail_blocks`.
+            released: Cuts whose releasable blocks were given back.
 
         """
         count = self.count(num_tokens)
         peak = 0
-        # After the first cuts all look alike.
+        # From the second decode cut on, all cuts hold the same number of blocks.
         last = min(count, max(released, len(self.prefill_cuts)) + 1 + lag)
         for number in range(released, last + 1):
             end = num_tokens

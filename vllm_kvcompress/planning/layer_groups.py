@@ -7,6 +7,8 @@ Whoever plans before there are any layers must agree on this: scheduler, worker,
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_kvcompress.paging.rounding import cdiv
+
 _CROWDED = 1.5
 """With fewer than this many times the layers of the rarer kind, the other kind sets the size."""
 
@@ -37,9 +39,9 @@ class LayerGroups:
             in_flight: Most of them that are scheduled and not processed.
 
         """
-        whole = -(-tokens // block_size)
+        whole = cdiv(tokens, block_size)
         # The window's first token may be anywhere in its block.
-        seen = -(-(self.window - 1 + in_flight) // block_size) + 1
+        seen = cdiv(self.window - 1 + in_flight, block_size) + 1
         return self.window_groups * min(whole, seen)
 
     def pages_of_block(self, total: int) -> int:
@@ -49,8 +51,8 @@ class LayerGroups:
             total: Layers of the model.
 
         """
-        full = -(-self.compressed // self.full_groups)
-        beside = -(-(total - self.compressed) // self.window_groups) if self.window_groups else 0
+        full = cdiv(self.compressed, self.full_groups)
+        beside = cdiv(total - self.compressed, self.window_groups) if self.window_groups else 0
         return max(full, beside)
 
 
@@ -73,7 +75,7 @@ def group_layers(types: Sequence[str], total: int, window: int | None) -> LayerG
         return LayerGroups(total)
     fewest, most = sorted((full, local))
     size = most if most < fewest * _CROWDED else fewest
-    return LayerGroups(full, -(-full // size), -(-local // size), int(window))
+    return LayerGroups(full, cdiv(full, size), cdiv(local, size), int(window))
 
 
 def compressed_numbers(types: Sequence[str], layers: LayerGroups) -> tuple[int, ...]:

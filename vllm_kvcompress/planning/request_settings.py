@@ -6,6 +6,7 @@ the same terms.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -345,4 +346,4 @@ class _Hashed:
 def _tokens(budget: float | None, prompt_len: int) -> int:
     if budget is None:
         return 0
-    return int(-(-budget * prompt_len // 1)) if budget < 1 else int(budget)
+    return math.ceil(budget * prompt_len) if budget < 1 else int(budget)

@@ -47,7 +47,7 @@ class ArenaBuilder:
     session: Session | None = None
     request_ids: Callable[[int], Sequence[str]]
 
-    def plan(self, common: CommonAttentionMetadata) -> StepInputs | None:
+    def step_inputs(self, common: CommonAttentionMetadata) -> StepInputs | None:
         """Ask the session what this step needs. Mutates the session; None: plain vLLM's path."""
         if self.session is None:
             return None
@@ -114,7 +114,7 @@ class DeviceBuilder(ArenaBuilder):
         fast_build: bool = False,
     ) -> Any:
         """See vLLM's AttentionMetadataBuilder."""
-        step = self.plan(common_attn_metadata)
+        step = self.step_inputs(common_attn_metadata)
         if step is None or step.tables is None:
             base = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         else:
@@ -180,7 +180,7 @@ class DeviceImpl(ArenaImpl):
         )
         if step is not None and self.session is not None:
             for row in step.cascades:
-                self.session.cascade(self.arena_layer, row, None)
+                self.session.cut_layer(self.arena_layer, row, None)
         return result
 
     def layer_metadata(self, base: Any, step: StepInputs) -> Any:

@@ -52,7 +52,7 @@ class ArenaCPUMetadataBuilder(ArenaBuilder, CPUAttentionMetadataBuilder):
         """See the base class."""
         common = common_attn_metadata
         base = super().build(common_prefix_len, common, fast_build)
-        step = self.plan(common)
+        step = self.step_inputs(common)
         if step is not None:
             base.arena_step = step
             if step.tables is not None:
@@ -125,7 +125,7 @@ class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
         )
         if step is not None and self.session is not None:
             for row in step.cascades:
-                self.session.cascade(self.arena_layer, row, key)
+                self.session.cut_layer(self.arena_layer, row, key)
         return result
 
     def do_kv_cache_update(

@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 from vllm_kvcompress.engine.metrics import COUNTERS
 from vllm_kvcompress.engine.scheduler.reservations import Reservation, Reservations
 from vllm_kvcompress.paging.arena import IntegrityError
+from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
 from vllm_kvcompress.planning.request_settings import RequestSettings, SettingsResolver
 
@@ -124,7 +125,7 @@ class ArenaManager(FullAttentionManager):
         """Blocks of requests that hold some: now, and as they would be in plain vLLM."""
         tokens = [self._requests[name].num_computed_tokens for name, _ in self.reservations]
         return {
-            "running_plain": sum(-(-count // self.block_size) for count in tokens),
+            "running_plain": sum(cdiv(count, self.block_size) for count in tokens),
             "running_held": sum(len(self.req_to_blocks[name]) for name, _ in self.reservations),
         }
 
@@ -259,7 +260,7 @@ class ArenaManager(FullAttentionManager):
         self.reservations.admit(request_id, reservation)
         request = self._requests[request_id]
         planner, prompt_len = self.settings_of(request).planner, request.num_prompt_tokens
-        compressed = planner.plan(prompt_len) is not None
+        compressed = planner.prompt_cut(prompt_len) is not None
         if not request.num_preemptions:
             self.counts[f"requests:{planner.method.name}:{str(compressed).lower()}"] += 1
         if not compressed:

@@ -7,6 +7,7 @@ from typing import Protocol
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
+from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
 
@@ -121,7 +122,7 @@ class Reservations:
     def blocks_for(self, reservation: Reservation, num_tokens: int) -> int:
         """Blocks that a request must hold to have slots for its first num_tokens tokens."""
         if reservation.schedule is None:
-            return -(-num_tokens // self._planner.block_size)
+            return cdiv(num_tokens, self._planner.block_size)
         return reservation.schedule.blocks_for(
             num_tokens, reservation.released, reservation.prefill_blocks
         )
@@ -131,7 +132,7 @@ class Reservations:
         if released not in reservation.peaks:
             end = min(reservation.reserved_until + 1, self._max_len)
             if reservation.schedule is None:
-                reservation.peaks[released] = -(-end // self._planner.block_size)
+                reservation.peaks[released] = cdiv(end, self._planner.block_size)
             else:
                 reservation.peaks[released] = reservation.schedule.peak_blocks(
                     end, self._planner.limits.lag, reservation.prefill_blocks, released

@@ -15,6 +15,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from vllm_kvcompress.engine.scheduler.arena_manager import ArenaManager
 from vllm_kvcompress.engine.scheduler.reservations import Reservation
+from vllm_kvcompress.paging.rounding import cdiv
 
 Hits = tuple[Sequence[KVCacheBlock], ...]
 """By group, blocks of the prefix cache; null blocks for tokens out of a window."""
@@ -93,12 +94,12 @@ class SlidingWindowGroups:
         """Most blocks that one group holds at one time, and all that it is ever given."""
         size = manager.block_size
         end = min(reservation.reserved_until + 1, self._max_len)
-        whole = -(-end // size)
-        seen = -(-(manager.sliding_window + self._lag) // size) + 1
+        whole = cdiv(end, size)
+        seen = cdiv(manager.sliding_window + self._lag, size) + 1
         peak = min(whole, seen)
         if not reservation.read:
             first = min(reservation.known + 1 + self._lag, self._max_len)
-            peak = max(peak, min(-(-first // size), manager.max_admission_blocks_per_request))
+            peak = max(peak, min(cdiv(first, size), manager.max_admission_blocks_per_request))
         return peak, whole
 
 

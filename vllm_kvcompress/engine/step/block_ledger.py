@@ -13,7 +13,7 @@ from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.planning.request_settings import SettingsResolver
 
 
-class Ledger:
+class BlockLedger:
     """All requests the worker knows of.
 
     Args:

@@ -23,6 +23,7 @@ from vllm_kvcompress.eviction.records import CutRecord
 from vllm_kvcompress.paging.arena import PageGeometry
 from vllm_kvcompress.paging.attention_layer import attention_params
 from vllm_kvcompress.paging.page_tables import TableLimits
+from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.block_planner import BlockPlanner
 
 logger = init_logger("vllm.kvcompress.worker")
@@ -253,8 +254,8 @@ def _announce(planner: BlockPlanner, max_model_len: int, num_blocks: int) -> Non
     if config.off:
         logger.info("KV-cache compression is on for requests that ask for it")
         return
-    plan = planner.plan(max_model_len)
-    plain = -(-max_model_len // size)
+    cut = planner.prompt_cut(max_model_len)
+    plain = cdiv(max_model_len, size)
     logger.info(
         "KV-cache compression is on: %s, budget %s%s, prefill %s; a prompt of max_model_len %d "
         "tokens holds %d blocks of %d after its prefill instead of %d (at least %d while its "
@@ -266,7 +267,7 @@ def _announce(planner: BlockPlanner, max_model_len: int, num_blocks: int) -> Non
         else " tokens per layer",
         config.prefill,
         max_model_len,
-        plan.arena_blocks if plan else plain,
+        cut.blocks if cut else plain,
         size,
         plain,
         planner.peak_blocks(max_model_len, max_model_len),

@@ -8,6 +8,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.worker.arena_worker import ArenaWorker
 from vllm_kvcompress.paging.page_tables import TableLimits
+from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES
 from vllm_kvcompress.planning.workspace_memory import (
     ModelShape,
@@ -64,12 +65,12 @@ class ArenaGPUWorker(ArenaWorker, Worker):
         staged, query_buffer = 0, 0
         if planner.can_cascade and planner.config.prefill != "full":
             longest = min(planner.limits.one_step_tokens, model.max_model_len)
-            staged = -(-longest // planner.block_size)
+            staged = cdiv(longest, planner.block_size)
         if planner.config.decode_budget is not None:
             query_buffer = query_buffer_bytes(shape, limits.rows, resolver.largest_decode_window)
-        plan = planner.plan(model.max_model_len)
+        cut = planner.prompt_cut(model.max_model_len)
         # A layer can at most be given every page of the arena.
-        most = plan.arena_blocks * plan.block_size * shape.layers if plan else 0
+        most = cut.blocks * planner.block_size * shape.layers if cut else 0
         transient = transient_bytes(
             shape,
             max_model_len=model.max_model_len,

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.byte_sizes import format_bytes
@@ -165,7 +166,7 @@ class Job:
         for length in self.lengths:
             for batch in self.batches:
                 chunk = min(self._step([length], batch), self.config.stream_chunk or length)
-                reading = batch * (1 + -(-length // chunk))
+                reading = batch * (1 + cdiv(length, chunk))
                 turns = self.rounds * (SETTLE_STEPS + self.steps)
                 yield Case(DECODE, length, batch, reading + WARM_STEPS + turns + 8)
 
@@ -195,7 +196,7 @@ class Job:
             if self.kv_bytes < kv_bytes:
                 raise CommandError(
                     f"--kv-cache-mib is too small for {case}, which needs "
-                    f"{-(-kv_bytes // 2**20)} for each engine, got {self.kv_bytes >> 20}"
+                    f"{cdiv(kv_bytes, 2**20)} for each engine, got {self.kv_bytes >> 20}"
                 )
             kv_bytes = self.kv_bytes
             blocks = kv_bytes // self.block_bytes
@@ -205,7 +206,7 @@ class Job:
         """Blocks in which plain vLLM holds as many requests as the pool's name says."""
         lag = 0 if self.cpu else 1
         windows = Windows(self.facts.groups, self.block_size, (1 + lag) * step, lag)
-        whole = -(-case.context // self.block_size)
+        whole = cdiv(case.context, self.block_size)
         reading = whole + windows.reserved(case.context)
         held = whole + windows.held(case.context)
         if pool == BOUND:

@@ -58,8 +58,8 @@ def kept_tokens(budget: float | None, tokens: int, block_size: int, window: int 
     """
     if budget is None:
         return tokens
-    plan = _planner(budget, block_size, window).plan(tokens)
-    return tokens if plan is None else plan.arena_blocks * block_size
+    cut = _planner(budget, block_size, window).prompt_cut(tokens)
+    return tokens if cut is None else cut.blocks * block_size
 
 
 @lru_cache(maxsize=64)

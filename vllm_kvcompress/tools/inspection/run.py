@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.planning.request_settings import METHOD_KEY, PARAMS_KEY
 from vllm_kvcompress.tools.arguments import CommandError
@@ -176,7 +177,7 @@ def cache_bytes(job: Job, model: ModelFacts, max_model_len: int) -> int:
     """
     pages = model.groups.pages_of_block(model.layers)
     shape = (pages, model.kv_heads, model.head_size)
-    whole = -(-max_model_len // job.block_size)
+    whole = cdiv(max_model_len, job.block_size)
     # A prompt holds its own blocks and those that it is compressed into, which are fewer; of each
     # group of sliding-window layers vLLM wants one more at most.
     blocks = 2 * whole + 8 + model.groups.window_groups * (whole + 1)

@@ -110,8 +110,8 @@ def beside_bytes(resolver: SettingsResolver, model: ModelFacts, engine: EngineFa
         staged = -(-min(planner.limits.one_step_tokens, longest) // size)
     if planner.config.decode_budget is not None:
         ring = query_buffer_bytes(shape, limits.rows, resolver.largest_decode_window)
-    plan = planner.plan(longest)
-    most = plan.arena_blocks * size * shape.layers if plan else 0
+    cut = planner.prompt_cut(longest)
+    most = cut.blocks * size * shape.layers if cut else 0
     transient = transient_bytes(
         shape,
         max_model_len=longest,

@@ -172,7 +172,7 @@ def compressed_figures(
     window_group_peak, window_group_held = windows.read(work.context), windows.held(work.context)
     peak = planner.peak_blocks(work.prompt, work.context) + window_group_peak
     schedule = planner.schedule(work.prompt)
-    plan = planner.plan(work.prompt)
+    cut = planner.prompt_cut(work.prompt)
     at_end = held = plain.at_end
     if schedule is not None:
         done = schedule.count(work.prompt)
@@ -187,9 +187,7 @@ def compressed_figures(
     return Figures(
         memory=pool.memory,
         blocks=pool.blocks,
-        after_prefill=(
-            plan.arena_blocks + windows.held(work.prompt) if plan else plain.after_prefill
-        ),
+        after_prefill=(cut.blocks + windows.held(work.prompt) if cut else plain.after_prefill),
         at_end=at_end,
         peak=peak,
         starts=starts,

@@ -108,7 +108,7 @@ def _why_little(work: Workload, planner: BlockPlanner) -> str:
 def _prefill_notes(compressed: Figures, work: Workload, planner: BlockPlanner) -> list[str]:
     """What a prompt that does not run in one step costs, where a longer step would help."""
     one_step, config = planner.limits.one_step_tokens, planner.config
-    if config.prefill in ("full", "streaming") or planner.plan(work.prompt) is None:
+    if config.prefill in ("full", "streaming") or planner.prompt_cut(work.prompt) is None:
         return []
     if not planner.can_cascade or work.prompt <= one_step:
         return []

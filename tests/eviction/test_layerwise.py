@@ -21,8 +21,9 @@ from vllm_kvcompress.eviction.layer_budgets import page_budgets
 from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
 from vllm_kvcompress.eviction.selection import by_worth, with_window
 from vllm_kvcompress.methods import Cake, DynamicKV, LayerScores, Method, Random, Uniform
-from vllm_kvcompress.paging.arena import ArenaPlan, PageGeometry
+from vllm_kvcompress.paging.arena import PageGeometry
 from vllm_kvcompress.planning.block_planner import layers_between_cuts
+from vllm_kvcompress.planning.compression_schedule import Cut
 
 HEADS, BLOCKS = 2, 400
 METHODS: dict[str, Method] = {
@@ -87,7 +88,7 @@ class World:
         self.geometry, self.size, self.layers = geometry, geometry.block_size, geometry.num_layers
         self.prompt = prompt
         whole = -(-prompt // self.size)
-        self.plan = ArenaPlan(prompt, self.size, whole, arena_blocks, 0)
+        self.cut = Cut(prompt, arena_blocks)
         at_once = layers_between_cuts(method, self.layers)
         free = np.random.default_rng(seed).permutation(np.arange(1, BLOCKS)).tolist()
         needed = -(-at_once * (whole - cached) // self.layers)
@@ -97,7 +98,7 @@ class World:
         self.cascade = LayerwiseEviction(
             method,
             geometry,
-            self.plan,
+            self.cut,
             cached=self.cached,
             workspace=self.workspace,
             arena=self.arena,
@@ -152,7 +153,7 @@ def check_against_one_cut(method: Method, world: World, layers: list[LayerScores
     counts = page_budgets(
         method,
         layers,
-        pages_per_layer=world.plan.arena_blocks,
+        pages_per_layer=world.cut.blocks,
         block_size=world.size,
         lengths=world.prompt,
     )
@@ -268,7 +269,7 @@ def test_a_workspace_that_is_too_small_is_refused(at_once: int, cached: int, nee
         return LayerwiseEviction(
             Cake(window=4),
             geometry_of(5, 4, "layer"),
-            ArenaPlan(84, 4, 21, 3, 0),
+            Cut(84, 3),
             cached=range(100, 100 + cached),
             workspace=range(1, 1 + workspace),
             arena=[50, 51, 52],

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.paging.arena import ArenaPlan
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut, DecodeCuts
 
 SIZE = 4
@@ -202,18 +201,17 @@ def test_cuts_that_are_not_there_are_refused(schedule: CompressionSchedule, beyo
 # --- numbers worked out by hand ------------------------------------------------------------------
 
 
-def once(plan: ArenaPlan) -> CompressionSchedule:
-    """The cut of a prompt at its end and nothing else."""
-    cut = Cut(plan.prompt_len, plan.arena_blocks, slack=plan.slack)
-    return CompressionSchedule(plan.prompt_len, plan.block_size, [cut])
+def once(blocks: int, slack: int = 0) -> CompressionSchedule:
+    """A prompt of 100 tokens, 13 blocks of 8, that is cut at its end and never again."""
+    return CompressionSchedule(100, 8, [Cut(100, blocks, slack=slack)])
 
 
 def test_growth_takes_one_block_every_block_size_tokens() -> None:
-    schedule = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
+    schedule = once(4)
     grown = [schedule.tail_blocks(1, 100 + n) for n in range(18)]
     assert grown == [0, *[1] * 8, *[2] * 8, 3]
     # Tokens in the last page of a prompt that was kept whole come first.
-    kept = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=13, slack=4))
+    kept = once(13, slack=4)
     assert [kept.tail_blocks(1, 100 + n) for n in range(6)] == [0, 0, 0, 0, 0, 1]
 
 
@@ -229,7 +227,7 @@ def test_growth_is_the_fewest_blocks_that_hold_what_the_slack_does_not(
 
 
 def test_blocks_at_and_after_the_end_of_the_prompt() -> None:
-    schedule = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
+    schedule = once(4)
     assert [schedule.blocks_for(n) for n in (1, 8, 9, 96, 97, 99)] == [1, 1, 2, 12, 13, 13]
     assert schedule.blocks_for(100) == 13 + 4
     assert schedule.blocks_for(101) == 13 + 4 + 1
@@ -243,7 +241,7 @@ def test_blocks_at_and_after_the_end_of_the_prompt() -> None:
 
 
 def test_a_workspace_takes_the_place_of_the_prompts_blocks() -> None:
-    schedule = once(ArenaPlan(100, 8, prompt_blocks=13, arena_blocks=4, slack=0))
+    schedule = once(4)
     assert (
         schedule.blocks_for(1, prefill_blocks=3) == schedule.blocks_for(99, prefill_blocks=3) == 3
     )

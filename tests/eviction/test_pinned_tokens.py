@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.eviction.test_cascade import METHODS, geometry_of, score
+from tests.eviction.test_layerwise import METHODS, geometry_of, score
 from vllm_kvcompress.eviction.layer_budgets import page_budgets
 from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
-from vllm_kvcompress.eviction.pinned_tokens import PinnedTokens, rank_first
-from vllm_kvcompress.eviction.selection import PinnedPlaces, select_survivors
+from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, PinnedTokens, rank_first
+from vllm_kvcompress.eviction.selection import select_survivors
 from vllm_kvcompress.methods import DynamicKV, LayerScores, Method
-from vllm_kvcompress.paging.arena import ArenaPlan
 from vllm_kvcompress.planning.block_planner import layers_between_cuts
+from vllm_kvcompress.planning.compression_schedule import Cut
 from vllm_kvcompress.planning.pinned_ranges import count_before, ids_between, parse_ranges, shown
 
 PROMPT = 60
@@ -108,7 +108,6 @@ def test_kept_tokens_are_found_wherever_cuts_have_put_them(
                 head += range(position, position + gap)
         position += gap
         wanted = {token for token in tokens_of(ranges) if token < position}
-        assert pinned_tokens.count(position) == len(wanted)
         held = [len(layer[0]) for layer in storage]
         places = [pinned_tokens.find(i, position, held[i], heads) for i in range(layers)]
         stored = []
@@ -130,7 +129,7 @@ def test_kept_tokens_are_found_wherever_cuts_have_put_them(
 def test_a_kept_token_that_is_lost_is_an_error() -> None:
     pinned_tokens = PinnedTokens(((0, 2),))
     places = [pinned_tokens.find(0, 4, 4, 1)]
-    with pytest.raises(RuntimeError, match="a token that was to be kept has been evicted"):
+    with pytest.raises(RuntimeError, match="a pinned token has been evicted"):
         pinned_tokens.follow(4, places, [torch.tensor([[1, 2, 3]])], [4])
 
 
@@ -172,10 +171,11 @@ def cases(draw: st.DrawFn) -> tuple[Method, int, int, list[int], int, list[Layer
 @given(cases())
 def test_kept_tokens_are_always_chosen(case: Any) -> None:
     method, prompt, pages, keep, count, scores = case
-    counts, kept = select_survivors(
+    found = select_survivors(
         method, scores, capacity=pages * SIZE, block_size=SIZE, lengths=[prompt] * LAYERS,
         lap=lambda _: None, pinned=pinned(keep, len(scores[0].tokens), LAYERS, count),
     )  # fmt: skip
+    counts, kept = found.pages, found.tokens
     assert counts.sum() == pages * LAYERS
     assert (counts * SIZE >= method.window + count).all()
     for layer, ids in enumerate(kept):
@@ -197,20 +197,20 @@ def test_a_cascade_ends_where_one_cut_does_with_kept_tokens_too(case: Any) -> No
     cascade = LayerwiseEviction(
         method,
         geometry,
-        ArenaPlan(prompt, SIZE, blocks, pages, 0),
+        Cut(prompt, pages),
         cached=[],
         workspace=range(1, workspace + 1),
         arena=range(200, 200 + pages),
         layers_per_division=at_once,
-        pinned=torch.tensor(keep, dtype=torch.int64),
-        pinned_count=count,
+        pinned=pinned(keep, len(scores[0].tokens), LAYERS, count),
     )
     for layer in scores:
         cascade.take(layer)
-    counts, kept = select_survivors(
+    found = select_survivors(
         method, scores, capacity=pages * SIZE, block_size=SIZE, lengths=[prompt] * LAYERS,
         lap=lambda _: None, pinned=pinned(keep, len(scores[0].tokens), LAYERS, count),
     )  # fmt: skip
+    counts, kept = found.pages, found.tokens
     assert [len(table) for table in cascade.tables] == counts.tolist()
     for mine, other in zip(cascade.stored(), kept, strict=True):
         assert torch.equal(mine.sort(dim=1).values, other.sort(dim=1).values)

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_kvcompress.methods import Cake, DynamicKV, Method, Random, Scatter, Uniform
-from vllm_kvcompress.paging.arena import ArenaPlan
 from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits, layers_between_cuts
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut
 from vllm_kvcompress.planning.config import KVCompressionConfig
@@ -38,9 +37,9 @@ def test_a_planner_refuses_budgets_that_do_not_go_with_its_block_size() -> None:
 def test_prompts_within_the_kept_blocks_stay_as_they_are() -> None:
     planner = BlockPlanner(config("uniform", 100), 32)
     assert planner.budget_blocks(5000) == 4
-    assert [planner.plan(n) for n in (1, 100, 128)] == [None, None, None]
+    assert [planner.prompt_cut(n) for n in (1, 100, 128)] == [None, None, None]
     assert [planner.schedule(n) for n in (1, 100, 128)] == [None, None, None]
-    assert planner.plan(129) == ArenaPlan(129, 32, prompt_blocks=5, arena_blocks=4, slack=0)
+    assert planner.prompt_cut(129) == Cut(129, 4)
     assert schedule_of(planner, 129).prefill_cuts == (Cut(129, 4),)
     assert planner.peak_blocks(100, 150) == 5
 
@@ -50,8 +49,8 @@ def test_a_share_of_the_prompt_is_rounded_up_and_never_below_what_a_method_needs
     assert planner.budget_blocks(4096) == 32
     assert planner.budget_blocks(4097) == 33
     assert planner.budget_blocks(10) == 2  # window 32 + one block
-    assert planner.plan(64) is None
-    assert planner.plan(65) == ArenaPlan(65, 32, prompt_blocks=3, arena_blocks=2, slack=0)
+    assert planner.prompt_cut(64) is None
+    assert planner.prompt_cut(65) == Cut(65, 2)
 
 
 @given(st.integers(1, 300), st.sampled_from([1, 16, 32]))
@@ -59,13 +58,13 @@ def test_keeping_everything_takes_as_many_blocks_and_fills_the_last_page(
     prompt: int, size: int
 ) -> None:
     planner = BlockPlanner(config("scatter"), size)
-    plan = planner.plan(prompt)
-    assert plan is not None
-    assert plan.arena_blocks == plan.prompt_blocks == -(-prompt // size)
-    assert plan.arena_blocks * size - plan.slack == prompt
+    cut = planner.prompt_cut(prompt)
+    assert cut is not None
+    assert cut.blocks == -(-prompt // size)
+    assert cut.blocks * size - cut.slack == prompt
     schedule = schedule_of(planner, prompt)
-    assert schedule.tail_blocks(1, prompt + plan.slack) == 0
-    assert schedule.tail_blocks(1, prompt + plan.slack + 1) == 1
+    assert schedule.tail_blocks(1, prompt + cut.slack) == 0
+    assert schedule.tail_blocks(1, prompt + cut.slack + 1) == 1
 
 
 budgets = st.integers(40, 400) | st.floats(0.01, 0.99)
@@ -76,15 +75,14 @@ def test_evicting_plans_keep_less_than_the_prompt_and_leave_no_slack(
     budget: float, prompt: int
 ) -> None:
     planner = BlockPlanner(config("uniform", budget, window=24), 16)
-    plan = planner.plan(prompt)
+    cut = planner.prompt_cut(prompt)
     kept = planner.budget_blocks(prompt) * 16
-    if plan is None:
+    if cut is None:
         assert prompt <= kept
         return
-    assert plan.slack == 0
-    assert planner.window + 1 <= plan.arena_blocks * 16 == kept < prompt
-    assert plan.arena_blocks < plan.prompt_blocks
-    assert schedule_of(planner, prompt).prefill_cuts == (Cut(prompt, plan.arena_blocks),)
+    assert cut == Cut(prompt, kept // 16)
+    assert planner.window + 1 <= kept < prompt
+    assert schedule_of(planner, prompt).prefill_cuts == (cut,)
 
 
 # --- cascades ------------------------------------------------------------------------------------
@@ -298,9 +296,9 @@ def test_generated_tokens_are_cut_back_to_their_budget(
     schedule = schedule_of(planner, prompt)
     blocks = -(-(least + extra[1]) // size)
     buffer = -(-(window + extra[2]) // size) * size
-    plan = planner.plan(prompt)
-    held = plan.arena_blocks * size if plan else prompt
-    home = plan.arena_blocks if plan else 0
+    first = planner.prompt_cut(prompt)
+    held = first.blocks * size if first else prompt
+    home = first.blocks if first else 0
     number = len(schedule.prefill_cuts)
     for tokens in range(prompt + 1, prompt + 400):
         held += 1
@@ -321,7 +319,7 @@ def test_generated_tokens_are_cut_back_to_their_budget(
     assert number > len(schedule.prefill_cuts)
     # Left alone, the request is cut at its prompt's end or never.
     without = planner.schedule(prompt, decode=False)
-    assert (without is None) == (plan is None)
+    assert (without is None) == (first is None)
     assert without is None or (
         without.decode_cuts is None and without.prefill_cuts == schedule.prefill_cuts
     )

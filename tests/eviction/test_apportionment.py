@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.eviction.layer_budgets import apportion
+from vllm_kvcompress.eviction.apportionment import apportion
 
 
 def seats_one_at_a_time(weights, caps, pool, floors) -> list[int]:

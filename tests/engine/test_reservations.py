@@ -65,8 +65,8 @@ def test_the_least_pool_serves_every_prompt_of_a_share(reservation: float, one_s
 def test_the_least_pool_counts_a_share_whose_longest_prompt_stays_whole() -> None:
     # 0.9 of 256 rounds up to all 8 blocks of 32, but 225 tokens are cut from 8 to 7.
     planner = BlockPlanner(config("uniform", 0.9), 32)
-    assert planner.plan(256) is None
-    assert planner.plan(225) is not None
+    assert planner.prompt_cut(256) is None
+    assert planner.prompt_cut(225) is not None
     assert planner.least_pool(256) == planner.peak_blocks(225, 226) == 8 + 7 + 1
 
 
@@ -77,7 +77,7 @@ def test_the_least_pool_counts_a_share_whose_shorter_prompts_run_in_one_step() -
         config("uniform", 0.9), 32, EngineLimits(num_layers=4, one_step_tokens=230)
     )
     assert planner.cascade_prefill_blocks(230) == 2
-    assert planner.plan(249) is None
+    assert planner.prompt_cut(249) is None
     assert planner.peak_blocks(240, 241) == 8 + 7 + 1
     assert planner.least_pool(256) == 8 + 7 + 1
 

@@ -41,7 +41,7 @@ def queries_of(step: int, tokens: int) -> Tensor:
 def take(
     query_buffer: DecodeQueryBuffer, parts: list[tuple[str, int, range]], queries: Tensor
 ) -> bool:
-    wanted = query_buffer.plan(iter(parts))
+    wanted = query_buffer.select(iter(parts))
     if wanted:
         for layer, query in enumerate(queries):
             query_buffer.take(layer, query)
@@ -91,7 +91,7 @@ def test_a_slot_is_used_again_after_its_request_is_gone(fixed: bool) -> None:
     for index, name in enumerate("abc"):
         take(query_buffer, [(name, 0, whole)], queries_of(index, WINDOW))
     with pytest.raises(IndexError):
-        query_buffer.plan([("d", 0, whole)])
+        query_buffer.select([("d", 0, whole)])
     old = query_buffer.windows("b")
     query_buffer.drop("b")
     query_buffer.drop("b")
@@ -131,7 +131,7 @@ def test_the_index_of_a_device_never_moves() -> None:
     query_buffer = make(fixed=True)
     held = (query_buffer._places.data_ptr(), query_buffer._queries.data_ptr())
     for step, parts in enumerate([[("a", 3, range(2))], [], [("b", 0, range(WINDOW))]]):
-        assert query_buffer.plan(parts)
+        assert query_buffer.select(parts)
         assert (query_buffer._places.data_ptr(), query_buffer._queries.data_ptr()) == held
         # Replaying the copies with this index is all that a graph does.
         query_buffer.take(0, queries_of(step, TOKENS)[0])

@@ -1,0 +1,139 @@
+"""A prompt that is cut layer by layer while it runs in one step."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from vllm_kvcompress.eviction.cut_reporter import CutReporter, PhaseTimer
+from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
+from vllm_kvcompress.eviction.request import WorkerRequest
+from vllm_kvcompress.eviction.scorer import HeldTokens, LayerScorer
+from vllm_kvcompress.methods import LayerScores
+from vllm_kvcompress.paging.arena import IntArray, PageArena
+from vllm_kvcompress.paging.page_codec import PageCodec
+
+
+class CascadePrefill:
+    """One prompt in one step: each layer is cut as soon as its attention has run.
+
+    Args:
+        request_id: The request's id.
+        request: The request; its blocks are cached ones, workspace and arena.
+        arena: Takes in the request once all layers are cut.
+        codec: Reads and writes tokens of pages.
+        scorer: Scores with the request's method.
+        reporter: Takes note of the cut.
+
+    Raises:
+        ValueError: The request is not to run as a cascade.
+
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        request: WorkerRequest,
+        arena: PageArena,
+        codec: PageCodec,
+        scorer: LayerScorer,
+        reporter: CutReporter,
+    ) -> None:
+        cut, prefill_blocks = request.next_cut, request.prefill_blocks
+        if cut is None or prefill_blocks is None:
+            raise ValueError(f"request {request_id} does not run as a cascade")
+        self._request_id, self._request, self._cut = request_id, request, cut
+        self._arena, self._codec, self._scorer = arena, codec, scorer
+        self._reporter = reporter
+        self._lengths = [cut.position] * arena.geometry.num_layers
+        self._pinned = request.pinned_places(cut, self._lengths, codec.num_kv_heads)
+        self._seconds: dict[str, float] = {}
+        self._scores: list[LayerScores] = []
+        self._eviction = LayerwiseEviction(
+            request.method,
+            arena.geometry,
+            cut,
+            cached=request.blocks[: request.cached],
+            workspace=request.blocks[request.cached : prefill_blocks],
+            arena=request.blocks[prefill_blocks : prefill_blocks + cut.blocks],
+            layers_per_division=request.settings.planner.layers_per_division,
+            pinned=self._pinned,
+        )
+
+    @property
+    def sources(self) -> Sequence[IntArray]:
+        """Per layer the flat ids of the pages where its tokens are while it runs, int64 [n]."""
+        return self._eviction.sources
+
+    def cut_layer(self, layer: int, keys: Tensor | None) -> None:
+        """Cut a layer whose attention has just run. Mutates this and the arena's pages.
+
+        Args:
+            layer: Index in the arena; layers come in order. The window's queries of it are taken.
+            keys: All the prompt's keys after RoPE, [N, S, D]; None: read them from the pages.
+
+        """
+        timer = PhaseTimer(self._seconds)
+        held = HeldTokens(
+            self.sources,
+            self._lengths,
+            self._cut.blocks * self._arena.geometry.block_size,
+            self._request.window,
+        )
+        if keys is not None:
+            scores = self._scorer.score_keys(held, layer, keys)
+        else:
+            (scores,) = self._scorer.score_some(held, range(layer, layer + 1))
+        timer.lap("score")
+        if self._reporter.records is not None:
+            self._scores.append(scores)
+        placements = self._eviction.take(scores)
+        timer.lap("select")
+        if placements:
+            self._codec.move(
+                [self.sources[p.layer] for p in placements],
+                [p.tokens for p in placements],
+                [p.pages for p in placements],
+            )
+        timer.lap("move")
+
+    def finish(self) -> None:
+        """Put survivors in their final order. Mutates request, arena and the arena's pages.
+
+        Raises:
+            RuntimeError: Some layer has not been cut.
+
+        """
+        request, cut, eviction = self._request, self._cut, self._eviction
+        if not eviction.done:
+            raise RuntimeError(
+                f"request {self._request_id}: not all layers of its cascade were cut"
+            )
+        timer = PhaseTimer(self._seconds)
+        for layer, pages in enumerate(eviction.tables):
+            # As if compressed after the step: the same numbers are added in the same order.
+            self._codec.rewrite(pages, eviction.in_order(layer), pages)
+        timer.lap("move")
+        size = self._arena.geometry.block_size
+        recorded = len(self._scores) == len(self._lengths)
+        if recorded or self._pinned is not None:  # nobody else asks, and it is work
+            stored = eviction.stored()
+            if recorded:
+                self._reporter.record(
+                    self._request_id, request, cut, self._scores, stored, eviction.weights, size
+                )
+            request.advance()
+            request.follow_pinned(cut, self._pinned, stored, self._lengths)
+        else:
+            request.advance()
+        self._arena.drop(self._request_id)
+        self._arena.admit(
+            self._request_id,
+            request.survivor_blocks(),
+            eviction.tables,
+            num_tokens=cut.position,
+            slack=cut.slack,
+            growth_column=request.tail_start,
+        )
+        counts: IntArray = np.asarray([len(pages) for pages in eviction.tables], dtype=np.int64)
+        self._reporter.note(self._request_id, request, cut, counts, timer.laps, size)

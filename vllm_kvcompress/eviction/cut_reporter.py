@@ -1,0 +1,143 @@
+"""What is told of each cut: measurements for the scheduler, a log line, a record for inspection."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vllm_kvcompress.eviction.apportionment import Floats
+from vllm_kvcompress.eviction.measurements import Report
+from vllm_kvcompress.eviction.records import CutRecord, make_record
+from vllm_kvcompress.eviction.request import WorkerRequest
+from vllm_kvcompress.methods import LayerScores
+from vllm_kvcompress.paging.arena import IntArray
+from vllm_kvcompress.paging.rounding import cdiv
+from vllm_kvcompress.planning.compression_schedule import Cut
+
+# A child of vLLM's logger, so that its handlers and level apply.
+logger = logging.getLogger("vllm.kvcompress.compressor")
+
+
+class PhaseTimer:
+    """Seconds spent by phase.
+
+    Args:
+        laps: Seconds spent so far, by phase; mutated.
+
+    """
+
+    def __init__(self, laps: dict[str, float]) -> None:
+        self.laps = laps
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last call to a phase. Mutates the laps."""
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+class CutReporter:
+    """Takes note of the cuts of one worker.
+
+    Args:
+        log_requests: Whether to log one JSON line per cut.
+
+    Attributes:
+        seconds: Time spent so far, by phase.
+        records: Descriptions of cuts, appended to; None: none are made.
+        report: What has been measured; whoever takes it away leaves a new one.
+
+    """
+
+    def __init__(self, log_requests: bool) -> None:
+        self._log_requests = log_requests
+        self.seconds: dict[str, float] = {}
+        self.records: list[CutRecord] | None = None
+        self.report = Report()
+
+    def record(
+        self,
+        request_id: str,
+        request: WorkerRequest,
+        cut: Cut,
+        scores: Sequence[LayerScores],
+        tokens: Sequence[Tensor],
+        weights: Floats | None,
+        block_size: int,
+    ) -> None:
+        """Describe a cut that is about to be made, if anybody asked. Mutates the records.
+
+        Args:
+            request_id: The request's id.
+            request: The request.
+            cut: Its next cut.
+            scores: Scores of all layers.
+            tokens: Per layer where the kept tokens lay, int [N, T_l], in any order.
+            weights: The allocator's weights, fp64 [L]; None if it was not asked.
+            block_size: Tokens per page.
+
+        """
+        if self.records is None:
+            return
+        self.records.append(
+            make_record(
+                request.method,
+                scores,
+                tokens,
+                weights,
+                request_id=request_id,
+                number=request.cuts_made + 1,
+                prompt_len=cut.position,
+                block_size=block_size,
+            )
+        )
+
+    def note(
+        self,
+        request_id: str,
+        request: WorkerRequest,
+        cut: Cut,
+        pages: IntArray,
+        laps: dict[str, float],
+        block_size: int,
+    ) -> None:
+        """Count and log a cut that was just made. Mutates seconds and report.
+
+        Args:
+            request_id: The request's id.
+            request: The request, this cut behind it.
+            cut: The cut.
+            pages: Pages per layer, int64 [L].
+            laps: Seconds it took, by phase.
+            block_size: Tokens per page.
+
+        """
+        for phase, seconds in laps.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            self.report.laps.append((phase, round(seconds * 1e6)))
+        name, tokens = request.method.name, pages * block_size - cut.slack
+        if request.schedule is not None and request.schedule.kind(request.cuts_made) == "prompt":
+            self.report.counts[f"seen:{name}"] += cut.position
+            self.report.counts[f"kept:{name}"] += int(tokens.sum()) // len(pages)
+            for layer, kept in enumerate(tokens.tolist()):
+                self.report.counts[f"layer:{layer}"] += kept
+        if not self._log_requests:
+            return
+        line = {
+            "request": request_id,
+            "method": name,
+            "cut": request.cuts_made,
+            "cascade": request.prefill_blocks is not None and request.cuts_made == 1,
+            "prompt_tokens": request.prompt_len,
+            "text_tokens": cut.position,
+            "block_size": block_size,
+            "blocks_before": cdiv(cut.position, block_size),
+            "blocks_after": cut.blocks,
+            "pages_per_layer": pages.tolist(),
+            "tokens_per_layer": tokens.tolist(),
+            "seconds": {k: round(v, 4) for k, v in laps.items()},
+        }
+        logger.info("KVCOMPRESS %s", json.dumps(line))
