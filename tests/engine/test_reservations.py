@@ -51,11 +51,11 @@ def test_the_least_pool_serves_every_prompt(planner: BlockPlanner, longest: int)
         assert least == max(needed)  # and wastes nothing
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("budget", [0.1, 0.5, 0.75, 0.9])
 @pytest.mark.parametrize("one_step", [0, 50])
-def test_the_least_pool_serves_every_prompt_of_a_share(reservation: float, one_step: int) -> None:
+def test_the_least_pool_serves_every_prompt_of_a_share(budget: float, one_step: int) -> None:
     # All of them: the lengths at which rounding makes a difference are rare.
-    planner = BlockPlanner(config("uniform", reservation, window=8), 4, EngineLimits(4, one_step))
+    planner = BlockPlanner(config("uniform", budget, window=8), 4, EngineLimits(4, one_step))
     needed = 0
     for longest in range(1, 200):
         needed = max(needed, planner.peak_blocks(longest, longest + 1))

@@ -49,7 +49,7 @@ def blocks(*refs: int) -> list[KVCacheBlock]:
 
 
 def reservation(known: int, reserved_until: int, read: bool = False) -> Reservation:
-    return Reservation(None, reserved_until, known=known, read=read)
+    return Reservation(None, reserved_until, known_tokens=known, prefilled=read)
 
 
 @pytest.mark.parametrize(("known", "peak"), [(40, 6), (72, 10), (200, CAP)])

@@ -1,1 +1,1 @@
-"""The scheduler's side: which blocks a request holds, is promised, and gives back when."""
+"""The scheduler's side: which blocks a request holds, has reserved, and gives back when."""

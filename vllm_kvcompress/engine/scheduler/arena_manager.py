@@ -1,4 +1,4 @@
-"""Scheduler-side books: which blocks a request holds, is promised, and gives back when."""
+"""Which blocks a request holds, which are reserved for it, and when it gives blocks back."""
 
 import json
 from bisect import bisect_left
@@ -27,14 +27,14 @@ logger = init_logger("vllm.kvcompress.manager")
 class ArenaManager(FullAttentionManager):
     """Full attention until a request's first cut, then what its schedule says.
 
-    Blocks that a cut makes superfluous are given back as soon as the step that made it has been
-    processed. A prompt's own are never written after their prefill and go back hash and all, so
-    that the prefix cache can go on serving them.
+    Blocks that a cut makes releasable are given back as soon as the step that made it has been
+    processed. A prompt's own are never written after their prefill and keep their hashes, so that
+    the prefix cache can go on serving them.
 
-    A request is admitted only if the pool has every block that it will need at one time until all
-    of its known tokens are computed, and ``reserve_tokens`` generated ones if it is ever cut, on
-    top of what others were promised in the same way. Growth beyond that is as in plain vLLM: there
-    if there is room, by preemption if not.
+    A request is admitted only if the pool has its peak number of blocks until all of its known
+    tokens are computed, and ``reserve_tokens`` generated ones if it is ever cut, beside what is
+    reserved for others in the same way. Growth beyond that is as in plain vLLM: a block if one is
+    free, else a preemption.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class ArenaManager(FullAttentionManager):
 
     @property
     def reservations(self) -> Reservations:
-        """What every request holds and was promised; RuntimeError as for the plans."""
+        """What is reserved for every request; RuntimeError as for the resolver."""
         if self._reservations is None:
             raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
         return self._reservations
@@ -116,7 +116,7 @@ class ArenaManager(FullAttentionManager):
         held = self.block_pool.num_gpu_blocks - 1 - free
         return {
             "blocks_held": held,
-            "blocks_reserved": held + self.reservations.total(),
+            "blocks_reserved": held + self.reservations.outstanding(),
             "blocks_free": free,
             **self.counts,
         }
@@ -159,7 +159,7 @@ class ArenaManager(FullAttentionManager):
     def choose_prefill(
         self, request: Request, hits: Sequence[KVCacheBlock], computed: int, num_new_tokens: int
     ) -> int:
-        """Decide where a request's prompt shall lie while it is computed. Mutates the books.
+        """Decide where a request's prompt lies while it is computed. Mutates the choices.
 
         Args:
             request: One that holds no blocks yet.
@@ -187,7 +187,7 @@ class ArenaManager(FullAttentionManager):
         return num_new_tokens
 
     def _has_room(self, request: Request, hits: Sequence[KVCacheBlock], computed: int) -> bool:
-        """Whether the whole prompt's blocks are there beside all that was promised."""
+        """Whether the whole prompt's blocks are free beside all that is reserved."""
         missing = self.get_num_blocks_to_allocate(
             request.request_id, request.num_tokens, hits, computed, computed, request.num_tokens
         )
@@ -204,7 +204,7 @@ class ArenaManager(FullAttentionManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """See the base class; counts what the request was or others were promised, too."""
+        """See the base class; also counts what is reserved for this request and for others."""
         later = 0
         if (reservation := self.reservations.get(request_id)) is not None:
             blocks = self.reservations.blocks_for(reservation, num_tokens)
@@ -224,7 +224,7 @@ class ArenaManager(FullAttentionManager):
             prefill_end=prefill_end,
         )
         own = max(int(own), later)
-        return own + self.reservations.total(request_id, new_computed_blocks) if own else 0
+        return own + self.reservations.outstanding(request_id, new_computed_blocks) if own else 0
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -243,13 +243,13 @@ class ArenaManager(FullAttentionManager):
             self.reservations.update(request_id)
         return blocks
 
-    def wants(self, request_id: str, num_tokens: int) -> bool:
+    def needs_block(self, request_id: str, num_tokens: int) -> bool:
         """Whether an admitted request needs another block for its first num_tokens tokens."""
         needed = self.reservations.blocks_for(self.reservations[request_id], num_tokens)
         return needed > len(self.req_to_blocks[request_id])
 
     def quoted(self, request_id: str) -> Reservation:
-        """What a waiting request asks for, on the way chosen for its prompt."""
+        """What would be reserved for a waiting request, with the prefill chosen for it."""
         prefill_blocks, cached = self._chosen.get(request_id, (None, 0))
         schedule = self.schedule_of(request_id)
         return self.reservations.quote(self._requests[request_id], schedule, prefill_blocks, cached)
@@ -278,7 +278,7 @@ class ArenaManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Give back what cuts made superfluous, once no step in flight can still read it."""
+        """Give back what cuts made releasable, once no step in flight can still read it."""
         reservation = self.reservations.get(request_id)
         if reservation is None:
             return
@@ -384,12 +384,13 @@ class ArenaManager(FullAttentionManager):
                         f"block {block_id} of {request_id} is not private: {block}, {other}"
                     )
         # Block frees may be deferred, so blocks can be out of the free queue without an owner.
-        beside = self.reservations.side.block_ids() if self.reservations.side is not None else set()
-        held, total = len(beside.union(by_id)), self.block_pool.num_gpu_blocks - 1
+        groups = self.reservations.window_groups
+        in_windows = set() if groups is None else groups.block_ids()
+        held, total = len(in_windows.union(by_id)), self.block_pool.num_gpu_blocks - 1
         free = self.block_pool.get_num_free_blocks()
         if held + free > total:
             raise IntegrityError(f"{held} held + {free} free exceed the pool")
-        if held + self.reservations.total() > total:
+        if held + self.reservations.outstanding() > total:
             raise IntegrityError(
-                f"{held} held + {self.reservations.total()} promised exceed the pool"
+                f"{held} held + {self.reservations.outstanding()} reserved exceed the pool"
             )

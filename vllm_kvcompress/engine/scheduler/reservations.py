@@ -1,4 +1,9 @@
-"""What requests hold, and what they have been promised beside it."""
+"""Blocks that are set aside for admitted requests beyond those they hold.
+
+vLLM admits a request if its prompt would fit now, and does not keep the room. Here the peak of what
+an admitted request will hold, until it has ``reserved_until`` tokens, is counted against everybody
+else's allocations: a number, not blocks.
+"""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,18 +19,19 @@ from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
 
 @dataclass
 class Reservation:
-    """One request's part of the pool.
+    """What is set aside for one request.
 
     Attributes:
-        course: When it is cut, None if it never is.
-        until: Tokens with which it is promised blocks, and for one more; 0: not any longer.
+        schedule: When the request is cut; None if it never is.
+        reserved_until: Blocks are reserved for this many tokens and one more; 0: the reservation is
+            over.
         prefill_blocks: In a cascade, blocks in place of the prompt's own.
         cached: In a cascade, how many of those come from the prefix cache.
-        released: Cuts whose superfluous blocks were given back.
-        promised: Blocks it will still be given before ``until`` is processed.
-        peaks: Most blocks it holds at one time until then, by the cuts behind it.
-        known: Tokens it had when it was admitted.
-        read: Whether they have been processed. Kept in hybrid models only.
+        released: Cuts whose releasable blocks were given back.
+        outstanding: Blocks the request will still be given before ``reserved_until`` is processed.
+        peaks: Peak number of blocks it holds until then, by the cuts already released.
+        known_tokens: Tokens it had when it was admitted.
+        prefilled: Whether those have been processed. Kept up to date in hybrid models only.
 
     """
 
@@ -36,22 +42,22 @@ class Reservation:
     released: int = 0
     outstanding: int = 0
     peaks: dict[int, int] = field(default_factory=dict, repr=False)
-    known: int = 0
-    read: bool = False
+    known_tokens: int = 0
+    prefilled: bool = False
 
 
 class WindowGroups(Protocol):
-    """Groups of a hybrid model that draw on the same pool (see ``side.py``)."""
+    """Sliding-window groups of a hybrid model, which draw on the same pool."""
 
     def missing(self, request_id: str, reservation: Reservation) -> int:
-        """Blocks that a request will still be given in these groups."""
+        """Count the blocks that a request will still be given in these groups."""
 
     def block_ids(self) -> set[int]:
         """All blocks that requests hold in these groups."""
 
 
 class Reservations:
-    """Everybody's share.
+    """The reservations of all admitted requests.
 
     Args:
         planner: Says what requests will hold.
@@ -59,11 +65,11 @@ class Reservations:
         blocks: By request, the blocks it holds; read only.
 
     Attributes:
-        side: The groups that are not compressed; None if there are none.
+        window_groups: The groups that are not compressed; None if there are none.
 
     """
 
-    side: WindowGroups | None = None
+    window_groups: WindowGroups | None = None
 
     def __init__(
         self, planner: BlockPlanner, max_len: int, blocks: Mapping[str, Sequence[KVCacheBlock]]
@@ -83,7 +89,7 @@ class Reservations:
         return iter(self._reservations.items())
 
     def get(self, request_id: str) -> Reservation | None:
-        """Return a request's share; None if it holds no blocks."""
+        """Return a request's reservation; None if it holds no blocks."""
         return self._reservations.get(request_id)
 
     def quote(
@@ -93,34 +99,32 @@ class Reservations:
         prefill_blocks: int | None,
         cached: int = 0,
     ) -> Reservation:
-        """Return what a request would be promised if it were admitted now.
+        """Return what would be reserved for a request if it were admitted now.
 
         Args:
-            request: One that holds no blocks.
-            course: When it is cut.
+            request: A request that holds no blocks.
+            schedule: When it is cut.
             prefill_blocks: In a cascade, blocks in place of its prompt's own.
             cached: In a cascade, how many of those come from the prefix cache.
 
         """
-        reserved_until = request.num_tokens
+        until = request.num_tokens
         if schedule is not None:
-            # To throw out a compressed request for a block of growth costs its whole prefill.
+            # Preempting a compressed request for one block of growth costs its whole prefill.
             left = request.max_tokens - request.num_output_tokens
-            reserved_until += max(min(left, self._planner.config.reserve_tokens) - 1, 0)
-        return Reservation(
-            schedule, reserved_until, prefill_blocks, cached, known=request.num_tokens
-        )
+            until += max(min(left, self._planner.config.reserve_tokens) - 1, 0)
+        return Reservation(schedule, until, prefill_blocks, cached, known_tokens=request.num_tokens)
 
     def admit(self, request_id: str, reservation: Reservation) -> None:
-        """Note that a request is about to get its first blocks. Mutates the books."""
+        """Note that a request is about to get its first blocks. Mutates the reservations."""
         self._reservations[request_id] = reservation
 
     def drop(self, request_id: str) -> None:
-        """Forget a request, if it is here. Mutates the books."""
+        """Forget a request, if it is here. Mutates the reservations."""
         self._reservations.pop(request_id, None)
 
     def blocks_for(self, reservation: Reservation, num_tokens: int) -> int:
-        """Blocks that a request must hold to have slots for its first num_tokens tokens."""
+        """Count the blocks that a request must hold to have slots for its first num_tokens."""
         if reservation.schedule is None:
             return cdiv(num_tokens, self._planner.block_size)
         return reservation.schedule.blocks_for(
@@ -128,7 +132,7 @@ class Reservations:
         )
 
     def peak(self, reservation: Reservation, released: int = 0) -> int:
-        """Most blocks a request holds from some cut on until all it is promised them for is in."""
+        """Peak number of blocks held between cut ``released`` and the end of the reservation."""
         if released not in reservation.peaks:
             end = min(reservation.reserved_until + 1, self._max_len)
             if reservation.schedule is None:
@@ -140,47 +144,51 @@ class Reservations:
         return reservation.peaks[released]
 
     def peak_after_first_cut(self, reservation: Reservation) -> int:
-        """The same once the first cut's superfluous blocks are gone; 0 if it is never cut."""
+        """The same from the first cut's release on; 0 if the request is never cut."""
         return 0 if reservation.schedule is None else self.peak(reservation, 1)
 
     def update(self, request_id: str) -> None:
-        """Count anew what a request is still missing. Mutates its share."""
-        self._reservations[request_id].outstanding = self._missing(request_id)
+        """Count anew what a request will still be given. Mutates its reservation."""
+        self._reservations[request_id].outstanding = self._outstanding(request_id)
 
     def update_all(self) -> None:
-        """Count anew for everybody: blocks may be shared by more requests than before."""
+        """Count anew for all requests: blocks may be shared by more requests than before."""
         for request_id in self._reservations:
             self.update(request_id)
 
-    def total(self, but: str | None = None, hits: Iterable[KVCacheBlock] = ()) -> int:
-        """Blocks promised to all requests but one that do not hold them yet.
+    def outstanding(self, but: str | None = None, hits: Iterable[KVCacheBlock] = ()) -> int:
+        """Count the blocks that all requests but one will still be given.
 
         Args:
-            but: Its id.
-            hits: Blocks of the prefix cache that it is about to share.
+            but: Id of the request to leave out.
+            hits: Blocks of the prefix cache that this request is about to share.
 
         """
-        others = [
-            (name, reservation) for name, reservation in self._reservations.items() if name != but
-        ]
-        outstanding = sum(reservation.outstanding for _, reservation in others)
+        others = [(name, other) for name, other in self._reservations.items() if name != but]
+        total = sum(other.outstanding for _, other in others)
         if shared := {block.block_id for block in hits if block.ref_cnt == 1}:
-            outstanding += sum(
-                max(self._missing(name, shared) - reservation.outstanding, 0)
-                for name, reservation in others
+            total += sum(
+                max(self._outstanding(name, shared) - other.outstanding, 0)
+                for name, other in others
             )
-        return outstanding
+        return total
 
-    def _missing(self, request_id: str, hits: Collection[int] = ()) -> int:
-        """Blocks a request will need beyond its own, those of hits being somebody else's too."""
+    def _outstanding(self, request_id: str, shared: Collection[int] = ()) -> int:
+        """Blocks a request will need beyond its own, if those in ``shared`` have other owners too.
+
+        Before the first cut, the request holds its prompt's blocks and, at the end, survivors. The
+        cut returns the prompt's blocks, and what follows may need more blocks than that: returned
+        blocks that nobody else uses can serve, shared ones stay taken and must be made up for.
+        """
         reservation, blocks = self._reservations[request_id], self._blocks[request_id]
         if not reservation.reserved_until:
             return 0
         peak = self.peak(reservation, reservation.released)
         later = 0 if reservation.released else self.peak_after_first_cut(reservation)
         if later + len(blocks) > peak:
-            # What it shares, the first cut takes from it without making it free.
-            shared = sum(block.ref_cnt > 1 or block.block_id in hits for block in blocks)
-            peak = max(peak, later + shared)
-        beside = self.side.missing(request_id, reservation) if self.side is not None else 0
-        return max(peak - len(blocks), 0) + beside
+            taken = sum(block.ref_cnt > 1 or block.block_id in shared for block in blocks)
+            peak = max(peak, later + taken)
+        in_windows = 0
+        if self.window_groups is not None:
+            in_windows = self.window_groups.missing(request_id, reservation)
+        return max(peak - len(blocks), 0) + in_windows

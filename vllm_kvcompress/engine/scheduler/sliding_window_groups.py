@@ -2,7 +2,7 @@
 
 They keep plain vLLM's blocks, tables and kernels. Only two things about them concern compression:
 
-* they draw on the same pool, so what a request's groups still need is part of its promise;
+* they draw on the same pool, so what a request's groups still need is part of its reservation;
 * what they hold of tokens after a cut was computed from a compressed cache, so it must not be
   offered to other requests under the hash of the plain text. What they hold before it is kept in
   the prefix cache where a replay will look for it, which is before the observation window.
@@ -24,9 +24,9 @@ Hits = tuple[Sequence[KVCacheBlock], ...]
 class SlidingWindowGroups:
     """What the sliding-window groups hold, and what each request needs of them.
 
-    A request holds most blocks of a group while its known tokens are read, because a step's tokens
-    all need slots; vLLM's own bound for that is ``max_admission_blocks_per_request``. Later it is
-    the window and the tokens in flight.
+    A request holds most blocks of a group while its known tokens are prefilled, because all tokens
+    of a step need slots; vLLM's own bound for that is ``max_admission_blocks_per_request``. Later
+    it holds the window and the tokens in flight.
 
     Args:
         managers: vLLM's managers of these groups, by group; read only.
@@ -41,11 +41,11 @@ class SlidingWindowGroups:
         self._lag = lag
 
     def missing(self, request_id: str, reservation: Reservation) -> int:
-        """Blocks that a request will be given until what it is promised is in, less returned ones.
+        """Count the blocks that a request will be given while reserved, less those it returns.
 
         Args:
             request_id: A request that was admitted.
-            share: Its part of the pool.
+            reservation: Its reservation.
 
         """
         total = 0
@@ -58,10 +58,10 @@ class SlidingWindowGroups:
         return total
 
     def needed(self, reservation: Reservation, hits: Hits) -> dict[int, int]:
-        """By group, blocks that a request would take out of the pool over its promised life.
+        """By group, count the blocks that a request would take out of the pool while reserved.
 
         Args:
-            share: What it asks for.
+            reservation: What would be reserved for it.
             hits: Its blocks in the prefix cache, of all groups.
 
         """
@@ -74,7 +74,7 @@ class SlidingWindowGroups:
         return result
 
     def lent(self, hits: Hits) -> int:
-        """How many blocks of one owner a request with these hits would begin to share."""
+        """Count the blocks with one owner that a request with these hits would begin to share."""
         return sum(
             block.ref_cnt == 1 and not block.is_null
             for group in self._managers
@@ -97,8 +97,8 @@ class SlidingWindowGroups:
         whole = cdiv(end, size)
         seen = cdiv(manager.sliding_window + self._lag, size) + 1
         peak = min(whole, seen)
-        if not reservation.read:
-            first = min(reservation.known + 1 + self._lag, self._max_len)
+        if not reservation.prefilled:
+            first = min(reservation.known_tokens + 1 + self._lag, self._max_len)
             peak = max(peak, min(cdiv(first, size), manager.max_admission_blocks_per_request))
         return peak, whole
 
@@ -123,7 +123,7 @@ def patch_coordinator(coordinator: Any, arena: ArenaManager, max_len: int) -> No
     managers = {i: m for i, m in enumerate(coordinator.single_type_managers) if m is not arena}
     reservations = arena.reservations
     side = SlidingWindowGroups(managers, max_len, arena.resolver.default_planner.limits.lag)
-    reservations.side = side
+    reservations.window_groups = side
     count, allocate = coordinator.get_num_blocks_to_allocate, coordinator.allocate_new_blocks
     remove, cache = coordinator.remove_skipped_blocks, coordinator.cache_blocks
 
@@ -144,9 +144,9 @@ def patch_coordinator(coordinator: Any, arena: ArenaManager, max_len: int) -> No
             count(request_id, num_tokens, new_computed_blocks, num_encoder_tokens, *rest, *last)
         )
         if request_id in reservations:
-            # The arena's manager counts others' reservations only when it needs a block itself.
-            if result and not arena.wants(request_id, num_tokens):
-                result += reservations.total(request_id)
+            # The arena's manager counts others' reservations only if it needs a block itself.
+            if result and not arena.needs_block(request_id, num_tokens):
+                result += reservations.outstanding(request_id)
             return result
         for group, blocks in side.needed(arena.quoted(request_id), new_computed_blocks).items():
             now = managers[group].get_num_blocks_to_allocate(
@@ -170,7 +170,9 @@ def patch_coordinator(coordinator: Any, arena: ArenaManager, max_len: int) -> No
         remove(request_id, processed_computed_tokens, num_prompt_tokens)
         reservation = reservations.get(request_id)
         if reservation is not None and reservation.reserved_until:
-            reservation.read = reservation.read or processed_computed_tokens >= reservation.known
+            reservation.prefilled = (
+                reservation.prefilled or processed_computed_tokens >= reservation.known_tokens
+            )
             reservations.update(request_id)
 
     def cache_blocks(request: Any, num_computed_tokens: int) -> None:
