@@ -15,7 +15,7 @@ class WindowCapture:
     """Queries of one row that belong to the observation window of its prompt's next cut.
 
     Attributes:
-        window: Where they go, [L, w, H, D].
+        window: Destination, [L, w, H, D].
         offset: First of the window's w places.
         start: First of the batch's tokens.
         count: Number of tokens.

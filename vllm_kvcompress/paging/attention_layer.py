@@ -1,4 +1,4 @@
-"""What scoring has to know of an attention layer."""
+"""How one attention layer turns queries and keys into logits."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """How one layer's attention turns products of what is stored into logits.
+    """Parameters of one attention layer that scoring needs.
 
     Attributes:
         scale: Factor of q . k, where k is the cache's number and q the query that attention is
@@ -25,7 +25,7 @@ class AttentionParams:
 
 
 def attention_params(layer: Any, cache_dtype: str) -> AttentionParams:
-    """Read the facts of one of vLLM's attention layers.
+    """Read the parameters of one of vLLM's attention layers.
 
     Args:
         layer: The layer, its weights loaded.

@@ -21,8 +21,8 @@ class DeviceTableBuilder(StepTableBuilder):
     Args:
         arena: Where the compressed requests' tables are.
         limits: Sizes of the buffers.
-        device: Where they lie.
-        implementation: Which kernel fills them.
+        device: Device of the buffers.
+        implementation: Kernel that fills them.
 
     """
 

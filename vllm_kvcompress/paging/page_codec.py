@@ -18,7 +18,7 @@ class PageCodec(ABC):
         block_size: Tokens per page.
         num_kv_heads: Heads of a page.
         head_size: D.
-        device: Where the pages lie.
+        device: Device of the pages.
 
     """
 

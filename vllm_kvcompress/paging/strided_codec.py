@@ -25,7 +25,7 @@ class StridedPageCodec(PageCodec):
         kv_cache: Flat view of the pool; K and V of a token lie side by side in the last dimension.
         cache_dtype: vLLM's name of the cache dtype; ``fp8...`` views bytes as that type.
         dtype: The model's dtype.
-        implementation: Which kernels run.
+        implementation: Kernels that run.
 
     Raises:
         ValueError: The last dimension is not contiguous.

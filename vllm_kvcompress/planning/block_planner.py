@@ -37,7 +37,7 @@ class BlockPlanner:
     Args:
         config: The engine's settings.
         block_size: Tokens per block.
-        limits: Of the engine; by default prompts are taken to run in several steps.
+        limits: What the engine can do; by default prompts are taken to run in several steps.
 
     Raises:
         ValueError: The settings do not go with the block size or the limits.
@@ -201,7 +201,7 @@ class BlockPlanner:
         return 1.0 + (pool_blocks - peak) / held
 
     def row_blocks(self, max_model_len: int, most_budget: int = 0) -> int:
-        """Entries that a row of the runner's block table needs: it is only ever appended to.
+        """Count the entries that a row of the runner's block table needs; it never shrinks.
 
         Args:
             max_model_len: Most tokens of any request.

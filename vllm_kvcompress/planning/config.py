@@ -38,10 +38,10 @@ class KVCompressionConfig:
         stream_budget: Tokens each layer keeps on average between chunks; None: twice the budget.
         decode_budget: Tokens each layer is cut back to whenever a request's kept and generated
             tokens exceed it by ``decode_buffer``; None: generated tokens are never evicted.
-        decode_buffer: As said; rounded up to whole blocks, at least the method's window. 1 where
-            the method evicts a token for each that comes.
-        reserve_tokens: Generated tokens that a compressed request is promised blocks for when it
-            is admitted, at most its max_tokens; more come as the pool has them.
+        decode_buffer: Generated tokens between two such cuts, rounded up to whole blocks; at least
+            the method's window. 1 where the method evicts one token for each generated token.
+        reserve_tokens: Generated tokens that blocks are reserved for when a compressed request is
+            admitted, at most its max_tokens; later blocks are given as the pool has them.
         allow: What requests may set for themselves, as :meth:`RequestPolicy.parse` reads it;
             None: their method, and a budget up to this one.
         check_integrity: Verify arena and block pool after every step (slow; for tests).
@@ -129,7 +129,7 @@ class KVCompressionConfig:
 
     @property
     def off(self) -> bool:
-        """Whether nothing is compressed but what asks for it."""
+        """Whether only requests that ask for it are compressed."""
         return self.method == OFF
 
     @property
@@ -156,8 +156,8 @@ class KVCompressionConfig:
 
         Args:
             block_size: Tokens per block.
-            name: Of the budget, for the message.
-            remedy: What to do about it, for the message.
+            name: Name of the budget, for the message.
+            remedy: What the user should do, for the message.
 
         Raises:
             ValueError: A token budget below window + one block.
@@ -256,7 +256,7 @@ def check_budget(budget: object, name: str = "kv-compression-budget") -> None:
 
     Args:
         budget: A number, or anything else.
-        name: Of the setting, for the message.
+        name: Name of the setting, for the message.
 
     Raises:
         ValueError: Neither a whole number of tokens nor a share in (0, 1).

@@ -52,8 +52,8 @@ class RequestPolicy:
             not to be set.
         params: Parameters of methods by name and what they may be: True for whatever the method
             takes, a :class:`Bounds`, or a tuple of choices. True for all parameters.
-        keep: Most prompt tokens that may be kept by decree; True: as many as the budget has room
-            for; False: none.
+        keep: Most prompt tokens that a request may pin; True: as many as the budget has room for;
+            False: none.
         decode: Whether a request may have its generated tokens left alone.
 
     """

@@ -1,8 +1,8 @@
-"""What every request gets: the server's settings, changed by its own where the policy allows it.
+"""The settings of each request: the server's, changed by its own where the policy allows it.
 
 A request's settings are a few entries in vLLM's ``extra_args`` (``vllm_xargs`` over HTTP). They are
-judged in the process that takes the request in; scheduler and worker read them again and come to
-the same terms.
+checked in the process that takes the request in; scheduler and worker resolve the same entries
+again, with the same result.
 """
 
 import json
@@ -37,7 +37,7 @@ class RequestSettings:
 
     Attributes:
         planner: Plans requests with its method, budget and parameters.
-        pinned_ranges: Prompt tokens that stay whatever the method thinks of them.
+        pinned_ranges: Prompt tokens that stay whatever their scores.
         decode: Whether generated tokens are cut back, if the engine does that.
 
     """
@@ -63,12 +63,12 @@ class RequestSettings:
 
 
 class SettingsResolver:
-    """The planners of one engine.
+    """Resolves the settings of one engine's requests.
 
     Args:
         config: The engine's settings.
         block_size: Tokens per block.
-        limits: Of the engine.
+        limits: What the engine can do.
 
     Attributes:
         own: Plans requests that set nothing.
@@ -93,10 +93,10 @@ class SettingsResolver:
                 )
 
     def resolve(self, extra_args: Mapping[str, Any] | None, prompt_len: int) -> RequestSettings:
-        """Come to terms with one request.
+        """Resolve the settings of one request.
 
         Args:
-            extra_args: Of its sampling parameters, or None.
+            extra_args: The entry of that name of its sampling parameters, or None.
             prompt_len: Prompt tokens.
 
         Raises:
@@ -133,7 +133,7 @@ class SettingsResolver:
         return 1 if self.default_planner.token_by_token else self.largest_window
 
     def row_blocks(self, max_model_len: int) -> int:
-        """Entries that a row of the runner's block table needs, whatever a request asks for."""
+        """Count the entries that a row of the runner's block table needs for any request."""
         bounds = self._policy.budget
         most: float = 0
         if not isinstance(bounds, bool):
@@ -171,7 +171,7 @@ class SettingsResolver:
         return planner
 
     def _inherited(self, method: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The server's parameters that a request shares: of its method, of the parts it keeps."""
+        """The server's parameters that a request shares: those of the parts that both use."""
         own = self.default_planner.config
         if method != own.method:
             return {}

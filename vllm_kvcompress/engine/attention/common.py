@@ -76,6 +76,13 @@ class ArenaImpl:
     arena_layer: int = -1
     cache_dtypes: tuple[str, ...] = PLAIN_CACHES
 
+    def take_queries(self, step: StepInputs, query: Tensor) -> None:
+        """Copy the queries that coming cuts look at, [T, H, D]. Mutates windows and buffer."""
+        for capture in step.captures:
+            capture.take(self.arena_layer, query)
+        if step.query_buffer is not None:
+            step.query_buffer.take(self.arena_layer, query)
+
     @staticmethod
     def make_codec(
         flat_cache: Tensor, layer: Any, cache_dtype: str, dtype: torch.dtype
@@ -159,10 +166,7 @@ class DeviceImpl(ArenaImpl):
         step: StepInputs | None = getattr(attn_metadata, "arena_step", None)
         if attn_metadata is not None:
             if step is not None and self.session is not None:
-                for capture in step.captures:
-                    capture.take(self.arena_layer, query)
-                if step.query_buffer is not None:
-                    step.query_buffer.take(self.arena_layer, query)
+                self.take_queries(step, query)
                 if step.tables is not None:
                     kv_cache = self.session.flat_cache
                     attn_metadata = self.layer_metadata(attn_metadata, step)

@@ -102,13 +102,11 @@ class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
         """See the base class."""
         step: StepInputs | None = getattr(attn_metadata, "arena_step", None)
         if step is not None and self.session is not None and attn_metadata is not None:
+            self.take_queries(step, query)
             for capture in step.captures:
-                capture.take(self.arena_layer, query)
                 if capture.whole:
                     # The prompt's keys are at hand; reading them back out of the pages costs more.
                     self.session.score(self.arena_layer, capture, key)
-            if step.query_buffer is not None:
-                step.query_buffer.take(self.arena_layer, query)
             if step.tables is not None:
                 kv_cache = self.session.flat_cache
                 attn_metadata = attn_metadata.arena_layers[self.arena_layer]

@@ -1,7 +1,7 @@
-"""The worker's record of every request's blocks, read off the scheduler's output.
+"""The worker's record of every request's blocks, kept from the scheduler's messages.
 
-Both model runners learn the same facts from the same messages; keeping our own record instead of
-reading theirs leaves only the order of rows to ask a runner for.
+Both model runners get the same messages. With a record of our own, the order of rows is all that a
+runner has to be asked for.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,10 +14,10 @@ from vllm_kvcompress.planning.request_settings import SettingsResolver
 
 
 class BlockLedger:
-    """All requests the worker knows of.
+    """All requests that the worker knows of.
 
     Args:
-        plans: Those the scheduler uses too.
+        resolver: Resolves requests' settings as the scheduler does.
         group: The KV-cache group that is compressed.
 
     """

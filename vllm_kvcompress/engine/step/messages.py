@@ -24,12 +24,12 @@ class StepMessage:
 
 
 def attach(output: SchedulerOutput, message: StepMessage) -> None:
-    """Put orders on a step's message. Mutates it."""
+    """Put our message on vLLM's. Mutates vLLM's."""
     setattr(output, _NAME, message)
 
 
 def message_of(output: SchedulerOutput) -> StepMessage:
-    """Return a message's orders; those of a message without any are empty.
+    """Return our part of a message; an empty one where there is none and nothing is scheduled.
 
     Raises:
         RuntimeError: The message schedules tokens and does not come from our scheduler.
