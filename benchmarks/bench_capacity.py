@@ -126,7 +126,7 @@ def _case(args: argparse.Namespace, case: str, blocks: int) -> Row:
         lambda: run_queue(compressed, prompts, args.generate),
     )
     manager = compressed.scheduler._arena
-    taken = {p: manager.counts[f"prefills_{p}"] for p in ("full", "cascade")}
+    taken = {p: manager.counters.prefills[p] for p in ("full", "cascade")}
     row = _row(args, case, blocks, runs, taken)
     row.torch, row.vllm = torch.__version__, vllm.__version__
     for subject in (plain, compressed):

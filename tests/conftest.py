@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 # Read by vLLM when it is imported, so they have to be here rather than in a fixture.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -15,5 +17,11 @@ os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 from tests.support.interpreted_kernels import import_interpreted
 
 import_interpreted()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what compares vLLM with our table first: it explains what fails later."""
+    items.sort(key=lambda item: item.path.name != "test_hooks.py")
+
 
 pytest_plugins = ["tests.support.golden_option"]

@@ -32,15 +32,13 @@ def test_a_cascade_keeps_and_answers_what_the_full_path_does(
     prompts = [prose[:1000], prose[50:90], prose[700:1033]]
     found = []
     for engine in paths(engines, method, config):
-        before = dict(engine.manager.counts)
+        before = dict(engine.manager.counters.prefills)
         kept = engine.record_kept()
         outputs = engine.complete(prompts, 24, logprobs=0)
         # Summed log-probabilities as well: not a single bit is different.
         answers = [(list(o.token_ids), o.cumulative_logprob) for o in outputs]
-        counts = engine.manager.counts
-        paths_taken = [
-            counts[f"prefills_{p}"] - before[f"prefills_{p}"] for p in ("full", "cascade")
-        ]
+        counts = engine.manager.counters.prefills
+        paths_taken = [counts[p] - before[p] for p in ("full", "cascade")]
         found.append((answers, kept[:2], paths_taken))
         engine.check()
     (full, full_kept, full_paths), (cascade, cascade_kept, cascade_paths) = found
@@ -75,7 +73,7 @@ def test_a_prompt_whose_cache_does_not_fit_is_served_in_one_step(
     (answer,), held = small.run_counting([prompt], 24)
     assert held[0] == R + -(-needed // LAYERS)
     assert max(held) <= R + -(-needed // LAYERS) + 2
-    assert small.manager.counts["prefills_cascade"] == 1
+    assert small.manager.counters.prefills["cascade"] == 1
     large = engines.get(
         "cake", BUDGET, config={"prefill": "full"}, **{**settings, "kv_cache_memory_bytes": 2**28}
     )
@@ -126,11 +124,11 @@ def test_auto_cascades_when_the_pool_has_no_room(engines: Engines, prose: list[i
     engine = engines.get("cake", BUDGET, kv_cache_memory_bytes=64 * PAGE_BYTES)
     roomy = engines.get("cake", BUDGET)
     prompts = [prose[37 * i : 37 * i + 800] for i in range(8)]
-    before = dict(engine.manager.counts)
+    before = dict(engine.manager.counters.prefills)
     outputs, held = engine.run_counting(prompts, 24)
-    counts = engine.manager.counts
-    assert counts["prefills_full"] > before["prefills_full"]
-    assert counts["prefills_cascade"] > before["prefills_cascade"]
+    counts = engine.manager.counters.prefills
+    assert counts["full"] > before["full"]
+    assert counts["cascade"] > before["cascade"]
     assert max(held) <= engine.total_blocks()
     assert outputs == roomy.generate(prompts, 24)
     engine.check()
@@ -141,23 +139,24 @@ def test_a_prompt_waits_for_a_step_that_holds_all_of_it(engines: Engines, prose:
     engine = engines.get("cake", BUDGET, config={"prefill": "cascade"}, max_num_batched_tokens=1024)
     full = paths(engines, "cake", {})[0]
     prompts = [prose[:700], prose[900:1600], prose[2000:2020]]
-    before = engine.manager.counts["prefills_cascade"]
+    before = engine.manager.counters.prefills["cascade"]
     assert engine.generate(prompts, 16) == full.generate(prompts, 16)
-    assert engine.manager.counts["prefills_cascade"] == before + 2
+    assert engine.manager.counters.prefills["cascade"] == before + 2
 
 
 def test_books_add_up(engines: Engines, prose: list[int]) -> None:
-    """What is reserved, held and freed, as the worker reports it."""
+    """What is reserved, held and freed at the end of a request."""
     engine = engines.get("cake", BUDGET, config={"prefill": "cascade"})
     engine.llm.reset_prefix_cache()
-    (before,) = engine.llm.collective_rpc("kv_compression_stats")
-    engine.generate([prose[:1000]], 40)
-    (after,) = engine.llm.collective_rpc("kv_compression_stats")
-    assert after["blocks_freed"] - before.get("blocks_freed", 0) == -(-32 // LAYERS)
-    assert after["prefills_cascade"] - before.get("prefills_cascade", 0) == 1
-    # At the last step's planning: the arena and two blocks of generated tokens.
-    assert after["blocks_held"] == after["blocks_reserved"] == R + 2
-    assert after["blocks_free"] == engine.total_blocks() - R - 2
+    counters = engine.manager.counters
+    freed, cascades = counters.blocks_freed, counters.prefills["cascade"]
+    engine.add(prose[:1000], 40)
+    steps = [engine.manager.block_gauges() for _ in engine.steps()]
+    assert counters.blocks_freed - freed == -(-32 // LAYERS)
+    assert counters.prefills["cascade"] - cascades == 1
+    # Before the last step, which ends it: the arena and two blocks of generated tokens.
+    assert steps[-2].held == steps[-2].reserved == R + 2
+    assert steps[-2].free == engine.total_blocks() - R - 2
 
 
 def _greedy(max_tokens: int) -> Any:

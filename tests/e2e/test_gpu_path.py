@@ -181,7 +181,7 @@ def test_cuts_within_a_step_and_while_generating(
     reference = engines.get("cake", 96, model=model, config=config, **settings)
     kept = reference.record_kept()
     outputs = reference.generate(prompts, 40)
-    assert reference.manager.counts["prefills_cascade"] == 2
+    assert reference.manager.counters.prefills["cascade"] == 2
     result = run(
         "FLASH_ATTN",
         prompts=prompts,

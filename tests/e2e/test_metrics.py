@@ -121,7 +121,8 @@ def test_nothing_is_registered_while_off() -> None:
         "import vllm.v1.metrics.loggers as loggers\n"
         "from prometheus_client import REGISTRY, generate_latest\n"
         "assert b'kv_compression' not in generate_latest(REGISTRY)\n"
-        "assert not hasattr(loggers.PrometheusStatLogger, '_kv_compression_wrapped')\n"
+        "assert loggers.PrometheusStatLogger._kv_connector_cls is loggers.KVConnectorProm\n"
+        "assert not hasattr(loggers.KVConnectorLogging, '_kv_compression_wrapped')\n"
         "print('clean')\n"
     )
     done = subprocess.run(

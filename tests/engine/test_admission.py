@@ -67,7 +67,7 @@ def test_a_prompt_that_never_fits_the_pool_as_a_whole_is_served(
     for name in "abc":
         engine.add(name, 199, max_tokens=1)
     engine.run(limit=20)
-    assert engine.arena.counts["prefills_cascade"] == 3
+    assert engine.arena.counters.prefills["cascade"] == 3
     assert engine.preemptions == 0
 
 
@@ -79,7 +79,7 @@ def test_auto_runs_a_prompt_whole_while_there_is_room(deep: Path, cls: AnySchedu
         engine.leave_free(whole + spare)
         engine.add("a", 100, max_tokens=5)
         engine.run()
-        assert engine.arena.counts[f"prefills_{path}"] == 1
+        assert engine.arena.counters.prefills[path] == 1
         assert engine.answers["a"] == 5
 
 
@@ -119,7 +119,7 @@ def test_a_cascade_uses_a_cached_prefix_as_it_is(deep: Path, cls: AnyScheduler) 
     assert [block.block_id for block in blocks[:8]] == cached
     assert len(blocks) == 8 + 1 + 2
     # What the first question left in the cache beyond the document made room.
-    assert engine.arena.counts["prefills_cascade"] == 1
+    assert engine.arena.counters.prefills["cascade"] == 1
     engine.process()
     engine.run()
     # The prefix is still there: it was read, never written.
@@ -141,7 +141,7 @@ def test_a_cached_prefix_too_long_for_the_pool_is_used_in_part(
     document = list(range(96))
     engine.add("first", document, max_tokens=1)
     engine.run()
-    assert engine.arena.counts["prefills_full"] == 1
+    assert engine.arena.counters.prefills["full"] == 1
     engine.add("second", [*document, *[600] * 180], max_tokens=1)
     engine.run(limit=10)
     assert engine.chunks["second"] == [(88, 188)]
@@ -170,7 +170,7 @@ def test_a_preempted_cascade_is_cut_and_replayed_as_before(deep: Path, cls: AnyS
     engine.step()
     engine.schedule()
     assert engine.chunks["a"][:2] == [(0, 100), (100, known - 100)]
-    assert engine.arena.counts["prefills_cascade"] == 2
+    assert engine.arena.counters.prefills["cascade"] == 2
     engine.process()
     engine.run()
     assert engine.answers["a"] == 40
@@ -193,7 +193,7 @@ def test_a_streamed_prompt_holds_as_much_however_long_it_is(deep: Path, cls: Any
             engine.step()
             most = max(most, engine.held("a"))
         held.append(most)
-        assert engine.arena.counts["prefills_streaming"] == 1
+        assert engine.arena.counters.prefills["streaming"] == 1
         ends = [start + count for start, count in engine.chunks["a"] if start < prompt]
         assert ends[-1] == prompt
         # The second chunk cannot be cut before there is something to evict.
@@ -337,8 +337,7 @@ def test_what_is_reserved_is_the_answer_or_the_setting(
     engine.schedule()
     reservation = engine.arena.reservations["a"]
     assert reservation.reserved_until == 60 + most - 1
-    books = engine.arena.books()
-    assert books["blocks_reserved"] == engine.planner.peak_blocks(60, 60 + most)
+    assert engine.arena.block_gauges().reserved == engine.planner.peak_blocks(60, 60 + most)
     engine.process()
     engine.run()
     # What is never cut is admitted as in plain vLLM.

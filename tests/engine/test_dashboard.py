@@ -5,30 +5,36 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
-from vllm_kvcompress.engine.metrics import COUNTERS, GAUGES, PHASES, CompressionMetrics
+from vllm_kvcompress.engine.compression_stats import (
+    BlockGauges,
+    CompressionCounters,
+    CompressionStats,
+)
+from vllm_kvcompress.engine.metrics import PHASES, CompressionMetrics
+from vllm_kvcompress.eviction.measurements import CutReport
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BOARD = json.loads((DOCS / "grafana" / "kv-compression.json").read_text(encoding="utf-8"))
 NAME = re.compile(r"vllm:[a-z0-9_]+")
-BOOKS: dict[str, int] = {
-    **dict.fromkeys(GAUGES, 3),
-    **dict.fromkeys(COUNTERS, 2),
-    "running_plain": 30,
-    "running_held": 12,
-    "requests:cake:true": 4,
-    "requests:none:false": 1,
-    "report:seen:cake": 800,
-    "report:kept:cake": 200,
-    "report:layer:0": 300,
-    "report:layer:1": 100,
-    **{f"lap:{phase}:{i}": 1500 * (i + 1) for i, phase in enumerate(PHASES)},
-}
+STATS = CompressionStats(
+    BlockGauges(held=3, reserved=3, free=3, running_held=12, running_plain=30),
+    CompressionCounters(
+        blocks_freed=2, compressed_requests={"cake": 4}, other_requests={"none": 1}
+    ),
+    CutReport(
+        [(phase, 0.0015 * (i + 1)) for i, phase in enumerate(PHASES)],
+        {"cake": 800},
+        {"cake": 200},
+        [300, 100],
+    ),
+)
 
 
 @pytest.fixture
@@ -53,7 +59,7 @@ def expressions() -> list[str]:
 
 
 def test_every_metric_of_the_dashboard_exists(metrics: CompressionMetrics) -> None:
-    metrics.observe(BOOKS, 0)
+    metrics.observe(STATS, 0)
     shown = samples()
     queries = [variable["query"] for variable in BOARD["templating"]["list"]]
     named = {name for text in [*expressions(), *queries] for name in NAME.findall(text)}
@@ -66,7 +72,7 @@ def test_every_metric_of_the_dashboard_exists(metrics: CompressionMetrics) -> No
 
 
 def test_labels_of_the_dashboard_exist(metrics: CompressionMetrics) -> None:
-    metrics.observe(BOOKS, 0)
+    metrics.observe(STATS, 0)
     shown = samples()
     for panel in BOARD["panels"]:
         for target in panel["targets"]:
@@ -95,7 +101,7 @@ def test_panels_do_not_overlap() -> None:
 
 
 def test_the_page_names_every_metric(metrics: CompressionMetrics) -> None:
-    metrics.observe(BOOKS, 0)
+    metrics.observe(STATS, 0)
     page = (DOCS / "metrics.md").read_text(encoding="utf-8")
     listed = set(NAME.findall(page)) | {
         "vllm:kv_compression_blocks" + s for s in ("_reserved", "_free")
@@ -107,13 +113,13 @@ def test_the_page_names_every_metric(metrics: CompressionMetrics) -> None:
     assert listed <= shown | {"vllm:kv_compression_phase_time_seconds"}
 
 
-def test_figures_are_the_books(metrics: CompressionMetrics) -> None:
+def test_figures_are_those_that_were_sent(metrics: CompressionMetrics) -> None:
     def value(name: str, **labels: str) -> float | None:
         return REGISTRY.get_sample_value(
             f"vllm:kv_compression_{name}", {"model_name": "m", "engine": "1", **labels}
         )
 
-    metrics.observe(BOOKS, 1)
+    metrics.observe(STATS, 1)
     assert value("ratio") == 2.5
     assert value("requests_total", method="cake", compressed="true") == 4
     assert value("prompt_tokens_seen_total", method="cake") == 800
@@ -122,10 +128,13 @@ def test_figures_are_the_books(metrics: CompressionMetrics) -> None:
     assert value("layer_kept_share", layer="0") == 300 / 800
     assert value("phase_time_seconds_count", phase="score") == 1
     assert value("phase_time_seconds_sum", phase="move") == pytest.approx(0.006)
-    # What only grows is told as it stands, what a report holds is new each time.
-    metrics.observe({**BOOKS, "requests:cake:true": 5, "running_held": 0}, 1)
+    # Every path and kind is there before it first happens.
+    assert value("prefills_total", path="streaming") == value("cuts_total", kind="chunk") == 0
+    # Gauges are told as they stand, all else is new each time.
+    metrics.observe(replace(STATS, blocks=replace(STATS.blocks, running_held=0)), 1)
     assert value("ratio") == 1.0
-    assert value("requests_total", method="cake", compressed="true") == 5
-    assert value("blocks_freed_total") == 2
+    assert value("blocks_held") == 3
+    assert value("requests_total", method="cake", compressed="true") == 8
+    assert value("blocks_freed_total") == 4
     assert value("prompt_tokens_seen_total", method="cake") == 1600
     assert value("layer_kept_share", layer="0") == 300 / 800

@@ -137,6 +137,7 @@ def test_a_step_that_takes_queries_has_no_uniform_length(
         model_state=SimpleNamespace(prepare_attn=lambda *_, **__: None),
         gather_batch_req_state=lambda output, dummy: ("state", 1),
     )
-    session: Any = SimpleNamespace(collects=lambda: collects, replays=False)
-    _follow_v2(runner, session)
+    session = SimpleNamespace(collects=lambda: collects, replays=False)
+    worker: Any = SimpleNamespace(model_runner=runner, _session=session)
+    _follow_v2(worker)
     assert runner.gather_batch_req_state(None, False) == ("state", expected)

@@ -91,7 +91,7 @@ specs.KVCacheSpecRegistry._ensure_registered()
 names = [spec.__name__ for spec in specs._REGISTRY_KVCACHESPEC_LIST]
 assert "FullAttentionSpec" in names and "ArenaSpec" not in names, names
 loaded = sorted(m for m in sys.modules if m.startswith("vllm_kvcompress.engine."))
-assert loaded == ["vllm_kvcompress.engine.plugin"], loaded
+assert loaded == [f"vllm_kvcompress.engine.{name}" for name in ("hooks", "plugin")], loaded
 print("off means off")
 """
 
@@ -279,7 +279,7 @@ def test_keyword_arguments_merge_like_flags() -> None:
         ((None, "snap", None, None), 'unknown method "snap"'),
         ((None, "cake", None, {"gama": 3}), 'unknown parameter "gama"'),
         ((None, "cake", "64", None), "got '64'"),
-        ((None, "cake", None, {"budget": 64}), "budget does not belong into"),
+        ((None, "cake", None, {"budget": 64}), "budget does not belong in"),
     ],
 )
 def test_wrong_keyword_arguments_get_one_sentence(

@@ -179,8 +179,9 @@ class Traffic:
         assert {name: engine.answers[name] for name in self.asked} == self.asked
         assert engine.free == engine.total, "blocks were lost"
         assert not engine.arena.private_blocks()
-        assert engine.arena.books()["blocks_reserved"] == 0
-        seen = Counter[str](engine.arena.counts)
+        assert engine.arena.block_gauges().reserved == 0
+        prefills = engine.arena.counters.prefills
+        seen = Counter[str]({f"prefills_{path}": count for path, count in prefills.items()})
         seen.update(
             preemptions=engine.preemptions,
             hits=engine.hits,

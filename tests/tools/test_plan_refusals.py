@@ -19,7 +19,7 @@ from vllm_kvcompress.tools.cli import main
         ("--budget 40", "kv-compression-budget 40 is too small: cake needs at least 48"),
         ("--method cacke", 'unknown method "cacke", known are cake'),
         ('--config {"gama":1}', 'cake: unknown parameter "gama"'),
-        ('--config {"budget":1}', "budget does not belong into"),
+        ('--config {"budget":1}', "budget does not belong in"),
         ("--tensor-parallel-size 2", "tensor or pipeline parallelism is not yet supported"),
         ("--device cpu --kv-cache-dtype fp8", "a quantized KV cache on the CPU is not"),
         ("--block-size 24", "--block-size must be a multiple of 16 on a GPU, got 24"),

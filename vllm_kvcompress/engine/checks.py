@@ -1,6 +1,5 @@
 """What is refused at start: each reason is one sentence that says what to change."""
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,43 +8,11 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from vllm_kvcompress.engine.attention import BACKENDS, FP8_CACHES, PLAIN_CACHES
+from vllm_kvcompress.engine.hook_table import HOOKS
+from vllm_kvcompress.engine.hooks import HookTable, differences
 from vllm_kvcompress.engine.model_layers import layers_of
 
 TESTED_VERSION = "0.32"
-
-HOOKS = (
-    ("vllm.engine.arg_utils", "EngineArgs.add_cli_args"),
-    ("vllm.engine.arg_utils", "EngineArgs.from_cli_args"),
-    ("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
-    ("vllm.v1.engine.input_processor", "InputProcessor.process_inputs"),
-    ("vllm.v1.attention.backend", "AttentionBackend.customize_spec"),
-    ("vllm.v1.attention.backends.registry", "register_backend"),
-    ("vllm.v1.attention.selector", "_cached_get_attn_backend"),
-    ("vllm.v1.kv_cache_interface", "replace_as"),
-    ("vllm.v1.metrics.loggers", "PrometheusStatLogger.record"),
-    ("vllm.v1.metrics.stats", "SchedulerStats"),
-    ("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry._ensure_registered"),
-    ("vllm.v1.kv_cache_spec_registry", "KVCacheSpecRegistry.register"),
-    ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.remove_skipped_blocks"),
-    (
-        "vllm.v1.core.single_type_kv_cache_manager",
-        "FullAttentionManager.get_num_blocks_to_allocate",
-    ),
-    ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.allocate_new_blocks"),
-    ("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager.pop_blocks_for_free"),
-    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.allocate_new_blocks"),
-    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.cache_blocks"),
-    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.find_longest_cache_hit"),
-    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.get_num_blocks_to_allocate"),
-    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.get_num_cacheable_tokens"),
-    ("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.remove_skipped_blocks"),
-    ("vllm.v1.core.kv_cache_manager", "KVCacheManager.create_kv_cache_blocks"),
-    ("vllm.v1.core.kv_cache_utils", "get_max_concurrency_for_kv_cache_config"),
-    ("vllm.v1.core.sched.scheduler", "Scheduler._get_local_prefix_cache_hit"),
-    ("vllm.v1.core.sched.scheduler", "Scheduler.make_stats"),
-    ("vllm.v1.core.sched.scheduler", "Scheduler._reserve_prefill_lookahead"),
-)
-"""Everything of vLLM that engine/ overrides or calls and that is not a documented interface."""
 
 GPU_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 _OURS = "vllm_kvcompress.engine.worker"
@@ -60,31 +27,21 @@ class Unsupported(ValueError):  # noqa: N818 - reads as a verdict
     """A combination that compression cannot serve correctly."""
 
 
-def missing_hooks() -> list[str]:
-    """Return the names in :data:`HOOKS` that the installed vLLM does not have."""
-    missing = []
-    for module, name in HOOKS:
-        try:
-            value: Any = importlib.import_module(module)
-            for part in name.split("."):
-                value = getattr(value, part)
-        except (ImportError, AttributeError):
-            missing.append(f"{module}.{name}")
-    return missing
-
-
-def check_version() -> None:
+def check_version(table: HookTable = HOOKS) -> None:
     """Refuse a vLLM that this package was not written against.
 
+    Args:
+        table: What is relied on.
+
     Raises:
-        Unsupported: Names the version and, if there is one, the first missing hook.
+        Unsupported: Names the version and, if something in the table differs, the first.
 
     """
-    missing = missing_hooks()
+    difference = next(differences(table), None)
     version = vllm.__version__
-    if not missing and version.startswith(f"{TESTED_VERSION}."):
+    if difference is None and version.startswith(f"{TESTED_VERSION}."):
         return
-    detail = f" (it has no {missing[0]})" if missing else ""
+    detail = f" ({difference})" if difference else ""
     raise Unsupported(
         f"vLLM {version} is not supported by vllm_kvcompress{detail}; "
         f"install vllm {TESTED_VERSION} or start without --kv-compression"

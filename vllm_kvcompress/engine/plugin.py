@@ -5,6 +5,7 @@ import functools
 import json
 from typing import Any
 
+from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.planning.config import (
     CONFIG_KEY,
     DEFAULT_BUDGET,
@@ -12,34 +13,32 @@ from vllm_kvcompress.planning.config import (
     parse_budget,
 )
 
-_MARK = "_kv_compression_wrapped"
-
 
 def register() -> None:
-    """Offer the flags and look out for them. Idempotent; changes nothing unless they are used."""
+    """Add the flags to vLLM's. Idempotent; nothing else changes unless one of them is used."""
     from vllm.engine.arg_utils import EngineArgs
 
-    if getattr(EngineArgs, _MARK, False):
-        return
-    setattr(EngineArgs, _MARK, True)
-    _wrap_add_cli_args(EngineArgs)
-    _wrap_from_cli_args(EngineArgs)
-    _wrap_create_engine_config(EngineArgs)
+    wrap_once(EngineArgs, "add_cli_args", _add_flags)
+    wrap_once(EngineArgs, "from_cli_args", _read_flags)
+    wrap_once(EngineArgs, "create_engine_config", _switch_on_when_asked)
 
 
 def merge_settings(
     additional_config: Any, method: str | None, budget: Any, params: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Return additional_config with the settings of flags or keyword arguments put in.
+    """Add the settings of flags or keyword arguments to additional_config.
 
     Args:
-        additional_config: What the user gave for vLLM's option of that name.
-        method: Name of a method, None for what additional_config says.
-        budget: Tokens per layer or share of the prompt, None for the default.
+        additional_config: The user's value of vLLM's option of that name; not changed.
+        method: Name of a method; None if no flag names one.
+        budget: Tokens per layer or share of the prompt; None for the default.
         params: Method parameters and engine options.
 
+    Returns:
+        The new value of additional_config.
+
     Raises:
-        ValueError: Settings without a method, or settings given twice, or wrong ones.
+        ValueError: There are settings but no method, a setting is given twice, or one is wrong.
 
     """
     extra = dict(additional_config or {})
@@ -55,7 +54,7 @@ def merge_settings(
         )
     for name in ("method", "budget"):
         if name in (params or {}):
-            raise ValueError(f"{name} does not belong into --kv-compression-config; it has a flag")
+            raise ValueError(f"{name} does not belong in --kv-compression-config; it has a flag")
     settings = {
         **(params or {}),
         "method": method,
@@ -72,7 +71,8 @@ def switch_on(vllm_config: Any) -> None:
         vllm_config: The finished configuration.
 
     Raises:
-        ValueError: A combination that is not supported, or a budget too small for the blocks.
+        ValueError: The combination of settings is not supported, or the budget is too small for
+            the block size.
 
     """
     # Imported here: a vLLM without some hook must still serve those who did not ask.
@@ -94,10 +94,7 @@ def switch_on(vllm_config: Any) -> None:
     register_metrics()
 
 
-def _wrap_add_cli_args(engine_args: Any) -> None:
-    original = engine_args.add_cli_args
-
-    @functools.wraps(original)
+def _add_flags(original: Any) -> Any:
     def add_cli_args(parser: Any) -> Any:
         parser = original(parser)
         group = parser.add_argument_group(
@@ -130,13 +127,10 @@ def _wrap_add_cli_args(engine_args: Any) -> None:
         )
         return parser
 
-    engine_args.add_cli_args = staticmethod(add_cli_args)
+    return add_cli_args
 
 
-def _wrap_from_cli_args(engine_args: Any) -> None:
-    original = engine_args.from_cli_args.__func__
-
-    @functools.wraps(original)
+def _read_flags(original: Any) -> Any:
     def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
         method = getattr(args, "kv_compression", None)
         budget = getattr(args, "kv_compression_budget", None)
@@ -148,13 +142,10 @@ def _wrap_from_cli_args(engine_args: Any) -> None:
             )
         return original(cls, args)
 
-    engine_args.from_cli_args = classmethod(from_cli_args)
+    return from_cli_args
 
 
-def _wrap_create_engine_config(engine_args: Any) -> None:
-    original = engine_args.create_engine_config
-
-    @functools.wraps(original)
+def _switch_on_when_asked(original: Any) -> Any:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         extra = self.additional_config
         asked = isinstance(extra, dict) and extra.get(CONFIG_KEY) is not None
@@ -170,11 +161,11 @@ def _wrap_create_engine_config(engine_args: Any) -> None:
         switch_on(vllm_config)
         return vllm_config
 
-    engine_args.create_engine_config = create_engine_config
+    return create_engine_config
 
 
 def _argument(parse: Any) -> Any:
-    """Let argparse show the sentence of a ValueError instead of the function's name."""
+    """Let argparse show the sentence of a ValueError in place of the parsing function's name."""
 
     @functools.wraps(parse)
     def wrapped(text: str) -> Any:

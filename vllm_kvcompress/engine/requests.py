@@ -1,44 +1,42 @@
-"""What one request asks for, checked in the process that takes it in: what is wrong is a 400."""
+"""Checks of a request's settings in the server's process: a wrong one is answered with a 400."""
 
-import functools
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
+from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.model_layers import pool_for_arena
 from vllm_kvcompress.engine.settings import compression_of, resolver_of
 from vllm_kvcompress.planning.request_settings import SettingsResolver
 
-_MARK = "_kv_compression_wrapped"
 _PLANS = "_kv_compression_plans"
 
 _LONGEST = 500
-"""Characters of an error message."""
+"""Most characters of an error message."""
 
 
 def guard_requests() -> None:
     """Check every request of engines with compression on; idempotent."""
-    if getattr(InputProcessor, _MARK, False):
-        return
-    setattr(InputProcessor, _MARK, True)
-    original = InputProcessor.process_inputs
 
-    @functools.wraps(original)
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        if compression_of(self.vllm_config) is not None:
-            check_request(request, self)
-        return request
+    def make_checking(original: Any) -> Any:
+        def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+            request = original(self, *args, **kwargs)
+            if compression_of(self.vllm_config) is not None:
+                check_request(request, self)
+            return request
 
-    InputProcessor.process_inputs = process_inputs
+        return process_inputs
+
+    wrap_once(InputProcessor, "process_inputs", make_checking)
 
 
 def check_request(request: Any, processor: Any) -> None:
-    """Refuse what cannot be served, and end a generation where the pool does.
+    """Refuse what cannot be served, and limit how much is generated to what the pool can hold.
 
     Args:
-        request: vLLM's EngineCoreRequest; its default number of tokens may be lowered.
+        request: vLLM's EngineCoreRequest. Mutated: where the client named no limit, max_tokens is
+            lowered to what the pool has room for.
         processor: vLLM's InputProcessor of an engine with compression on.
 
     Raises:
@@ -60,7 +58,7 @@ def check_request(request: Any, processor: Any) -> None:
         raise VLLMValidationError(_printable(error)) from None
     if not blocks or params is None or params.max_tokens is None:
         return
-    # With data parallelism the number is that of all engines; each has its own pool.
+    # With data parallelism this is the sum over all engines, each of which has its own pool.
     pool = int(blocks) // config.parallel_config.data_parallel_size - 1
     planner, decode = settings.planner, settings.decode
     pool = pool_for_arena(config, pool, planner.block_size)
@@ -69,7 +67,7 @@ def check_request(request: Any, processor: Any) -> None:
     max_len = config.model_config.max_model_len
     room = planner.most_tokens(prompt_len, max_len, pool, decode) - prompt_len
     if room > 0 and prompt_len + params.max_tokens >= max_len:
-        # What a request gets that names no limit: up to the end of the context.
+        # vLLM's default for a request that names no limit is the rest of the context.
         params.max_tokens = room
         return
     raise VLLMValidationError(
@@ -79,7 +77,7 @@ def check_request(request: Any, processor: Any) -> None:
 
 
 def _printable(error: ValueError) -> str:
-    """An error's sentence as it can be sent: it may quote whatever the request held."""
+    """Make an error's sentence safe to send: it may quote anything that the request held."""
     text = str(error).encode("utf-8", "backslashreplace").decode()
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 

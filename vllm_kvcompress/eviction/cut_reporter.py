@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vllm_kvcompress.eviction.apportionment import Floats
-from vllm_kvcompress.eviction.measurements import Report
+from vllm_kvcompress.eviction.measurements import CutReport
 from vllm_kvcompress.eviction.records import CutRecord, make_record
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.methods import LayerScores
@@ -56,7 +56,7 @@ class CutReporter:
         self._log_requests = log_requests
         self.seconds: dict[str, float] = {}
         self.records: list[CutRecord] | None = None
-        self.report = Report()
+        self.report = CutReport()
 
     def record(
         self,
@@ -117,13 +117,10 @@ class CutReporter:
         """
         for phase, seconds in laps.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-            self.report.laps.append((phase, round(seconds * 1e6)))
+            self.report.phase_times.append((phase, seconds))
         name, tokens = request.method.name, pages * block_size - cut.slack
         if request.schedule is not None and request.schedule.kind(request.cuts_made) == "prompt":
-            self.report.counts[f"seen:{name}"] += cut.position
-            self.report.counts[f"kept:{name}"] += int(tokens.sum()) // len(pages)
-            for layer, kept in enumerate(tokens.tolist()):
-                self.report.counts[f"layer:{layer}"] += kept
+            self.report.add_prompt(name, cut.position, tokens.tolist())
         if not self._log_requests:
             return
         line = {

@@ -2,7 +2,6 @@
 
 import json
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
-from vllm_kvcompress.engine.metrics import COUNTERS
+from vllm_kvcompress.engine.compression_stats import BlockGauges, CompressionCounters
 from vllm_kvcompress.engine.scheduler.reservations import Reservation, Reservations
+from vllm_kvcompress.eviction.measurements import add_counts
 from vllm_kvcompress.paging.arena import IntegrityError
 from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
@@ -44,7 +44,7 @@ class ArenaManager(FullAttentionManager):
         self._watermark = 0
         self._reservations: Reservations | None = None
         self._chosen: dict[str, tuple[int, int]] = {}
-        self.counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self.counters = CompressionCounters()
 
     def bind(
         self,
@@ -110,24 +110,18 @@ class ArenaManager(FullAttentionManager):
         """Blocks in place of the prompt's own if the request's prefill is a cascade."""
         return self.reservations[request_id].prefill_blocks
 
-    def books(self) -> dict[str, int]:
-        """Blocks reserved, held and free now, and what has been counted so far."""
+    def block_gauges(self) -> BlockGauges:
+        """Count blocks as they are now."""
         free = self.block_pool.get_num_free_blocks()
-        held = self.block_pool.num_gpu_blocks - 1 - free
-        return {
-            "blocks_held": held,
-            "blocks_reserved": held + self.reservations.outstanding(),
-            "blocks_free": free,
-            **self.counts,
-        }
-
-    def running(self) -> dict[str, int]:
-        """Blocks of requests that hold some: now, and as they would be in plain vLLM."""
+        held = self.block_pool.num_gpu_blocks - 1 - free  # less the null block
         tokens = [self._requests[name].num_computed_tokens for name, _ in self.reservations]
-        return {
-            "running_plain": sum(cdiv(count, self.block_size) for count in tokens),
-            "running_held": sum(len(self.req_to_blocks[name]) for name, _ in self.reservations),
-        }
+        return BlockGauges(
+            held=held,
+            reserved=held + self.reservations.outstanding(),
+            free=free,
+            running_held=sum(len(self.req_to_blocks[name]) for name, _ in self.reservations),
+            running_plain=sum(cdiv(count, self.block_size) for count in tokens),
+        )
 
     # --- admission -------------------------------------------------------------------------------
 
@@ -262,13 +256,15 @@ class ArenaManager(FullAttentionManager):
         planner, prompt_len = self.settings_of(request).planner, request.num_prompt_tokens
         compressed = planner.prompt_cut(prompt_len) is not None
         if not request.num_preemptions:
-            self.counts[f"requests:{planner.method.name}:{str(compressed).lower()}"] += 1
+            counters = self.counters
+            requests = counters.compressed_requests if compressed else counters.other_requests
+            add_counts(requests, {planner.method.name: 1})
         if not compressed:
             return
         path = "full" if reservation.prefill_blocks is None else "cascade"
         if planner.streams(prompt_len):
             path = "streaming"
-        self.counts[f"prefills_{path}"] += 1
+        self.counters.prefills[path] += 1
 
     # --- release ---------------------------------------------------------------------------------
 
@@ -305,8 +301,8 @@ class ArenaManager(FullAttentionManager):
         del blocks[part.start : part.stop]
         reservation.released += 1
         self.block_pool.free_blocks(reversed(gone))
-        self.counts["blocks_freed"] += len(gone)
-        self.counts[f"cuts_{schedule.kind(reservation.released)}"] += 1
+        self.counters.blocks_freed += len(gone)
+        self.counters.cuts[schedule.kind(reservation.released)] += 1
         if self.resolver.default_planner.config.log_requests:
             facts = {
                 "request": request_id,

@@ -21,13 +21,17 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_kvcompress.engine.metrics import attach_stats
+from vllm_kvcompress.engine.compression_stats import (
+    CompressionCounters,
+    CompressionStats,
+    attach_stats,
+)
 from vllm_kvcompress.engine.scheduler.arena_manager import ArenaManager
 from vllm_kvcompress.engine.scheduler.sliding_window_groups import patch_coordinator
 from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.step.measurement_channel import report_of
 from vllm_kvcompress.engine.step.messages import StepMessage, attach
-from vllm_kvcompress.eviction.measurements import Report
+from vllm_kvcompress.eviction.measurements import CutReport
 
 
 class _ArenaScheduling(Scheduler):
@@ -49,7 +53,7 @@ class _ArenaScheduling(Scheduler):
         if len(managers) > 1:
             patch_coordinator(coordinator, self._arena, self.max_model_len)
         self._hits: tuple[str, Sequence[KVCacheBlock]] = ("", ())
-        self._report = Report()
+        self._report = CutReport()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """See the base class; verifies the books first when asked to."""
@@ -70,8 +74,7 @@ class _ArenaScheduling(Scheduler):
                     name: prefill_blocks
                     for name, prefill_blocks in prefill_blocks.items()
                     if prefill_blocks is not None
-                },
-                books=self._arena.books(),
+                }
             ),
         )
         return output
@@ -85,11 +88,13 @@ class _ArenaScheduling(Scheduler):
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """See the base class; the books travel along."""
+        """See the base class; compression's figures travel along, and counting begins anew."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            attach_stats(stats, {**self._arena.books(), **self._arena.running()}, self._report)
-            self._report = Report()
+            arena = self._arena
+            ours = CompressionStats(arena.block_gauges(), arena.counters, self._report)
+            attach_stats(stats, ours)
+            arena.counters, self._report = CompressionCounters(), CutReport()
         return stats
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:

@@ -1,18 +1,17 @@
 """The KV-cache spec that puts full-attention layers under the arena's block accounting."""
 
-import functools
 from dataclasses import dataclass
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.model_layers import layers_of
 from vllm_kvcompress.engine.scheduler.arena_manager import ArenaManager
 from vllm_kvcompress.engine.settings import resolver_of
-
-_MARK = "_kv_compression_wrapped"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +30,9 @@ class ArenaSpec(FullAttentionSpec):
         return int(blocks * self.page_size_bytes)
 
 
-def tell_concurrency() -> None:
-    """Let vLLM's line on maximum concurrency count what compressed requests hold; idempotent."""
-    original = kv_cache_utils.get_max_concurrency_for_kv_cache_config
-    if getattr(original, _MARK, False):
-        return
+def _count_compressed(original: Any) -> Any:
+    """Let vLLM's line on maximum concurrency count what compressed requests hold."""
 
-    @functools.wraps(original)
     def get_max_concurrency(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         arena = next((spec for spec in specs if isinstance(spec, ArenaSpec)), None)
@@ -55,8 +50,7 @@ def tell_concurrency() -> None:
             ),
         )
 
-    setattr(get_max_concurrency, _MARK, True)
-    kv_cache_utils.get_max_concurrency_for_kv_cache_config = get_max_concurrency
+    return get_max_concurrency
 
 
 def register_spec() -> None:
@@ -64,7 +58,7 @@ def register_spec() -> None:
     # The registry stops at the first entry it finds, so vLLM's own specs must be there before.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(ArenaSpec, ArenaManager, uniform_type_base_spec=FullAttentionSpec)
-    tell_concurrency()
+    wrap_once(kv_cache_utils, "get_max_concurrency_for_kv_cache_config", _count_compressed)
 
 
 # A spec reaches the engine core by unpickling, which imports this module: the only moment at

@@ -192,6 +192,7 @@ def patch_coordinator(coordinator: Any, arena: ArenaManager, max_len: int) -> No
                     replay_boundaries=(resumed, request.num_prompt_tokens - 1),
                 )
 
+    # Not by wrap_once: a coordinator belongs to one scheduler, which comes here once.
     for hook in (
         get_num_blocks_to_allocate,
         allocate_new_blocks,

@@ -4,17 +4,17 @@ from typing import Any
 
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput
 
-from vllm_kvcompress.eviction.measurements import Report
+from vllm_kvcompress.eviction.measurements import CutReport
 
 _NAME = "kv_compression"
 
 
-def attach(output: Any, report: Report) -> bool:
+def attach(output: Any, report: CutReport) -> bool:
     """Put a report on what a worker returns for a step. Mutates the output.
 
     Args:
         output: vLLM's ModelRunnerOutput, an asynchronous one, or None.
-        report: Compressions so far.
+        report: What was measured since the last one.
 
     Returns:
         Whether the output can carry it; if not, it is to go with a later one.
@@ -36,6 +36,6 @@ def attach(output: Any, report: Report) -> bool:
     return True
 
 
-def report_of(output: Any) -> Report | None:
+def report_of(output: Any) -> CutReport | None:
     """Return the report that came with a step's output, None if there is none."""
     return getattr(output, _NAME, None)

@@ -15,12 +15,10 @@ class StepMessage:
     Attributes:
         prefill_blocks: Requests whose prefill begins in this step as a cascade, and the blocks
             that stand in for their prompt's own.
-        books: The scheduler's counters, by name.
 
     """
 
     prefill_blocks: Mapping[str, int] = field(default_factory=dict)
-    books: Mapping[str, int] = field(default_factory=dict)
 
 
 def attach(output: SchedulerOutput, message: StepMessage) -> None:

@@ -16,7 +16,7 @@ from vllm_kvcompress.eviction.cascade_prefill import CascadePrefill
 from vllm_kvcompress.eviction.compressor import Compressor
 from vllm_kvcompress.eviction.cut_reporter import CutReporter
 from vllm_kvcompress.eviction.decode_query_buffer import DecodeQueryBuffer
-from vllm_kvcompress.eviction.measurements import Report
+from vllm_kvcompress.eviction.measurements import CutReport
 from vllm_kvcompress.eviction.query_collector import QueryCollector, WindowCapture
 from vllm_kvcompress.eviction.records import CutRecord
 from vllm_kvcompress.eviction.request import WorkerRequest
@@ -110,7 +110,6 @@ class Session:
         self.stats = dict.fromkeys(
             ("prompt_cuts", "chunk_cuts", "decode_cuts", "compressed_steps", "plain_steps"), 0
         )
-        self.books: dict[str, int] = {}
         self._resolver = resolver
         self._ledger = BlockLedger(resolver, group)
         self._tables = make_tables(self.arena)
@@ -156,8 +155,6 @@ class Session:
             request_id: self._compressor.begin_cascade(request_id, self._ledger[request_id])
             for request_id in message.prefill_blocks
         }
-        if message.books:
-            self.books = dict(message.books)
         self._scheduled = frozenset(output.num_scheduled_tokens)
         self._ending = []
         self.step = None
@@ -293,7 +290,7 @@ class Session:
     def report_with(self, output: Any) -> Any:
         """Send what was measured along with a step's output. Mutates both; returns the output."""
         if self._reporter.report and attach(output, self._reporter.report):
-            self._reporter.report = Report()
+            self._reporter.report = CutReport()
         return output
 
     # --- beside the steps ------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A compression session around each step of vLLM's worker, whatever the device."""
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,9 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from vllm_kvcompress.engine.attention import register_backends
 from vllm_kvcompress.engine.attention.common import ArenaBuilder, ArenaImpl
-from vllm_kvcompress.engine.checks import check_specs
+from vllm_kvcompress.engine.checks import check_specs, check_version
+from vllm_kvcompress.engine.hook_table import WORKER_HOOKS
+from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.model_layers import LayerGroups, layers_of
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 from vllm_kvcompress.engine.settings import resolver_of
@@ -35,6 +38,7 @@ class ArenaWorker:
     vllm_config: Any
     model_runner: Any
     _session: Session
+    _rows: Sequence[str] = ()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """See vLLM's Worker; puts our backends in place before layers choose theirs."""
@@ -42,6 +46,10 @@ class ArenaWorker:
         # The choice is remembered per process, perhaps from an engine without compression.
         selector._cached_get_attn_backend.cache_clear()
         super().load_model(*args, **kwargs)  # type: ignore[misc]
+        # What is loaded now is what this device needs: nothing is imported for the check alone.
+        check_version(
+            {module: WORKER_HOOKS[module] for module in WORKER_HOOKS.keys() & sys.modules}
+        )
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """See vLLM's Worker; refuses models whose full-attention layers cannot share one arena."""
@@ -119,9 +127,8 @@ class ArenaWorker:
         self._session.check_integrity()
 
     def kv_compression_stats(self) -> dict[str, int]:
-        """For collective_rpc: cuts and steps of each kind so far, and the scheduler's books."""
-        session = self._session
-        return {**session.stats, **session.books, "in_arena": len(session.arena)}
+        """For collective_rpc: cuts and steps of each kind that this worker has made so far."""
+        return {**self._session.stats, "in_arena": len(self._session.arena)}
 
     def kv_compression_record(self, on: bool) -> None:
         """For collective_rpc: begin to describe what is kept at each cut, or stop."""
@@ -141,10 +148,10 @@ class ArenaWorker:
 
     def _follow_runner(self) -> Callable[[int], Sequence[str]]:
         """Hook into the runner; return a function from the batch's size to its rows' requests."""
-        runner, session = self.model_runner, self._session
+        runner = self.model_runner
         state = getattr(runner, "model_state", None)
         if hasattr(runner, "gather_batch_req_state") and hasattr(state, "prepare_attn"):  # V2
-            return _follow_v2(runner, session)
+            return _follow_v2(self)
         if hasattr(runner, "input_batch"):  # V1
             return lambda num_rows: runner.input_batch.req_ids[:num_rows]
         raise ValueError(
@@ -153,25 +160,30 @@ class ArenaWorker:
         )
 
 
-def _follow_v2(runner: Any, session: Session) -> Callable[[int], Sequence[str]]:
+def _follow_v2(worker: ArenaWorker) -> Callable[[int], Sequence[str]]:
     """Note a batch's rows, and whether it replays a FULL CUDA graph, before metadata is built."""
-    batch: list[Sequence[str]] = [()]
-    prepare, gather = runner.model_state.prepare_attn, runner.gather_batch_req_state
 
-    def prepare_attn(input_batch: Any, cudagraph_mode: Any, *args: Any, **kwargs: Any) -> Any:
-        batch[0] = input_batch.req_ids
-        session.replays = cudagraph_mode == CUDAGraphMode.FULL and not kwargs.get("for_capture")
-        return prepare(input_batch, cudagraph_mode, *args, **kwargs)
+    def make_prepare(original: Any) -> Any:
+        def prepare_attn(input_batch: Any, cudagraph_mode: Any, *args: Any, **kwargs: Any) -> Any:
+            worker._rows = input_batch.req_ids
+            replays = cudagraph_mode == CUDAGraphMode.FULL and not kwargs.get("for_capture")
+            worker._session.replays = replays
+            return original(input_batch, cudagraph_mode, *args, **kwargs)
 
-    def gather_batch_req_state(*args: Any, **kwargs: Any) -> Any:
-        state, uniform = gather(*args, **kwargs)
-        # A last chunk of one token passes for a decode step, but a replayed graph would not hand
-        # out its query. Without a uniform length no FULL decode graph is chosen.
-        return state, None if session.collects() else uniform
+        return prepare_attn
 
-    runner.model_state.prepare_attn = prepare_attn
-    runner.gather_batch_req_state = gather_batch_req_state
-    return lambda num_rows: batch[0][:num_rows]
+    def make_gather(original: Any) -> Any:
+        def gather_batch_req_state(*args: Any, **kwargs: Any) -> Any:
+            state, uniform = original(*args, **kwargs)
+            # A last chunk of one token passes for a decode step, but a replayed graph would not
+            # hand out its query. Without a uniform length no FULL decode graph is chosen.
+            return state, None if worker._session.collects() else uniform
+
+        return gather_batch_req_state
+
+    wrap_once(worker.model_runner.model_state, "prepare_attn", make_prepare)
+    wrap_once(worker.model_runner, "gather_batch_req_state", make_gather)
+    return lambda num_rows: worker._rows[:num_rows]
 
 
 def arena_group(kv_cache_config: KVCacheConfig, layers: LayerGroups) -> int:

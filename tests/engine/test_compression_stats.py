@@ -1,0 +1,199 @@
+"""The figures' path: worker, scheduler, vLLM's own encoder and decoder, /metrics."""
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.loggers import LoggingStatLogger, StatLoggerManager
+from vllm.v1.metrics.reader import get_metrics_snapshot
+from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+from tests.support.scheduling import Engine, configure, make_folder
+from vllm_kvcompress.engine.compression_stats import (
+    BlockGauges,
+    CompressionCounters,
+    CompressionStats,
+    attach_stats,
+    stats_of,
+)
+from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaScheduler
+from vllm_kvcompress.engine.step.measurement_channel import attach, report_of
+from vllm_kvcompress.eviction.measurements import CutReport
+
+REPORT = CutReport([("score", 0.25), ("move", 0.5)], {"cake": 800}, {"cake": 200}, [300, 100])
+STATS = CompressionStats(
+    BlockGauges(held=3, reserved=5, free=7, running_held=2, running_plain=8),
+    CompressionCounters(
+        blocks_freed=11,
+        prefills={"full": 1, "cascade": 2, "streaming": 0},
+        cuts={"prompt": 3, "chunk": 0, "decode": 4},
+        compressed_requests={"cake": 3},
+        other_requests={"none": 1, "a method: named": 2},
+    ),
+    REPORT,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("model"))
+
+
+def over_zmq(stats: SchedulerStats) -> SchedulerStats:
+    """What the server's process gets of a scheduler's figures."""
+    encoded = MsgpackEncoder().encode(EngineCoreOutputs(scheduler_stats=stats))
+    decoded = MsgpackDecoder(EngineCoreOutputs).decode(encoded).scheduler_stats
+    assert isinstance(decoded, SchedulerStats)
+    return decoded
+
+
+def test_figures_survive_vllms_encoding() -> None:
+    sent = SchedulerStats(num_running_reqs=4)
+    attach_stats(sent, STATS)
+    got = over_zmq(sent)
+    assert got.num_running_reqs == 4
+    for stats in (sent, got):  # without a process of its own, nothing is encoded
+        assert stats.kv_connector_stats is not None
+        assert stats_of(stats.kv_connector_stats) == STATS
+
+
+def test_figures_of_another_type_are_not_taken() -> None:
+    sent = SchedulerStats()
+    attach_stats(sent, STATS)
+    payload = over_zmq(sent).kv_connector_stats
+    assert payload is not None
+    (slot,) = payload
+    payload[slot]["report"]["layer_tokens_kept"] = ["many"]
+    with pytest.raises(ValueError, match="Expected `int`, got `str`"):
+        stats_of(payload)
+
+
+def test_a_report_goes_with_the_output_of_a_step() -> None:
+    class Later(AsyncModelRunnerOutput):
+        def get_output(self) -> ModelRunnerOutput:
+            return ModelRunnerOutput(["a"], {"a": 0})
+
+    output = ModelRunnerOutput(["a"], {"a": 0})
+    assert report_of(output) is None
+    assert attach(output, REPORT)
+    assert report_of(pickle.loads(pickle.dumps(output))) == REPORT
+    later = Later()
+    assert attach(later, REPORT)
+    assert report_of(later.get_output()) == REPORT
+    assert not attach(None, REPORT)
+    assert not attach(EMPTY_MODEL_RUNNER_OUTPUT, REPORT)
+    assert report_of(EMPTY_MODEL_RUNNER_OUTPUT) is None
+
+
+def test_reports_add_up() -> None:
+    total = CutReport()
+    assert not total
+    total.add_prompt("cake", 800, [300, 100])
+    total.add(CutReport([("score", 0.25)], {"uniform": 10}, {"uniform": 5}, [5, 5]))
+    total.add(CutReport([("move", 0.5)]))
+    assert total == CutReport(
+        REPORT.phase_times,
+        {"cake": 800, "uniform": 10},
+        {"cake": 200, "uniform": 5},
+        [305, 105],
+    )
+    assert total
+
+
+def test_a_scheduler_sends_each_figure_once(folder: Path) -> None:
+    engine = Engine(ArenaScheduler, configure(folder), 60)
+    scheduler, manager = engine.scheduler, engine.scheduler.kv_cache_manager
+    scheduler.log_stats = manager.log_stats = True
+    manager.prefix_cache_stats = PrefixCacheStats()
+    engine.add("a", 100, max_tokens=3)
+    engine.add("b", 8, max_tokens=3)
+    sent = []
+    while scheduler.requests:
+        engine.schedule()
+        step = engine.in_flight.popleft()
+        attach(step.result, REPORT)
+        outputs = scheduler.update_from_output(step.output, step.result)
+        (stats,) = [o.scheduler_stats for o in outputs.values() if o.scheduler_stats]
+        assert stats.kv_connector_stats is not None
+        sent.append(stats_of(stats.kv_connector_stats))
+    assert [stats.report for stats in sent] == [REPORT] * 3
+    counters = [stats.counters for stats in sent]
+    assert [c.compressed_requests for c in counters] == [{"uniform": 1}, {}, {}]
+    assert [c.other_requests for c in counters] == [{"uniform": 1}, {}, {}]
+    assert [c.prefills["full"] for c in counters] == [1, 0, 0]
+    # A cut's blocks go back when the next step is planned.
+    assert [c.cuts["prompt"] for c in counters] == [0, 1, 0]
+    assert [c.blocks_freed for c in counters] == [0, 13, 0]
+    first, second, last = (stats.blocks for stats in sent)
+    # 13 blocks of the long prompt and two for what it keeps, one of the short prompt.
+    assert (first.held, first.running_held, first.running_plain) == (16, 16, 14)
+    assert (second.held, second.running_held, second.running_plain) == (5, 5, 15)
+    assert (last.held, last.running_held, last.running_plain) == (0, 0, 0)
+    assert last.free == engine.total
+
+
+def offline_config(folder: Path) -> VllmConfig:
+    return EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, load_format="dummy"
+    ).create_engine_config()
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    yield
+    for collector in list(REGISTRY._collector_to_names):
+        if getattr(collector, "_name", "").startswith("vllm:"):
+            REGISTRY.unregister(collector)
+
+
+def value(name: str, engine: int, **labels: str) -> float | None:
+    """A sample whatever the model's name."""
+    wanted = {"engine": str(engine), **labels}
+    for family in REGISTRY.collect():
+        for sample in family.samples:
+            if sample.name == name and wanted.items() <= sample.labels.items():
+                return float(sample.value)
+    return None
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_server_of_several_engines_shows_each_ones_figures(folder: Path) -> None:
+    config = configure(folder)
+    loggers = StatLoggerManager(config, [0, 1], custom_stat_loggers=[LoggingStatLogger])
+    for engine, times in ((0, 1), (1, 2)):
+        for _ in range(times):
+            sent = SchedulerStats(num_running_reqs=4 + engine)
+            attach_stats(sent, STATS)
+            loggers.record(over_zmq(sent), None, engine_idx=engine)
+    loggers.log()
+    for engine, times in ((0, 1), (1, 2)):
+        assert value("vllm:num_requests_running", engine) == 4 + engine
+        assert value("vllm:kv_compression_blocks_reserved", engine) == 5
+        assert value("vllm:kv_compression_blocks_freed_total", engine) == 11 * times
+        assert value("vllm:kv_compression_cuts_total", engine, kind="decode") == 4 * times
+        name = "vllm:kv_compression_layer_tokens_kept_total"
+        assert value(name, engine, layer="0") == 300 * times
+        assert value("vllm:kv_compression_layer_kept_share", engine, layer="0") == 300 / 800
+    # What an offline LLM's get_metrics() returns.
+    offline: dict[str, Any] = {
+        m.name: m for m in get_metrics_snapshot() if m.labels.get("engine") == "0"
+    }
+    assert offline["vllm:kv_compression_ratio"].value == 4
+    assert offline["vllm:kv_compression_phase_time_seconds"].count == 1
+
+
+@pytest.mark.usefixtures("registry")
+def test_an_engine_without_compression_shows_none(folder: Path) -> None:
+    configure(folder)  # compression is on for another engine of this process
+    loggers = StatLoggerManager(offline_config(folder))
+    loggers.record(SchedulerStats(num_running_reqs=4), None)
+    assert value("vllm:num_requests_running", 0) == 4
+    assert not [m for m in get_metrics_snapshot() if "kv_compression" in m.name]

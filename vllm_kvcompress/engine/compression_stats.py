@@ -1,0 +1,93 @@
+"""The figures of one engine, as they travel from its scheduler to the server's /metrics.
+
+The worker's CutReport comes to the scheduler with the output of a step. The scheduler adds its own
+figures and puts all of them into vLLM's SchedulerStats of that step, which vLLM sends to the server
+(through ZMQ and msgpack, if the engine runs in a process of its own).
+
+SchedulerStats has one field for a payload that vLLM does not know: that of a KV connector.
+Connectors are refused beside compression, so the field is ours to use.
+"""
+
+from dataclasses import dataclass, field
+
+import msgspec
+from vllm.v1.metrics.stats import SchedulerStats
+
+from vllm_kvcompress.eviction.measurements import CutReport
+
+_SLOT = "kv_compression"
+
+PATHS = ("full", "cascade", "streaming")
+"""Where a compressed prompt lies while it is computed."""
+CUT_KINDS = ("prompt", "chunk", "decode")
+"""When a cut is made: at a prompt's end, between two chunks of it, in generated tokens."""
+
+
+@dataclass(frozen=True)
+class BlockGauges:
+    """KV-cache blocks at one moment.
+
+    Attributes:
+        held: Held by requests.
+        reserved: Held by requests or reserved for them.
+        free: Free to be handed out.
+        running_held: Held by running requests in the groups that are compressed.
+        running_plain: What these requests would hold there in plain vLLM.
+
+    """
+
+    held: int
+    reserved: int
+    free: int
+    running_held: int
+    running_plain: int
+
+
+@dataclass
+class CompressionCounters:
+    """What a scheduler has counted since it last sent its figures.
+
+    Attributes:
+        blocks_freed: KV-cache blocks given back by compression.
+        prefills: Compressed prompts by path, see :data:`PATHS`.
+        cuts: Cuts by kind, see :data:`CUT_KINDS`.
+        compressed_requests: Requests by method, those whose prompt is to be compressed.
+        other_requests: Requests by method, all others.
+
+    """
+
+    blocks_freed: int = 0
+    prefills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PATHS, 0))
+    cuts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CUT_KINDS, 0))
+    compressed_requests: dict[str, int] = field(default_factory=dict)
+    other_requests: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompressionStats:
+    """All figures of one engine and step."""
+
+    blocks: BlockGauges
+    counters: CompressionCounters
+    report: CutReport
+
+
+def attach_stats(scheduler_stats: SchedulerStats, stats: CompressionStats) -> None:
+    """Send figures along with a scheduler's. Mutates scheduler_stats."""
+    scheduler_stats.kv_connector_stats = {_SLOT: stats}
+
+
+def carries_stats(payload: dict[str, object]) -> bool:
+    """Whether the payload of a KV connector is in truth ours."""
+    return _SLOT in payload
+
+
+def stats_of(payload: dict[str, object]) -> CompressionStats:
+    """Return the figures that came as a payload.
+
+    Raises:
+        msgspec.ValidationError: They are not what :func:`attach_stats` sent.
+
+    """
+    # msgpack makes dicts of dataclasses whose type the receiver's decoder was not told.
+    return msgspec.convert(payload[_SLOT], CompressionStats)
