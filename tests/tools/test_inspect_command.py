@@ -46,8 +46,8 @@ def words(tmp_path: Path) -> list[str]:
         (["--budget", "much"], "got 'much'"),
         (["--budget", "0"], "got 0"),
         (["--config", '{"tau": 1}'], 'cake: unknown parameter "tau"'),
-        (["--config", "[]"], "argument --config: must be a JSON object, got []"),
-        (["--config", "{"], "argument --config: must be a JSON object, got {"),
+        (["--config", "[]"], "argument --config: must be a JSON object, got '[]'"),
+        (["--config", "{"], "argument --config: must be a JSON object, got '{'"),
         (
             ["--compare", "cake,snapkv", "--config", '{"gamma": 1}'],
             '(cake, snapkv), got {"gamma": 1}',

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 from vllm_kvcompress.tools.bench.bounds import decode_bound, token_bytes, whole_bound
 from vllm_kvcompress.tools.bench.engines import prompts_of, two_engines
-from vllm_kvcompress.tools.bench.job import DECODE, TTFT, Case, Job, Setup
+from vllm_kvcompress.tools.bench.job import DECODE, TTFT, BenchCase, BenchJob, Setup
 from vllm_kvcompress.tools.bench.measure import Decoding, Queue, first_token, run_queue
 from vllm_kvcompress.tools.bench.pairs import Paired, take_turns
-from vllm_kvcompress.tools.bench.rows import Row
+from vllm_kvcompress.tools.bench.rows import BenchRow
 from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
 
 Tell = Callable[[str], object]
 Pair = tuple[SteppedEngine, SteppedEngine]
 
 
-def measure(job: Job, setup: Setup, tell: Tell) -> Iterator[Row]:
+def measure(job: BenchJob, setup: Setup, tell: Tell) -> Iterator[BenchRow]:
     """Measure all cases of a setup.
 
     Args:
@@ -42,7 +42,7 @@ def measure(job: Job, setup: Setup, tell: Tell) -> Iterator[Row]:
                 yield from _throughput(job, setup, pair, case, tell)
 
 
-def _first_token(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
+def _first_token(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> BenchRow:
     plain, compressed = pair
     (prompt,) = prompts_of(job, plain, case)
     for number, subject in enumerate(pair):
@@ -61,7 +61,7 @@ def _first_token(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
     }
     note = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in spent.items())
     streams = job.config.prefill == "streaming"
-    return Row(
+    return BenchRow(
         case="time to first token",
         unit="ms",
         paired=Paired(tuple(p * 1e3 for (p, _), _ in pairs), tuple(c * 1e3 for _, (c, _) in pairs)),
@@ -74,7 +74,7 @@ def _first_token(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
     )
 
 
-def _decode(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
+def _decode(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> BenchRow:
     prompts = prompts_of(job, pair[0], case)
     plain, compressed = batches = [Decoding(subject, prompts, case.generate) for subject in pair]
     for number, batch in enumerate(batches):
@@ -94,7 +94,7 @@ def _decode(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
         f"a step reads {job.weights >> 20} MiB of weights and {full * block >> 20} or "
         f"{kept * block >> 20} MiB of KV cache"
     )
-    return Row(
+    return BenchRow(
         case="decode step",
         unit="ms",
         paired=Paired(tuple(p for p, _ in pairs), tuple(c for _, c in pairs)),
@@ -109,7 +109,9 @@ def _decode(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
     )
 
 
-def _throughput(job: Job, setup: Setup, pair: Pair, case: Case, tell: Tell) -> Iterator[Row]:
+def _throughput(
+    job: BenchJob, setup: Setup, pair: Pair, case: BenchCase, tell: Tell
+) -> Iterator[BenchRow]:
     plain, compressed = pair
     prompts = prompts_of(job, plain, case)
     for number, subject in enumerate(pair):
@@ -125,12 +127,12 @@ def _throughput(job: Job, setup: Setup, pair: Pair, case: Case, tell: Tell) -> I
 
 
 def throughput_rows(
-    job: Job,
+    job: BenchJob,
     pool: str,
-    case: Case,
+    case: BenchCase,
     pairs: list[tuple[Queue, Queue]],
     sizes: tuple[int, int],
-) -> Iterator[Row]:
+) -> Iterator[BenchRow]:
     """Tokens a second over whole runs, and over the steps that computed no prompt.
 
     Args:
@@ -160,7 +162,7 @@ def throughput_rows(
     thrown_out = sum(q.preemptions for q in plain), sum(q.preemptions for q in compressed)
     if any(thrown_out):
         notes.append(f"{thrown_out[0]} and {thrown_out[1]} preemptions")
-    whole = Row(
+    whole = BenchRow(
         case="throughput",
         unit="tokens/s",
         paired=_rates(pairs, lambda q: q.tokens / q.seconds),
@@ -192,7 +194,7 @@ def _rates(pairs: list[tuple[Queue, Queue]], rate: Callable[[Queue], float]) -> 
     )
 
 
-def _whole(job: Job, case: Case) -> tuple[str, ...]:
+def _whole(job: BenchJob, case: BenchCase) -> tuple[str, ...]:
     from vllm_kvcompress.planning.block_planner import BlockPlanner
 
     if BlockPlanner(job.config, job.block_size).schedule(case.prompt) is None:
@@ -200,5 +202,5 @@ def _whole(job: Job, case: Case) -> tuple[str, ...]:
     return ()
 
 
-def _rounds(job: Job, case: Case, tell: Tell) -> Callable[[int], object]:
+def _rounds(job: BenchJob, case: BenchCase, tell: Tell) -> Callable[[int], object]:
     return lambda number: tell(f"{case}, round {number} of {job.rounds}")

@@ -13,8 +13,8 @@ from vllm_kvcompress.tools.arguments import CommandError, count, json_object
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
-    from vllm_kvcompress.tools.bench.job import Job
-    from vllm_kvcompress.tools.bench.rows import Row
+    from vllm_kvcompress.tools.bench.job import BenchJob
+    from vllm_kvcompress.tools.bench.rows import BenchRow
     from vllm_kvcompress.tools.bench.vllm_bench import VllmJob
 
 CASES = ("ttft", "decode", "throughput")
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         CommandError: What the user can put right; rows measured before it stay on disk.
 
     """
-    from vllm_kvcompress.tools.bench.apart import say
+    from vllm_kvcompress.tools.bench.child_process import say
 
     prefix: Path = args.output
     if not prefix.name or not prefix.parent.is_dir():
@@ -158,7 +158,7 @@ def run(args: argparse.Namespace) -> int:
     return write(prefix, _settings_shown(job.config, args), _own_rows(job))
 
 
-def make_job(args: argparse.Namespace) -> Job:
+def make_job(args: argparse.Namespace) -> BenchJob:
     """Check everything that can be checked without an engine. Imports vLLM.
 
     Args:
@@ -170,7 +170,7 @@ def make_job(args: argparse.Namespace) -> Job:
     """
     from vllm.platforms import current_platform
 
-    from vllm_kvcompress.tools.bench.job import Job
+    from vllm_kvcompress.tools.bench.job import BenchJob
     from vllm_kvcompress.tools.bench.weights import read_bytes
     from vllm_kvcompress.tools.plan.model import load_config, model_facts
 
@@ -181,7 +181,7 @@ def make_job(args: argparse.Namespace) -> Job:
     facts = model_facts(args.model, loaded, args.dtype)
     block_size = args.block_size or DEFAULT_BLOCK_SIZE
     mib = args.kv_cache_mib
-    job = Job(
+    job = BenchJob(
         model=args.model,
         facts=facts,
         weights=read_bytes(facts, loaded),
@@ -238,7 +238,7 @@ def make_vllm_job(args: argparse.Namespace) -> VllmJob:
     )
 
 
-def write(prefix: Path, settings: dict[str, str], rows: Iterable[Row]) -> int:
+def write(prefix: Path, settings: dict[str, str], rows: Iterable[BenchRow]) -> int:
     """Write rows as they come, and print the table when they end or are cut off.
 
     Args:
@@ -253,11 +253,11 @@ def write(prefix: Path, settings: dict[str, str], rows: Iterable[Row]) -> int:
         CommandError: A file cannot be written, or the rows raise it.
 
     """
-    from vllm_kvcompress.tools.bench.apart import say
+    from vllm_kvcompress.tools.bench.child_process import say
     from vllm_kvcompress.tools.bench.machine import facts
-    from vllm_kvcompress.tools.bench.report import Report
+    from vllm_kvcompress.tools.bench.report import BenchReport
 
-    report = Report(prefix, {**settings, **facts()})
+    report = BenchReport(prefix, {**settings, **facts()})
     status = 0
     try:
         for row in rows:
@@ -275,8 +275,8 @@ def write(prefix: Path, settings: dict[str, str], rows: Iterable[Row]) -> int:
     return status
 
 
-def _own_rows(job: Job) -> Iterable[Row]:
-    from vllm_kvcompress.tools.bench.apart import rows_of
+def _own_rows(job: BenchJob) -> Iterable[BenchRow]:
+    from vllm_kvcompress.tools.bench.child_process import rows_of
 
     for setup in job.setups():
         yield from rows_of(job, setup)

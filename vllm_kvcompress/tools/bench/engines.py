@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.tools.arguments import CommandError
-from vllm_kvcompress.tools.bench.job import Case, Job, Setup, check_memory
+from vllm_kvcompress.tools.bench.job import BenchCase, BenchJob, Setup, check_memory
 from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
 
 ENVIRONMENT = {
@@ -27,7 +27,7 @@ FIRST_WORDS = 100
 
 
 @contextmanager
-def two_engines(job: Job, setup: Setup) -> Iterator[tuple[SteppedEngine, SteppedEngine]]:
+def two_engines(job: BenchJob, setup: Setup) -> Iterator[tuple[SteppedEngine, SteppedEngine]]:
     """Start plain vLLM, then the engine with compression; both are gone afterwards.
 
     Changes the process's environment variables.
@@ -66,7 +66,7 @@ def two_engines(job: Job, setup: Setup) -> Iterator[tuple[SteppedEngine, Stepped
         gc.collect()
 
 
-def prompts_of(job: Job, subject: SteppedEngine, case: Case) -> list[list[int]]:
+def prompts_of(job: BenchJob, subject: SteppedEngine, case: BenchCase) -> list[list[int]]:
     """Different prompts of random tokens; the same for both engines.
 
     Args:
@@ -81,7 +81,7 @@ def prompts_of(job: Job, subject: SteppedEngine, case: Case) -> list[list[int]]:
     return [[dice.randrange(first, last) for _ in range(case.prompt)] for _ in range(case.requests)]
 
 
-def _arguments(job: Job, setup: Setup, total: int | None) -> dict[str, Any]:
+def _arguments(job: BenchJob, setup: Setup, total: int | None) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
 
     known = {field.name for field in fields(EngineArgs)}
@@ -126,7 +126,7 @@ def _sentence(error: ValueError) -> str:
     return str(details()[0]["msg"]).removeprefix("Value error, ")
 
 
-def _memory(job: Job) -> tuple[int, int | None]:
+def _memory(job: BenchJob) -> tuple[int, int | None]:
     """Bytes that are free for both engines, and on a GPU those that it has."""
     if not job.cpu:
         import torch

@@ -22,7 +22,7 @@ BOUND, AMPLE = POOLS = ("bound", "ample")
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One thing to measure.
 
     Attributes:
@@ -61,7 +61,7 @@ class Setup:
     """
 
     name: str
-    cases: tuple[Case, ...]
+    cases: tuple[BenchCase, ...]
     blocks: int
     kv_bytes: int
     batched_tokens: int
@@ -76,7 +76,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """A run of ``kvcompress bench``.
 
     Attributes:
@@ -151,15 +151,15 @@ class Job:
             found.append(self._setup(AMPLE, alone))
         if THROUGHPUT in self.kinds:
             for length in self.lengths:
-                case = Case(THROUGHPUT, length, self.requests, self.generate)
+                case = BenchCase(THROUGHPUT, length, self.requests, self.generate)
                 found += [self._setup(pool, [case]) for pool in self.pools]
         return found
 
-    def _first_tokens(self) -> Iterator[Case]:
+    def _first_tokens(self) -> Iterator[BenchCase]:
         if TTFT in self.kinds:
-            yield from (Case(TTFT, length, 1, 2) for length in self.lengths)
+            yield from (BenchCase(TTFT, length, 1, 2) for length in self.lengths)
 
-    def _decodes(self) -> Iterator[Case]:
+    def _decodes(self) -> Iterator[BenchCase]:
         """As many tokens as no request comes to while its batch is measured."""
         if DECODE not in self.kinds:
             return
@@ -168,13 +168,13 @@ class Job:
                 chunk = min(self._step([length], batch), self.config.stream_chunk or length)
                 reading = batch * (1 + cdiv(length, chunk))
                 turns = self.rounds * (SETTLE_STEPS + self.steps)
-                yield Case(DECODE, length, batch, reading + WARM_STEPS + turns + 8)
+                yield BenchCase(DECODE, length, batch, reading + WARM_STEPS + turns + 8)
 
     def _step(self, lengths: Sequence[int], requests: int) -> int:
         """Tokens of a step: the longest prompt beside a token of each of the others."""
         return self.batched_tokens or max(lengths) + requests
 
-    def _setup(self, pool: str, cases: Sequence[Case]) -> Setup:
+    def _setup(self, pool: str, cases: Sequence[BenchCase]) -> Setup:
         requests = max(case.requests for case in cases)
         step = self._step([case.prompt for case in cases], requests)
         longest = max(cases, key=lambda case: case.context)
@@ -202,7 +202,7 @@ class Job:
             blocks = kv_bytes // self.block_bytes
         return Setup(pool, tuple(cases), blocks, kv_bytes, step)
 
-    def _blocks(self, case: Case, pool: str, step: int) -> int:
+    def _blocks(self, case: BenchCase, pool: str, step: int) -> int:
         """Blocks in which plain vLLM holds as many requests as the pool's name says."""
         lag = 0 if self.cpu else 1
         windows = Windows(self.facts.groups, self.block_size, (1 + lag) * step, lag)

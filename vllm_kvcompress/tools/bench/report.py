@@ -9,7 +9,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from vllm_kvcompress.tools.bench.rows import COLUMNS, HEADINGS, Row
+from vllm_kvcompress.tools.bench.rows import COLUMNS, HEADINGS, BenchRow
 
 PIPED_WIDTH = 160
 """Columns where the output is no terminal."""
@@ -23,7 +23,7 @@ LEGEND = (
 )
 
 
-class Report:
+class BenchReport:
     """A table that is whole on disk after each row.
 
     The first row makes PREFIX.csv and PREFIX.md, in place of what was there.
@@ -38,12 +38,12 @@ class Report:
     """
 
     def __init__(self, prefix: Path, facts: Mapping[str, str]) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[BenchRow] = []
         self._facts = dict(facts)
         self.csv = prefix.with_name(prefix.name + ".csv")
         self.markdown = prefix.with_name(prefix.name + ".md")
 
-    def add(self, row: Row) -> None:
+    def add(self, row: BenchRow) -> None:
         """Write a row. Mutates both files.
 
         Raises:
@@ -81,7 +81,7 @@ class Report:
         self.markdown.write_text(as_markdown(self.rows, self._facts), encoding="utf-8")
 
 
-def as_markdown(rows: list[Row], facts: Mapping[str, str]) -> str:
+def as_markdown(rows: list[BenchRow], facts: Mapping[str, str]) -> str:
     """Return the table with what it was measured on.
 
     Args:
@@ -105,7 +105,7 @@ def as_markdown(rows: list[Row], facts: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _notes(rows: list[Row]) -> list[str]:
+def _notes(rows: list[BenchRow]) -> list[str]:
     """Each note once, behind all rows that it belongs to."""
     titles: dict[str, list[str]] = {}
     for row in rows:

@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One case.
 
     Attributes:

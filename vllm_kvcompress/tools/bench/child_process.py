@@ -11,14 +11,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from vllm_kvcompress.tools.arguments import CommandError
-from vllm_kvcompress.tools.bench.job import Job, Setup
-from vllm_kvcompress.tools.bench.rows import Row
+from vllm_kvcompress.tools.bench.job import BenchJob, Setup
+from vllm_kvcompress.tools.bench.rows import BenchRow
 
 PATIENCE = 10.0
 """Seconds that a process is given to end, each time that it is told to."""
 
 
-def rows_of(job: Job, setup: Setup) -> Iterator[Row]:
+def rows_of(job: BenchJob, setup: Setup) -> Iterator[BenchRow]:
     """Measure a setup; what is being done goes to stderr.
 
     Args:
@@ -55,7 +55,7 @@ def say(text: str) -> None:
     print(f"kvcompress bench: {text}", file=sys.stderr, flush=True)
 
 
-def _received(here: Connection) -> Iterator[Row]:
+def _received(here: Connection) -> Iterator[BenchRow]:
     while True:
         try:
             message: Any = here.recv()
@@ -68,7 +68,7 @@ def _received(here: Connection) -> Iterator[Row]:
         yield message
 
 
-def _measure(job: Job, setup: Setup, there: Connection) -> None:
+def _measure(job: BenchJob, setup: Setup, there: Connection) -> None:
     from vllm_kvcompress.tools.bench.cases import measure
 
     try:
