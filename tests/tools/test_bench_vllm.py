@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import parsed
 from vllm_kvcompress.tools import serving
 from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.bench import command as bench
 from vllm_kvcompress.tools.bench import vllm_bench
 from vllm_kvcompress.tools.bench.block_watch import BlockWatch
 from vllm_kvcompress.tools.bench.pairs import Paired
-from vllm_kvcompress.tools.cli import build_parser
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def words(tmp_path: Path) -> list[str]:
 
 
 def vllm_job(words: list[str], *more: str) -> vllm_bench.VllmJob:
-    return bench.make_vllm_job(build_parser().parse_args([*words, *more]))
+    return bench.make_vllm_job(parsed(words, *more))
 
 
 def test_both_command_lines_differ_in_our_flags_alone(words: list[str]) -> None:
