@@ -98,7 +98,7 @@ class _Runner(SteppedEngine):
 
     def together(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[Any]:
         """Return the completions of prompts that run at one time: the peak is that of all."""
-        engine, done = self.engine, {}
+        engine, done = self.llm_engine, {}
         steps, half = 0, params[0].max_tokens // 2 + len(prompts)
         for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
             engine.add_request(str(index), prompt, sampling)

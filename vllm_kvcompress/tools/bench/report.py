@@ -1,4 +1,4 @@
-"""The rows on disk, as they come, and on the terminal."""
+"""The rows in files, as they come, and on the terminal."""
 
 import csv
 import textwrap
@@ -24,16 +24,16 @@ LEGEND = (
 
 
 class BenchReport:
-    """A table that is whole on disk after each row.
+    """A table whose files are complete after each row.
 
-    The first row makes PREFIX.csv and PREFIX.md, in place of what was there.
+    The first row writes PREFIX.csv and PREFIX.md; existing files are replaced.
 
     Args:
-        prefix: Of the files' names.
-        facts: The same for all rows: columns of the CSV, lines above the Markdown table.
+        prefix: What the files' names begin with.
+        facts: What is the same for all rows: columns of the CSV, lines above the Markdown table.
 
     Attributes:
-        rows: So far.
+        rows: The rows so far.
 
     """
 
@@ -73,7 +73,7 @@ class BenchReport:
             console.print(f"* {note}", soft_wrap=True)
 
     def _write(self) -> None:
-        # Written anew each time: a run that is cut off between two rows leaves whole files.
+        # Written as a whole each time: a run that ends between two rows leaves complete files.
         with self.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [*COLUMNS, *self._facts], lineterminator="\n")
             writer.writeheader()
@@ -82,11 +82,11 @@ class BenchReport:
 
 
 def as_markdown(rows: list[BenchRow], facts: Mapping[str, str]) -> str:
-    """Return the table with what it was measured on.
+    """Return the table, and above it where it was measured.
 
     Args:
-        rows: Of the table.
-        facts: Lines above it.
+        rows: Rows of the table.
+        facts: Lines above the table.
 
     """
     lines = ["# Compressed against plain vLLM", ""]
@@ -106,7 +106,7 @@ def as_markdown(rows: list[BenchRow], facts: Mapping[str, str]) -> str:
 
 
 def _notes(rows: list[BenchRow]) -> list[str]:
-    """Each note once, behind all rows that it belongs to."""
+    """Return each note once, after the titles of all rows that it belongs to."""
     titles: dict[str, list[str]] = {}
     for row in rows:
         for note in row.notes:

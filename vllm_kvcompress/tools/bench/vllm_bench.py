@@ -1,4 +1,4 @@
-"""vLLM's own ``vllm bench``, plain and compressed, and its own figures side by side."""
+"""``vllm bench``, plain and compressed, and its own figures side by side."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,7 +52,7 @@ class VllmJob:
         engine_flags: Words for both engines.
         extra: Words for ``vllm bench``.
         rounds: Turns of each.
-        prefix: Of the files written: vLLM's JSON and logs.
+        prefix: What the names of vLLM's JSON files and logs begin with.
         timeout: Seconds that a benchmark, or the start of a server, may take.
 
     """
@@ -69,7 +69,7 @@ class VllmJob:
 
 @dataclass(frozen=True)
 class VllmResult:
-    """What one benchmark said.
+    """What one benchmark measured.
 
     Attributes:
         figures: vLLM's JSON.
@@ -97,10 +97,10 @@ def flags_of(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def check_extra(extra: Sequence[str]) -> None:
-    """Refuse words that this command puts in itself.
+    """Refuse words that this command adds itself.
 
     Raises:
-        CommandError: The first of them.
+        CommandError: There is one; the message names the first.
 
     """
     for word in extra:
@@ -127,7 +127,7 @@ def measure(job: VllmJob, tell: Callable[[str], object]) -> Iterator[BenchRow]:
 
     Args:
         job: What to run.
-        tell: Called with what is being done.
+        tell: Called with a line of progress.
 
     Yields:
         A row for each of :data:`METRICS`, once all rounds are over.
@@ -152,14 +152,14 @@ def measure(job: VllmJob, tell: Callable[[str], object]) -> Iterator[BenchRow]:
 
 
 def rows_of(kind: str, pairs: Sequence[tuple[VllmResult, VllmResult]]) -> Iterator[BenchRow]:
-    """Vllm's figures as rows.
+    """Turn vLLM's figures into rows.
 
     Args:
         kind: A key of :data:`METRICS`.
         pairs: Results of both engines, plain first, by round.
 
     Raises:
-        CommandError: A figure is not there or is nothing.
+        CommandError: A figure is missing or not above 0.
 
     """
     plain, compressed = [p for p, _ in pairs], [c for _, c in pairs]
@@ -192,7 +192,7 @@ def _figure(result: VllmResult, kind: str, path: str) -> float:
 def _one(job: VllmJob, compressed: bool, name: str) -> VllmResult:
     out = job.prefix.with_name(f"{job.prefix.name}.{name}.json")
     log = out.with_suffix(".log")
-    # What an earlier run left would otherwise pass for this one's.
+    # A file of an earlier run would otherwise be taken for this one's.
     out.unlink(missing_ok=True)
     flags = engine_words(job, compressed=compressed)
     bench = ["bench", job.kind, "--model", job.model]
