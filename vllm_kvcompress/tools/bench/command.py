@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.tools.arguments import CommandError, count, json_object
+from vllm_kvcompress.tools.arguments import STOPPED, CommandError, count, json_object
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
@@ -22,20 +22,43 @@ POOLS = ("bound", "ample")
 VLLM_BENCHES = ("latency", "throughput", "serve")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 DEFAULT_BLOCK_SIZE = 32
-STOPPED = 130
 
-OWN: dict[str, Any] = {
-    "cases": CASES,
-    "lengths": (1024, 4096),
-    "batches": (1, 8),
-    "steps": 16,
-    "pools": POOLS,
-    "requests": 16,
-    "generate": 128,
-    "bound_requests": 3,
-    "seed": 0,
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(count(part.strip()) for part in text.split(",")))
+
+
+def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"must be some of {', '.join(known)}, got {name!r}"
+                )
+        return names
+
+    return parse
+
+
+OWN: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
+    "cases": (CASES, _names(CASES), "NAMES", "with commas between them"),
+    "lengths": ((1024, 4096), _counts, "TOKENS", "of prompts, with commas between them"),
+    "batches": ((1, 8), _counts, "N", "requests of a decode step, with commas between them"),
+    "steps": (16, count, "N", "decode steps that count in each turn"),
+    "pools": (POOLS, _names(POOLS), "NAMES", "for throughput"),
+    "requests": (16, count, "N", "of a throughput"),
+    "generate": (128, count, "TOKENS", "that each of those generates"),
+    "bound_requests": (3, count, "N", "that plain vLLM holds in the bound pool"),
+    "seed": (0, _number, "N", "of the prompts' random tokens"),
 }
-"""Settings of our own cases, which mean nothing to vLLM's, and their defaults."""
+"""Settings of our own cases, which vLLM's benchmarks do not have: default, type, metavar, help."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -109,24 +132,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_cases(group: Any) -> None:
-    shown = {
-        name: ",".join(map(str, value)) if isinstance(value, tuple) else value
-        for name, value in OWN.items()
-    }
-
-    def add(flag: str, kind: Callable[[str], Any], metavar: str, text: str) -> None:
-        default = shown[flag.removeprefix("--").replace("-", "_")]
-        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
-
-    add("--cases", _names(CASES), "NAMES", "with commas between them")
-    add("--lengths", _counts, "TOKENS", "of prompts, with commas between them")
-    add("--batches", _counts, "N", "requests of a decode step, with commas between them")
-    add("--steps", count, "N", "decode steps that count in each turn")
-    add("--pools", _names(POOLS), "NAMES", "for throughput")
-    add("--requests", count, "N", "of a throughput")
-    add("--generate", count, "TOKENS", "that each of those generates")
-    add("--bound-requests", count, "N", "that plain vLLM holds in the bound pool")
-    add("--seed", _number, "N", "of the prompts' random tokens")
+    for name, (default, kind, metavar, text) in OWN.items():
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {shown})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -176,7 +185,10 @@ def make_job(args: argparse.Namespace) -> BenchJob:
 
     if args.extra:
         raise CommandError("words after -- are for --vllm-bench, which is not given")
-    own = {name: _given(args, name) for name in OWN}
+    own = {
+        name: default if getattr(args, name) is None else getattr(args, name)
+        for name, (default, *_) in OWN.items()
+    }
     loaded = load_config(args.model)
     facts = model_facts(args.model, loaded, args.dtype)
     block_size = args.block_size or DEFAULT_BLOCK_SIZE
@@ -305,31 +317,3 @@ def _config(args: argparse.Namespace, block_size: int | None) -> KVCompressionCo
     except ValueError as error:
         raise CommandError(str(error)) from None
     return config
-
-
-def _given(args: argparse.Namespace, name: str) -> Any:
-    value = getattr(args, name)
-    return OWN[name] if value is None else value
-
-
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(count(part.strip()) for part in text.split(",")))
-
-
-def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(
-                    f"must be some of {', '.join(known)}, got {name!r}"
-                )
-        return names
-
-    return parse
