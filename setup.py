@@ -1,10 +1,13 @@
 """Packaging metadata; the settings of the tools are in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+PACKAGE = (ROOT / "vllm_kvcompress" / "__init__.py").read_text(encoding="utf-8")
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', PACKAGE, re.MULTILINE)
 
 VLLM = "vllm>=0.32,<0.33"
 INSPECT = ["jinja2>=3.1", "matplotlib>=3.8", "plotly>=6"]
@@ -23,7 +26,6 @@ EXTRAS = {
     "eval": EVAL,
     "gpu": ["triton>=3.4", "xformers>=0.0.35"],
     "inspect": INSPECT,
-    "ray": ["ray>=2.48"],
     "models": [
         "gguf>=0.17,<1",
         "safetensors>=0.6.2",
@@ -49,7 +51,7 @@ EXTRAS = {
 
 setup(
     name="vllm_kvcompress",
-    version="0.1.0",
+    version=VERSION,
     description="KV-cache eviction for vLLM: a different number of tokens in every layer",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

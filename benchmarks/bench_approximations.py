@@ -26,8 +26,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
-from benchmarks.forced import ForcedTokens, forcing, nll
 from vllm_kvcompress import LLM
+from vllm_kvcompress.paging.rounding import cdiv
+from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
+from vllm_kvcompress.tools.evaluation.forced_tokens import FORCED_KEY, ForcedTokens
 from vllm_kvcompress.tools.evaluation.tasks.haystack import (
     TOKENS_TO_GENERATE,
     Needle,
@@ -62,38 +64,41 @@ def main() -> None:
     {"streaming": _streaming, "decode": _decode}[args.case](args)
 
 
-class _Runner:
-    """One engine, its pool watched while it runs."""
+class _Runner(SteppedEngine):
+    """One engine, whose pool is watched while it runs.
+
+    Attributes:
+        peak: Most blocks held.
+        late: Most blocks held since each request has generated half of its tokens.
+
+    """
 
     def __init__(self, args: argparse.Namespace, max_len: int, **settings: Any) -> None:
-        self.llm = LLM(
-            args.model,
-            dtype="bfloat16",
-            enforce_eager=True,
-            block_size=args.block_size,
-            max_model_len=max_len,
-            max_num_seqs=16,
-            kv_cache_memory_bytes=3 << 30,
-            logits_processors=[ForcedTokens],
-            enable_prefix_caching=False,
-            **settings,
+        super().__init__(
+            LLM(
+                args.model,
+                dtype="bfloat16",
+                enforce_eager=True,
+                block_size=args.block_size,
+                max_model_len=max_len,
+                max_num_seqs=16,
+                kv_cache_memory_bytes=3 << 30,
+                logits_processors=[ForcedTokens],
+                enable_prefix_caching=False,
+                **settings,
+            )
         )
-        core = self.llm.llm_engine.engine_core.engine_core
-        self._pool = core.scheduler.kv_cache_manager.block_pool
         self.peak = 0
         self.late = 0
 
     def run(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[Any]:
-        """Completions of prompts that run one at a time, so that the peak is that of one."""
+        """Return the completions of prompts that run one at a time: the peak is that of one."""
         pairs = zip(prompts, params, strict=True)
         return [self.together([prompt], [sampling])[0] for prompt, sampling in pairs]
 
     def together(self, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> list[Any]:
-        """Completions of prompts that run at one time; the peak is that of all.
-
-        ``late`` is the peak once each has generated half of its tokens.
-        """
-        engine, done = self.llm.llm_engine, {}
+        """Return the completions of prompts that run at one time: the peak is that of all."""
+        engine, done = self.llm_engine, {}
         steps, half = 0, params[0].max_tokens // 2 + len(prompts)
         for index, (prompt, sampling) in enumerate(zip(prompts, params, strict=True)):
             engine.add_request(str(index), prompt, sampling)
@@ -101,17 +106,30 @@ class _Runner:
             for output in engine.step():
                 if output.finished:
                     done[output.request_id] = output.outputs[0]
-            held = self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()
+            held = self.blocks_held
             self.peak = max(self.peak, held)
             steps += 1
             self.late = max(self.late, held) if steps > half else 0
         return [done[str(index)] for index in range(len(prompts))]
 
-    def close(self) -> None:
-        """Let go of the engine's memory."""
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-        gc.collect()
+
+def _forcing(tokens: Sequence[int]) -> SamplingParams:
+    """Return sampling parameters under which a request produces just these tokens."""
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=len(tokens),
+        ignore_eos=True,
+        logprobs=0,
+        extra_args={FORCED_KEY: list(tokens)},
+    )
+
+
+def _nll(completion: Any, tokens: Sequence[int]) -> list[float]:
+    """Return the negative log-likelihood in nats of each forced token."""
+    if list(completion.token_ids) != list(tokens):
+        raise ValueError("the engine did not produce the forced tokens")
+    steps = completion.logprobs
+    return [-steps[i][token].logprob for i, token in enumerate(tokens)]
 
 
 def _compression(budget: int, **config: Any) -> dict[str, Any]:
@@ -123,7 +141,7 @@ def _compression(budget: int, **config: Any) -> dict[str, Any]:
 
 
 def _passages(args: argparse.Namespace, tokenizer: Any, length: int, count: int) -> list[list[int]]:
-    """Pieces of the essays that scripts/fetch_ruler.py fetches, spread over the first of them."""
+    """Cut pieces, spread evenly, out of the essays that scripts/fetch_ruler.py fetches."""
     essays = json.loads((args.ruler / "PaulGrahamEssays.json").read_text(encoding="utf-8"))
     text = list(tokenizer(essays["text"][:600_000])["input_ids"])
     stride = (len(text) - length) // max(count - 1, 1)
@@ -143,22 +161,16 @@ def _streaming(args: argparse.Namespace) -> None:
             seed=42,
         )
         passages = _passages(args, tokenizer, length + 128, count=args.passages)
-        variants: list[tuple[str, Any, dict[str, Any]]] = [
-            ("full cache", "", {"max_num_batched_tokens": 2048})
-        ]
+        step = {"max_num_batched_tokens": 2048}
+        variants: list[tuple[str, Any, dict[str, Any]]] = [("full cache", "", step)]
         for budget in map(int, (args.budgets or "512,1024").split(",")):
-            variants.append(
-                ("exact", budget, {"max_num_batched_tokens": 2048, **_compression(budget)})
-            )
-            for chunk, working in ((2048, 2 * budget), (1024, 2 * budget)):
-                config = {"prefill": "streaming", "stream_chunk": chunk, "stream_budget": working}
-                variants.append(
-                    (
-                        "streaming",
-                        budget,
-                        {"max_num_batched_tokens": chunk, **_compression(budget, **config)},
-                    )
+            variants.append(("exact", budget, {**step, **_compression(budget)}))
+            for chunk in (2048, 1024):
+                settings = _compression(
+                    budget, prefill="streaming", stream_chunk=chunk, stream_budget=2 * budget
                 )
+                settings["max_num_batched_tokens"] = chunk
+                variants.append(("streaming", budget, settings))
         base = None
         for prefill, budget, settings in variants:
             runner = _Runner(args, length + 512, **settings)
@@ -171,10 +183,12 @@ def _streaming(args: argparse.Namespace) -> None:
                 "nll_change": f"{losses - base:+.3f}",
                 "prompts": len(passages),
                 "peak_blocks": runner.peak,
-                "blocks_uncompressed": -(-(length + 128) // args.block_size),
+                "blocks_uncompressed": cdiv(length + 128, args.block_size),
             }
             _save(args, row)
             runner.close()
+            del runner  # and its memory, before the next engine starts
+            gc.collect()
 
 
 def _needles_and_nll(
@@ -185,12 +199,12 @@ def _needles_and_nll(
     found = sum(match(o.text, n.answers) for o, n in zip(outputs, needles, strict=True))
     ends = [p[length:] for p in passages]
     completions = runner.run(
-        [{"prompt_token_ids": p[:length]} for p in passages], [forcing(end) for end in ends]
+        [{"prompt_token_ids": p[:length]} for p in passages], [_forcing(end) for end in ends]
     )
     losses = [
         value
         for completion, end in zip(completions, ends, strict=True)
-        for value in nll(completion, end)
+        for value in _nll(completion, end)
     ]
     return int(found), statistics.fmean(losses)
 
@@ -212,8 +226,8 @@ def _decode(args: argparse.Namespace) -> None:
     base = None
     for name, budget, settings in variants:
         runner = _Runner(args, length + args.generate + 64, **settings)
-        completions = runner.together(prompts, [forcing(end) for end in ends])
-        values = [nll(c, end) for c, end in zip(completions, ends, strict=True)]
+        completions = runner.together(prompts, [_forcing(end) for end in ends])
+        values = [_nll(c, end) for c, end in zip(completions, ends, strict=True)]
         loss = statistics.fmean(v for one in values for v in one)
         base = base if base is not None else loss
         row = _row(name, budget, length, args.generate, settings)
@@ -223,10 +237,12 @@ def _decode(args: argparse.Namespace) -> None:
             "prompts": len(prompts),
             "peak_blocks": runner.peak,
             "late_blocks": runner.late,
-            "blocks_uncompressed": len(prompts) * -(-(length + args.generate) // args.block_size),
+            "blocks_uncompressed": len(prompts) * cdiv(length + args.generate, args.block_size),
         }
         _save(args, row)
         runner.close()
+        del runner
+        gc.collect()
 
 
 def _row(prefill: str, budget: Any, prompt: int, generated: int, settings: Any) -> dict[str, Any]:

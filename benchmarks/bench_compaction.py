@@ -12,26 +12,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_bench import (
-    LLAMA_3_1_8B,
-    SMALL,
-    Row,
-    Shape,
-    implementations,
-    measure,
-    parser,
-    row,
-    write,
-)
+from benchmarks.kernel_bench import Row, Shape, arguments, compare, write
 from kvcompress_kernels.compaction import compaction_cost, move_tokens
+from vllm_kvcompress.paging.rounding import cdiv
 
 
 def main() -> None:
     """Measure and write the rows."""
-    args = parser("survivors of all layers moved in one launch").parse_args()
-    small = args.quick or args.device.type == "cpu"
-    shape = SMALL if small else LLAMA_3_1_8B
-    for tokens in (2048,) if small else (32768, 131072):
+    args = arguments("survivors of all layers moved in one launch")
+    shape = args.shape
+    for tokens in (2048,) if args.small else (32768, 131072):
         for name, average in (("1024 a layer", 1024), ("25 %", tokens // 4)):
             case = f"{shape.layers} layers, {tokens} tokens, keep {name}"
             rows = _measure(shape, tokens, average, case, args.device)
@@ -50,7 +40,7 @@ def uneven_counts(shape: Shape, average: int) -> list[int]:
 def _measure(shape: Shape, tokens: int, average: int, case: str, device: torch.device) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     counts = uneven_counts(shape, average)
-    source_width = -(-tokens // shape.block_size)
+    source_width = cdiv(tokens, shape.block_size)
     target_width = max(counts) // shape.block_size
     layers = shape.layers
     pages = torch.randperm(layers * (source_width + target_width), generator=generator)
@@ -64,20 +54,16 @@ def _measure(shape: Shape, tokens: int, average: int, case: str, device: torch.d
         device=device,
     ).transpose(1, 2)
     chosen = _random_tokens(shape, tokens, counts, device)
-    rows = []
-    for implementation in implementations(device):
-        move = partial(
-            move_tokens,
-            cache,
-            source.view(layers, source_width),
-            chosen,
-            counts,
-            target.view(layers, target_width),
-            implementation=implementation,
-        )
-        cost = compaction_cost(sum(counts), shape.kv_heads, shape.head_size, shape.itemsize)
-        rows.append(row("compaction", case, implementation, measure(move, device=device), cost))
-    return rows
+    move = partial(
+        move_tokens,
+        cache,
+        source.view(layers, source_width),
+        chosen,
+        counts,
+        target.view(layers, target_width),
+    )
+    cost = compaction_cost(sum(counts), shape.kv_heads, shape.head_size, shape.itemsize)
+    return compare("compaction", case, move, cost, device)
 
 
 def _random_tokens(shape: Shape, tokens: int, counts: list[int], device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_compaction import uneven_counts
-from benchmarks.kernel_bench import Row, Shape, measure, parser, row, write
+from benchmarks.kernel_bench import Row, Shape, arguments, measure, row, write
 from kvcompress_kernels.cost import Cost
 from kvcompress_kernels.page_tables import ArenaTables, StepTables, fill_page_tables
 
@@ -28,7 +28,7 @@ BATCH = 4
 
 def main() -> None:
     """Measure and write the rows, and print how time and bytes compare."""
-    args = parser("decode attention on a full and on compressed caches").parse_args()
+    args = arguments("decode attention on a full and on compressed caches")
     if args.device.type != "cuda":
         print("decode attention was not measured: xformers' operator needs a GPU")
         return

@@ -13,17 +13,7 @@ from functools import partial
 import torch
 
 from benchmarks.bench_compaction import uneven_counts
-from benchmarks.kernel_bench import (
-    LLAMA_3_1_8B,
-    SMALL,
-    Row,
-    Shape,
-    implementations,
-    measure,
-    parser,
-    row,
-    write,
-)
+from benchmarks.kernel_bench import Row, Shape, arguments, compare, write
 from kvcompress_kernels.page_tables import (
     ArenaTables,
     StepTables,
@@ -36,13 +26,11 @@ KEEP = 1024
 
 def main() -> None:
     """Measure and write the rows."""
-    args = parser("page tables of one decode step, all layers in one launch").parse_args()
-    small = args.quick or args.device.type == "cpu"
-    shape = SMALL if small else LLAMA_3_1_8B
-    for context in (2048,) if small else (8192, 131072):
-        for batch in (4,) if small else (8, 64, 256):
+    args = arguments("page tables of one decode step, all layers in one launch")
+    for context in (2048,) if args.small else (8192, 131072):
+        for batch in (4,) if args.small else (8, 64, 256):
             for compressed in (True, False):
-                rows = _measure(shape, context, batch, compressed, args.device)
+                rows = _measure(args.shape, context, batch, compressed, args.device)
                 write(rows, args.csv, args.device)
 
 
@@ -64,29 +52,22 @@ def _measure(
         block_size=size,
     )
     slots = torch.arange(batch) if compressed else torch.full((batch,), -1)
-    inputs = {
-        "slots": slots.to(device, torch.int32),
-        "block_table": torch.randint(0, 10**6, (batch, width), dtype=torch.int32, device=device),
-        "seq_lens": torch.full((batch,), context, dtype=torch.int32, device=device),
-        "query_start": torch.arange(batch + 1, dtype=torch.int32, device=device),
-    }
     out = StepTables.allocate(layers, batch, width, batch, device)
     pages = int((used + 1).sum()) if compressed else layers * width
     cost = page_tables_cost(layers, entries=pages * batch, rows=batch, tokens=batch)
     kind = "compressed" if compressed else "plain"
     case = f"{layers} layers, {batch} rows, {context} tokens, {kind}"
-    rows = []
-    for implementation in implementations(device):
-        fill = partial(
-            fill_page_tables,
-            arena,
-            out,
-            **inputs,
-            num_tokens=batch,
-            implementation=implementation,
-        )
-        rows.append(row("page_tables", case, implementation, measure(fill, device=device), cost))
-    return rows
+    fill = partial(
+        fill_page_tables,
+        arena,
+        out,
+        slots=slots.to(device, torch.int32),
+        block_table=torch.randint(0, 10**6, (batch, width), dtype=torch.int32, device=device),
+        seq_lens=torch.full((batch,), context, dtype=torch.int32, device=device),
+        query_start=torch.arange(batch + 1, dtype=torch.int32, device=device),
+        num_tokens=batch,
+    )
+    return compare("page_tables", case, fill, cost, device)
 
 
 if __name__ == "__main__":

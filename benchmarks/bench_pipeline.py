@@ -19,14 +19,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernel_bench import (
-    LLAMA_3_1_8B,
-    SMALL,
     Row,
     Shape,
     Timing,
+    arguments,
     implementations,
     measure,
-    parser,
     row,
     write,
 )
@@ -44,9 +42,8 @@ PARTS = ("scoring", "token scores", "selection", "compaction")
 
 def main() -> None:
     """Measure and write the rows, and print the shares of the prefill."""
-    args = parser("scoring to compaction of one prompt, next to its prefill").parse_args()
-    small = args.quick or args.device.type == "cpu"
-    shape, tokens = (SMALL, 2048) if small else (LLAMA_3_1_8B, 32768)
+    args = arguments("scoring to compaction of one prompt, next to its prefill")
+    shape, tokens = args.shape, 2048 if args.small else 32768
     prefill = _prefill(shape, tokens, args.device)
     write([prefill], args.csv, args.device)
     wholes: list[Row] = []

@@ -1,20 +1,19 @@
-"""Time of scoring and selecting tokens: python -m benchmarks.bench_selection [--quick].
+"""Scoring and selecting tokens: all layers of one prompt in one call, Llama-3.1-8B's shape.
 
-One call handles all 32 layers of a prompt in the shape of Llama-3.1-8B. "torch" is the twin; for
-``select_tokens`` there is also torch's own top-k with a sort of the ids, which does not say how it
-breaks ties.
+    python -m benchmarks.bench_selection
+
+For ``select_tokens`` there is also torch's own top-k with a sort of the ids; which of two equal
+scores that takes is not defined.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from kvcompress_kernels.cost import Cost
+from benchmarks.kernel_bench import Row, Shape, arguments, compare, write
 from kvcompress_kernels.selection import (
     select_tokens,
     selection_cost,
@@ -23,122 +22,55 @@ from kvcompress_kernels.selection import (
     winners_per_layer,
 )
 
-from .kernel_bench import Row, implementations, measure, parser, row, write
 
-
-@dataclass(frozen=True)
-class Shape:
-    """``layers`` rows of ``kv_heads`` heads with ``tokens`` columns, of which ``count`` stay."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    tokens: int
-    count: int
-
-    @property
-    def case(self) -> str:
-        return (
-            f"L={self.layers} H={self.heads} N={self.kv_heads} S={self.tokens} count={self.count}"
-        )
-
-
-def shapes(quick: bool, device: torch.device) -> list[Shape]:
-    """The serving shapes; on the CPU a single layer, which is what it is asked to select at once
-    there; with ``quick`` one small shape."""
-    if quick:
-        return [Shape(4, 8, 2, 2000, 200)]
-    if device.type == "cpu":
-        return [Shape(1, 32, 8, 8000, 1000), Shape(4, 32, 8, 8000, 1000)]
-    return [Shape(32, 32, 8, tokens, 1024) for tokens in (8192, 32768, 131072)]
+def main() -> None:
+    """Measure and write the rows."""
+    args = arguments("scoring and selection of tokens")
+    lengths = ((2000, 200),) if args.small else ((8192, 1024), (32768, 1024), (131072, 1024))
+    for tokens, count in lengths:
+        write(_measure(args.shape, tokens, count, args.device), args.csv, args.device)
 
 
 def attention_like(*shape: int, device: torch.device) -> Tensor:
-    """Positive, and spread over several orders of magnitude, as attention is."""
+    """Return numbers that are positive and spread over orders of magnitude, as attention is."""
     generator = torch.Generator(device).manual_seed(1)
     return torch.randn(shape, generator=generator, device=device).mul_(2).exp_().div_(shape[-1])
 
 
-def timed(
-    kernel: str,
-    shape: Shape,
-    cost: Cost,
-    device: torch.device,
-    functions: dict[str, Callable[[], object]],
-) -> list[Row]:
-    """One row for every implementation in ``functions``."""
-    rows = []
-    for name, function in functions.items():
-        rows.append(row(kernel, shape.case, name, measure(function, device=device), cost))
-    return rows
+def _measure(shape: Shape, tokens: int, count: int, device: torch.device) -> list[Row]:
+    layers, heads, kv_heads = shape.layers, shape.heads, shape.kv_heads
+    case = f"L={layers} H={heads} N={kv_heads} S={tokens} count={count}"
+    scores = attention_like(layers, kv_heads, tokens, device=device)
+    mean = attention_like(layers, heads, tokens, device=device)
+    size = {"jobs": layers, "heads": kv_heads, "tokens": tokens}
 
+    def topk() -> Tensor:
+        return scores.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
 
-def time_selection(shape: Shape, device: torch.device) -> list[Row]:
-    scores = attention_like(shape.layers, shape.kv_heads, shape.tokens, device=device)
-    counts = [shape.count] * shape.layers
-    functions: dict[str, Callable[[], object]] = {
-        name: partial(select_tokens, scores, counts, implementation=name)
-        for name in implementations(device)
-    }
-    functions["torch.topk"] = lambda: (
-        scores.topk(shape.count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    rows = compare(
+        "select_tokens",
+        case,
+        partial(select_tokens, scores, [count] * layers),
+        selection_cost(**size, count=count),
+        device,
+        {"torch.topk": topk},
     )
-    cost = selection_cost(
-        jobs=shape.layers, heads=shape.kv_heads, tokens=shape.tokens, count=shape.count
+    # DynamicKV's count of winners per layer; the wait for the result is part of it.
+    rows += compare(
+        "winners_per_layer",
+        case,
+        partial(winners_per_layer, list(scores), count * kv_heads * layers),
+        selection_cost(**size, count=0),
+        device,
     )
-    return timed("select_tokens", shape, cost, device, functions)
-
-
-def time_winners(shape: Shape, device: torch.device) -> list[Row]:
-    """DynamicKV's count of winners per layer; the wait for the result is part of it."""
-    layers = list(attention_like(shape.layers, shape.kv_heads, shape.tokens, device=device))
-    k = shape.count * shape.kv_heads * shape.layers
-    cost = selection_cost(jobs=shape.layers, heads=shape.kv_heads, tokens=shape.tokens, count=0)
-    functions: dict[str, Callable[[], object]] = {
-        name: partial(winners_per_layer, layers, k, implementation=name)
-        for name in implementations(device)
-    }
-    return timed("winners_per_layer", shape, cost, device, functions)
-
-
-def time_token_scores(shape: Shape, device: torch.device) -> list[Row]:
-    """CAKE's scores: variance, average pooling of width 5, mean over heads."""
-    mean = attention_like(shape.layers, shape.heads, shape.tokens, device=device)
-    var = mean * 0.1
-    heads = shape.kv_heads
-    functions: dict[str, Callable[[], object]] = {
-        name: partial(
-            token_scores,
-            mean,
-            var,
-            gamma=200.0,
-            kernel=5,
-            mode="avg",
-            num_kv_heads=heads,
-            implementation=name,
-        )
-        for name in implementations(device)
-    }
+    # CAKE's scores: variance, average pooling of width 5, mean over the heads.
+    score = partial(
+        token_scores, mean, mean * 0.1, gamma=200.0, kernel=5, mode="avg", num_kv_heads=kv_heads
+    )
     cost = token_scores_cost(
-        jobs=shape.layers,
-        heads=shape.heads,
-        kv_heads=heads,
-        tokens=shape.tokens,
-        kernel=5,
-        has_var=True,
+        jobs=layers, heads=heads, kv_heads=kv_heads, tokens=tokens, kernel=5, has_var=True
     )
-    return timed("token_scores", shape, cost, device, functions)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser("Scoring and selection of tokens.").parse_args(arguments)
-    rows = [
-        entry
-        for shape in shapes(options.quick, options.device)
-        for time in (time_selection, time_winners, time_token_scores)
-        for entry in time(shape, options.device)
-    ]
-    write(rows, options.csv, options.device)
+    return rows + compare("token_scores", case, score, cost, device)
 
 
 if __name__ == "__main__":

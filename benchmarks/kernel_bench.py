@@ -6,17 +6,19 @@ import argparse
 import csv
 import datetime
 import functools
-import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from kvcompress_kernels.cost import Cost
+from vllm_kvcompress.tools.bench.machine import processor
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.csv"
 FIELDS = [
@@ -34,7 +36,7 @@ _SECONDS = 1.0  # a measurement stops after this long, once it has the least num
 
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of a model and its cache that the kernels depend on; bf16 throughout."""
+    """The numbers of a model and its cache that the kernels depend on; everything is bf16."""
 
     layers: int
     heads: int
@@ -59,7 +61,7 @@ class Timing:
 
     @property
     def spread(self) -> str:
-        """``low-high`` in milliseconds, the form that :class:`Row` wants."""
+        """Return ``low-high`` in milliseconds, as :class:`Row` takes it."""
         return f"{self.low * 1e3:.4f}-{self.high * 1e3:.4f}"
 
 
@@ -67,10 +69,16 @@ class Timing:
 class Row:
     """One line of the results.
 
-    ``kernel``, ``case`` and ``implementation`` name what ran; rows that agree in the first two are
-    compared with the one whose implementation is "torch". ``seconds_spread``: fastest and slowest
-    run in milliseconds, "min-max". ``bytes`` and ``flops``: of the algorithm (``Cost``), so that
-    an implementation which moves more shows a lower bandwidth.
+    Attributes:
+        kernel: What ran.
+        case: What it ran on.
+        implementation: Rows that agree in kernel and case are compared with the one of "torch".
+        seconds_median: Median of the runs.
+        seconds_spread: Fastest and slowest run, "min-max" in milliseconds.
+        bytes: Bytes that the algorithm has to move (``Cost``), so that an implementation which
+            moves more shows a lower bandwidth.
+        flops: Operations of the algorithm.
+
     """
 
     kernel: str
@@ -83,31 +91,76 @@ class Row:
 
 
 def row(kernel: str, case: str, implementation: str, timing: Timing, cost: Cost) -> Row:
-    """A :class:`Row` from what was measured and what had to be done."""
+    """Make a :class:`Row` of what was measured and what had to be done."""
     return Row(kernel, case, implementation, timing.median, timing.spread, cost.bytes, cost.flops)
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options all kernel benchmarks have: --quick, --csv, --device."""
-    result = argparse.ArgumentParser(description=description)
-    result.add_argument("--quick", action="store_true", help="small shapes, to check the script")
-    result.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE", help="appended to")
-    result.add_argument(
+def arguments(description: str) -> argparse.Namespace:
+    """Read the options that all kernel benchmarks have: --quick, --csv, --device.
+
+    Args:
+        description: What the benchmark measures.
+
+    Returns:
+        The options; ``small`` says whether the benchmark only shows that it works, and ``shape`` is
+        the model's shape to use.
+
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="small shapes, to check the script")
+    parser.add_argument("--csv", type=Path, default=RESULTS, metavar="FILE", help="appended to")
+    parser.add_argument(
         "--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    return result
+    args = parser.parse_args()
+    args.small = args.quick or args.device.type == "cpu"
+    args.shape = SMALL if args.small else LLAMA_3_1_8B
+    return args
 
 
 def implementations(device: torch.device) -> tuple[Literal["triton", "torch"], ...]:
-    """What is worth timing: interpreted Triton on the CPU is not."""
+    """Return the implementations worth timing; interpreted Triton on the CPU is not."""
     return ("torch",) if device.type == "cpu" else ("triton", "torch")
 
 
-def measure(function: Callable[[], object], *, device: torch.device) -> Timing:
-    """Time ``function``, which must do the same work each time.
+def compare(
+    kernel: str,
+    case: str,
+    function: Callable[..., object],
+    cost: Cost,
+    device: torch.device,
+    others: Mapping[str, Callable[[], object]] | None = None,
+) -> list[Row]:
+    """Time all implementations of a kernel.
 
-    On a GPU: CUDA events around each run, with the L2 cache overwritten before it. A function that
-    waits for the device is timed with that wait. On the CPU: a clock, caches as they are.
+    Args:
+        kernel: Its name.
+        case: What it is applied to.
+        function: Calls the kernel, with the keyword argument ``implementation``.
+        cost: What the algorithm has to read, write and compute.
+        device: Where it runs.
+        others: Further functions that do the same, by name.
+
+    """
+    functions: dict[str, Callable[[], object]] = {
+        name: functools.partial(function, implementation=name) for name in implementations(device)
+    }
+    return [
+        row(kernel, case, name, measure(run, device=device), cost)
+        for name, run in {**functions, **(others or {})}.items()
+    ]
+
+
+def measure(function: Callable[[], object], *, device: torch.device) -> Timing:
+    """Time a function.
+
+    On a GPU with CUDA events around each run, the L2 cache being overwritten before it; a function
+    that waits for the device is timed with that wait. On the CPU with a clock, caches as they are.
+
+    Args:
+        function: Does the same work each time.
+        device: Where it does it.
+
     """
     for _ in range(_WARM_UPS):
         function()
@@ -147,7 +200,7 @@ def _flush_buffer(device: torch.device) -> torch.Tensor:
 
 @functools.cache
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second of torch's copy of a large buffer, read and written bytes together."""
+    """Return the bytes per second that torch reads and writes while it copies a large buffer."""
     count = _COPY_BYTES[device.type] // 4
     source = torch.ones(count, dtype=torch.int32, device=device)
     target = torch.zeros_like(source)
@@ -156,29 +209,13 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's with its number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [
-            line.split(":", 1)[1].strip()
-            for line in info.read_text(encoding="utf-8").splitlines()
-            if line.startswith("model name")
-        ]
-        if models:
-            name = models[0]
-    return f"{name} x{torch.get_num_threads()}"
+    """Return the GPU's name, or the CPU's with its number of cores."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
 def triton_version() -> str:
-    """Triton's version, or nothing where it is not installed."""
-    try:
-        import triton
-    except ImportError:
-        return ""
-    return str(triton.__version__)
+    """Return Triton's version, or nothing where it is not installed."""
+    return str(import_module("triton").__version__) if find_spec("triton") else ""
 
 
 def write(rows: Sequence[Row], path: Path, device: torch.device) -> None:

@@ -13,6 +13,7 @@ from kvcompress_kernels.cost import Cost
 from kvcompress_kernels.page_tables import page_tables_cost
 from kvcompress_kernels.scoring import scoring_cost
 from kvcompress_kernels.selection import selection_cost, token_scores_cost
+from vllm_kvcompress.paging.rounding import cdiv
 
 BANDWIDTH = 3.35e12  # bytes/s
 FLOP_RATE = 989e12  # bf16 on the tensor cores, dense
@@ -24,7 +25,7 @@ ROWS = 64  # requests of a decode step
 def costs(shape: Shape, tokens: int) -> dict[str, Cost]:
     """What one layer of one prompt costs, and one decode step's page tables; keys say which."""
     heads, kv_heads, history = shape.heads, shape.kv_heads, tokens - shape.window
-    pages = -(-KEEP // shape.block_size)
+    pages = cdiv(KEEP, shape.block_size)
     attended = tokens * (tokens + 1) // 2
     return {
         "scoring": scoring_cost(

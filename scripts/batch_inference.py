@@ -8,28 +8,21 @@ and "error". Run the same command again after a kill and it goes on where it was
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
-from jsonl_jobs import (
-    JobError,
-    Prompt,
-    append_answers,
-    output_file,
-    read_prompts,
-    remaining,
-)
+from jsonl_jobs import JobPrompt, append_answers, output_file, read_prompts, remaining
+from vllm_kvcompress.tools.arguments import CommandError, count, json_object
 
 Answer = dict[str, Any]
 
 
-def describe(prompt: Prompt, output: Any) -> Answer:
+def describe(prompt: JobPrompt, output: Any) -> Answer:
+    """Return the line of the output for one of vLLM's outputs."""
     completion = output.outputs[0]
     return {
         "id": prompt.id,
@@ -40,8 +33,8 @@ def describe(prompt: Prompt, output: Any) -> Answer:
     }
 
 
-def run_batch(llm: Any, sampling: Any, batch: list[Prompt]) -> list[Answer]:
-    """Answers to all of the batch."""
+def run_batch(llm: Any, sampling: Any, batch: list[JobPrompt]) -> list[Answer]:
+    """Return the answers to all of the batch; ValueError if vLLM refuses one of its prompts."""
     texts = [prompt for prompt in batch if prompt.prompt is not None]
     chats = [prompt for prompt in batch if prompt.messages is not None]
     outputs: list[Any] = []
@@ -52,8 +45,8 @@ def run_batch(llm: Any, sampling: Any, batch: list[Prompt]) -> list[Answer]:
     return [describe(prompt, output) for prompt, output in zip(texts + chats, outputs, strict=True)]
 
 
-def answer_batch(llm: Any, sampling: Any, batch: list[Prompt]) -> list[Answer]:
-    """As `run_batch`; a prompt that vLLM refuses does not take the others along."""
+def answer_batch(llm: Any, sampling: Any, batch: list[JobPrompt]) -> list[Answer]:
+    """Return the answers to all of the batch, even if vLLM refuses one of its prompts."""
     try:
         return run_batch(llm, sampling, batch)
     except ValueError as error:
@@ -63,70 +56,57 @@ def answer_batch(llm: Any, sampling: Any, batch: list[Prompt]) -> list[Answer]:
         return [{"id": batch[0].id, **refused, "finish_reason": "error", "error": str(error)}]
 
 
-def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    chosen: dict[str, Any] = {"model": args.model}
-    for name in ("kv_compression", "kv_compression_budget", "kv_compression_config"):
-        if getattr(args, name) is not None:
-            chosen[name] = getattr(args, name)
-    return {**chosen, **args.engine_args}
+def start_engine(args: argparse.Namespace) -> Any:
+    """Start the engine.
+
+    Raises:
+        CommandError: vLLM or the plugin refuses a setting.
+
+    """
+    # Imported here: vLLM takes seconds, which --help and a mistake in a file need not wait for.
+    from vllm_kvcompress import LLM
+    from vllm_kvcompress.planning.config import parse_budget
+
+    chosen = {
+        name: getattr(args, name)
+        for name in ("kv_compression", "kv_compression_budget", "kv_compression_config")
+        if getattr(args, name) is not None
+    }
+    try:
+        if "kv_compression_budget" in chosen:
+            chosen["kv_compression_budget"] = parse_budget(chosen["kv_compression_budget"])
+        return LLM(model=args.model, **{**chosen, **args.engine_args})
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def work(args: argparse.Namespace) -> None:
+    """Answer the prompts that have no answer yet.
+
+    Raises:
+        CommandError: A file or a setting is wrong.
+
+    """
     prompts = read_prompts(args.input)
     with output_file(args.output) as file:  # what is wrong here shows before the engine starts
         todo = remaining(prompts, file, args.output)
-    console = Console(stderr=True)
-    console.print(f"{len(prompts)} prompts, {len(prompts) - len(todo)} answered already")
+    done = len(prompts) - len(todo)
+    print(f"{len(prompts)} prompts, {done} answered already", file=sys.stderr)
     if not todo:
         return
 
-    # Imported here: vLLM takes seconds, which --help and a mistake in a file need not wait for.
+    llm = start_engine(args)
     from vllm import SamplingParams
 
-    from vllm_kvcompress import LLM
-
-    try:
-        llm = LLM(**engine_arguments(args))
-    except ValueError as error:  # vLLM's and the plugin's word for a setting that cannot be
-        raise JobError(str(error)) from error
     sampling = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("prompts"), TimeRemainingColumn())
-    # Opened anew after the engine: its processes must not inherit the lock and outlive this one.
-    with output_file(args.output) as file, Progress(*columns, console=console) as bar:
+    # Opened again after the engine: its processes must not inherit the lock and outlive this one.
+    with output_file(args.output) as file:
         todo = remaining(prompts, file, args.output)
-        task = bar.add_task("", total=len(prompts), completed=len(prompts) - len(todo))
-        for begin in range(0, len(todo), args.batch_size):
-            batch = todo[begin : begin + args.batch_size]
-            append_answers(file, answer_batch(llm, sampling, batch))
-            bar.advance(task, len(batch))
-
-
-def json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as problem:
-        raise argparse.ArgumentTypeError(f"not JSON ({problem.msg})") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError("not a JSON object")
-    return value
-
-
-def budget(text: str) -> int | float:
-    """Tokens, or a ratio; what is sensible is the engine's to say."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+        with tqdm(total=len(prompts), initial=len(prompts) - len(todo), unit="prompt") as bar:
+            for begin in range(0, len(todo), args.batch_size):
+                batch = todo[begin : begin + args.batch_size]
+                append_answers(file, answer_batch(llm, sampling, batch))
+                bar.update(len(batch))
 
 
 def main() -> None:
@@ -137,12 +117,12 @@ def main() -> None:
     parser.add_argument("--input", type=Path, required=True, help="prompts, JSONL")
     parser.add_argument("--output", type=Path, required=True, help="answers, JSONL")
     parser.add_argument("--kv-compression", metavar="METHOD")
-    parser.add_argument("--kv-compression-budget", type=budget, metavar="N")
+    parser.add_argument("--kv-compression-budget", metavar="N")
     parser.add_argument("--kv-compression-config", type=json_object, metavar="JSON")
-    parser.add_argument("--max-tokens", type=positive, default=256)
+    parser.add_argument("--max-tokens", type=count, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument(
-        "--batch-size", type=positive, default=32, help="prompts between two writes (default: 32)"
+        "--batch-size", type=count, default=32, help="prompts between two writes (default: 32)"
     )
     parser.add_argument(
         "--engine-args",
@@ -155,7 +135,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         work(args)
-    except (JobError, OSError) as error:
+    except (CommandError, OSError) as error:
         sys.exit(f"batch_inference: {error}")
 
 

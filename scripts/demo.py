@@ -7,25 +7,29 @@ server itself logged; times are those of this client.
 
 import argparse
 import json
+import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAI, OpenAIError
 from rich.bar import Bar
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fetch_model import fetch
 from modelkit import ModelError
 from modelkit.sources import QWEN
-from server_figures import Figures, wait_for_figures
-from serving import Server, ServerError, serve
+from vllm_kvcompress.tools.arguments import CommandError
+from vllm_kvcompress.tools.serving import RunningServer, serve
 
 HERE = Path(__file__).resolve().parent
 TEXT = HERE / "data" / "persuasion.txt"
@@ -52,6 +56,16 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Outcome:
+    """What came of a question.
+
+    Attributes:
+        first_token: Seconds until the first token of the answer.
+        rest: Seconds from there to the last one.
+        compression: What the server logged of compressing the prompt; None if it did not.
+        pool: What it logged of the pool, when the prompt's blocks came back to it.
+
+    """
+
     question: Question
     answer: str
     prompt_tokens: int
@@ -59,7 +73,8 @@ class Outcome:
     answer_tokens: int
     first_token: float
     rest: float
-    figures: Figures | None
+    compression: dict[str, Any] | None
+    pool: dict[str, Any]
 
     @property
     def is_right(self) -> bool:
@@ -70,7 +85,7 @@ class Outcome:
         return (self.answer_tokens - 1) / self.rest if self.rest > 0 else float("nan")
 
 
-def ask(console: Console, server: Server, question: Question, patience: float) -> Outcome:
+def ask(console: Console, server: RunningServer, question: Question, patience: float) -> Outcome:
     """Send the text and the question, print the answer while it comes."""
     prompt = (
         f"Read this excerpt from a novel.\n\n{TEXT.read_text(encoding='utf-8').strip()}\n\n"
@@ -78,7 +93,7 @@ def ask(console: Console, server: Server, question: Question, patience: float) -
     )
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600, max_retries=0)
     answer, usage = "", None
-    since = server.log_size()
+    since = server.log.stat().st_size
     console.print(f"\n[bold]{question.words}[/bold]")
     reading = console.status("the model reads the text")
     reading.start()
@@ -105,8 +120,11 @@ def ask(console: Console, server: Server, question: Question, patience: float) -
         reading.stop()
     console.print()
     if usage is None or not answer:
-        raise ServerError(f"The server sent no answer, see {server.log}.")
+        raise CommandError(f"The server sent no answer, see {server.log}.")
     details = usage.prompt_tokens_details
+    # What is logged may trail the answer a little.
+    pools = server.wait_for("KVCOMPRESS_POOL", 1, patience, since)
+    compressions = server.lines("KVCOMPRESS", since)
     return Outcome(
         question=question,
         answer=answer,
@@ -115,7 +133,8 @@ def ask(console: Console, server: Server, question: Question, patience: float) -
         answer_tokens=usage.completion_tokens,
         first_token=first - begin,
         rest=last - first,
-        figures=wait_for_figures(server, since, patience),
+        compression=compressions[-1] if compressions else None,
+        pool=pools[-1] if pools else {},
     )
 
 
@@ -130,16 +149,16 @@ def summary(outcomes: list[Outcome], title: str) -> Table:
 
     row("prompt tokens", (str(o.prompt_tokens) for o in outcomes))
     row("... of them from the prefix cache", (str(o.cached_tokens) for o in outcomes))
-    every = [outcome.figures for outcome in outcomes]
+    every = [outcome.compression for outcome in outcomes]
     if any(every):
-        pools = [found.pool or {} if found else {} for found in every]
-        row("blocks without compression", (str(f.blocks_before) if f else "-" for f in every))
-        row("blocks held", (str(f.blocks_after) if f else "-" for f in every))
+        pools = [outcome.pool for outcome in outcomes]
+        row("blocks without compression", (str(f["blocks_before"]) if f else "-" for f in every))
+        row("blocks held", (str(f["blocks_after"]) if f else "-" for f in every))
         row("blocks given back to the pool", (str(p.get("released", "-")) for p in pools))
         row("blocks free then", (f"{p.get('free', '-')} of {p.get('total', '-')}" for p in pools))
         row(
             "time for compression",
-            (f"{sum(f.seconds.values()):.2f} s" if f else "-" for f in every),
+            (f"{sum(f['seconds'].values()):.2f} s" if f else "-" for f in every),
         )
     row("time to first token", (f"{o.first_token:.2f} s" for o in outcomes))
     row("tokens per second after it", (f"{o.tokens_per_second:.1f}" for o in outcomes))
@@ -149,7 +168,7 @@ def summary(outcomes: list[Outcome], title: str) -> Table:
 
 def layers(outcomes: list[Outcome]) -> Table:
     """Tokens kept in every layer, a bar for each."""
-    kept = [outcome.figures.tokens_per_layer for outcome in outcomes if outcome.figures]
+    kept = [o.compression["tokens_per_layer"] for o in outcomes if o.compression]
     most = max(max(counts) for counts in kept)
     table = Table(title="tokens kept per layer", title_justify="left", box=None)
     table.add_column("layer", justify="right")
@@ -186,20 +205,21 @@ def run(args: argparse.Namespace, console: Console) -> str | None:
     title = f"{args.method}, {args.budget} {unit}" if compressed else "no compression"
     console.print(f"vllm serve {model}: {title} (log: {args.log})")
     patience = 5.0 if compressed else 0.0
-    with console.status("the server starts") as status:
-
-        def waiting(seconds: float) -> None:
-            status.update(f"the server starts, {seconds:.0f} s (half a minute if idle)")
-
-        with serve(model, options(args), args.log, args.start_timeout, waiting) as server:
-            status.stop()
-            outcomes = [ask(console, server, question, patience) for question in QUESTIONS]
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    if Path(model).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    columns = SpinnerColumn(), TextColumn("the server starts"), TimeElapsedColumn()
+    with ExitStack() as stack:
+        with Progress(*columns, console=console, transient=True) as progress:
+            progress.add_task("", total=None)
+            server = stack.enter_context(serve(model, options(args), args.log, args.start_timeout))
+        outcomes = [ask(console, server, question, patience) for question in QUESTIONS]
 
     console.print()
-    if any(outcome.figures for outcome in outcomes):
+    if any(outcome.compression for outcome in outcomes):
         console.print(layers(outcomes))
     console.print(summary(outcomes, title))
-    if compressed and not all(outcome.figures for outcome in outcomes):
+    if compressed and not all(outcome.compression for outcome in outcomes):
         return f"The server logged no compression of these requests, see {args.log}."
     if not all(outcome.is_right for outcome in outcomes):
         return "Not every answer is right."
@@ -223,7 +243,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         problem = run(args, Console(highlight=False))
-    except (ModelError, OpenAIError, OSError, ServerError) as error:
+    except (ModelError, OpenAIError, OSError, CommandError) as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -9,25 +9,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from vllm_kvcompress.tools.arguments import CommandError
+
 Id = str | int
 
 
-class JobError(Exception):
-    """Something wrong with a file; the message is one sentence."""
-
-
 @dataclass(frozen=True)
-class Prompt:
+class JobPrompt:
+    """One line of the input: a text to continue, or the messages of a chat."""
+
     id: Id
     prompt: str | None = None
     messages: list[dict[str, Any]] | None = None
 
 
-def parse_prompt(line: str, number: int, where: Path) -> Prompt:
-    """One line of the input; `number` names it and is its id unless it brings one."""
+def parse_prompt(line: str, number: int, where: Path) -> JobPrompt:
+    """Read a line of the input.
 
-    def error(what: str) -> JobError:
-        return JobError(f"{where}, line {number}: {what}.")
+    Args:
+        line: Its text.
+        number: Its number from 1, which is the prompt's id where the line has none.
+        where: The file, for messages.
+
+    Raises:
+        CommandError: The line is not a prompt.
+
+    """
+
+    def error(what: str) -> CommandError:
+        return CommandError(f"{where}, line {number}: {what}.")
 
     try:
         entry = json.loads(line)
@@ -49,11 +59,11 @@ def parse_prompt(line: str, number: int, where: Path) -> Prompt:
         and all(isinstance(m, dict) and "role" in m and "content" in m for m in messages)
     ):
         raise error('"messages" is not a list of objects with "role" and "content"')
-    return Prompt(name, prompt, messages)
+    return JobPrompt(name, prompt, messages)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """All prompts, or the first thing that is wrong with the file."""
+def read_prompts(path: Path) -> list[JobPrompt]:
+    """Return all prompts; CommandError for the first thing that is wrong with the file."""
     seen: dict[Id, int] = {}
     prompts = []
     try:
@@ -63,24 +73,24 @@ def read_prompts(path: Path) -> list[Prompt]:
                     continue
                 prompt = parse_prompt(line, number, path)
                 if prompt.id in seen:
-                    raise JobError(
+                    raise CommandError(
                         f"{path}, line {number}: id {prompt.id!r} is that of line "
                         f"{seen[prompt.id]} too."
                     )
                 seen[prompt.id] = number
                 prompts.append(prompt)
     except UnicodeDecodeError:
-        raise JobError(f"{path} is not UTF-8 text.") from None
+        raise CommandError(f"{path} is not UTF-8 text.") from None
     if not prompts:
-        raise JobError(f"{path} holds no prompt.")
+        raise CommandError(f"{path} holds no prompt.")
     return prompts
 
 
 def answered_ids(file: BinaryIO, where: Path) -> set[Id]:
-    """The ids that the output has an answer to; a torn last line is cut off.
+    """Return the ids that the output answers, and cut off an incomplete last line.
 
-    Every answer is written as one line with its newline last, so whatever a killed run left behind
-    the last newline is half an answer.
+    An answer is written as one line that ends with a newline, so what a killed run left after the
+    last newline is part of an answer.
     """
     file.seek(0)
     contents = file.read()
@@ -93,15 +103,15 @@ def answered_ids(file: BinaryIO, where: Path) -> set[Id]:
         try:
             name = json.loads(line)["id"]
         except (ValueError, KeyError, TypeError):
-            raise JobError(f"{where}, line {number}: not an answer of this script.") from None
+            raise CommandError(f"{where}, line {number}: not an answer of this script.") from None
         if name in ids:
-            raise JobError(f"{where}, line {number}: a second answer to id {name!r}.")
+            raise CommandError(f"{where}, line {number}: a second answer to id {name!r}.")
         ids.add(name)
     return ids
 
 
 def append_answers(file: BinaryIO, answers: list[dict[str, Any]]) -> None:
-    """Add whole lines and see them to the disk before anything else is computed."""
+    """Add whole lines and wait until they are on the disk."""
     file.write(b"".join(json.dumps(a, ensure_ascii=False).encode() + b"\n" for a in answers))
     file.flush()
     os.fsync(file.fileno())
@@ -109,22 +119,22 @@ def append_answers(file: BinaryIO, answers: list[dict[str, Any]]) -> None:
 
 @contextmanager
 def output_file(path: Path) -> Iterator[BinaryIO]:
-    """The output, open for this process alone: two runs on one file would answer twice."""
+    """Open the output for this process alone: two runs on one file would answer twice."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise JobError(f"Another run is writing to {path}.") from None
+            raise CommandError(f"Another run is writing to {path}.") from None
         yield file
 
 
-def remaining(prompts: list[Prompt], file: BinaryIO, where: Path) -> list[Prompt]:
-    """The prompts that have no answer yet."""
+def remaining(prompts: list[JobPrompt], file: BinaryIO, where: Path) -> list[JobPrompt]:
+    """Return the prompts that have no answer yet."""
     done = answered_ids(file, where)
     unknown = done - {prompt.id for prompt in prompts}
     if unknown:
-        raise JobError(
+        raise CommandError(
             f"{where} answers id {min(unknown, key=str)!r}, which the input lacks: "
             "name another output."
         )

@@ -1,8 +1,9 @@
 """Numerical kernels of vllm_kvcompress, importable as ``kvcompress_kernels``.
 
-Nothing here knows vLLM or requests: each module is one piece of tensor arithmetic, with a plain
-torch implementation that serves on the CPU and is the reference for the Triton kernel in the
-``_triton`` module beside it. Those are imported when a tensor on an accelerator first needs them.
+Nothing here knows vLLM or requests: each module is one piece of tensor arithmetic. Its torch
+implementation serves on the CPU and is the reference for the Triton kernel, which lies in the
+module of the same name that ends in ``_triton`` and is imported when a tensor on an accelerator
+first needs it. Where the torch implementation is long, it lies in a module that ends in ``_torch``.
 """
 
 from kvcompress_kernels.compaction import copy_pages, move_tokens

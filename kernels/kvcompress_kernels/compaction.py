@@ -1,4 +1,4 @@
-"""Moving the tokens that survive, and whole pages, inside a paged KV cache.
+"""Moving the tokens that are kept, and whole pages, inside a paged KV cache.
 
 Nothing is computed: bytes are copied as they are, whatever type they stand for. Sources and targets
 must not share a page, which survivors in private pages never do, so the copy needs no workspace.
@@ -29,23 +29,31 @@ def move_tokens(
 ) -> None:
     """Copy the surviving tokens of R jobs to the front of other pages, one launch for all jobs.
 
-    ``cache``: [P, N, bs, C], any dtype, C = 2 * head size with the key of a token in front of its
-    value; the last dimension has stride 1, the other strides are free. ``source_pages``: int32 or
-    int64 [R, Ws], page ids of each job's prompt in token order. ``tokens``: int32 or int64
-    [R, N, T], positions in that prompt, every KV head its own; the first ``counts[r]`` of each
-    row are read (ascending ones read memory in order), the rest may hold anything. ``counts``: [R]
-    survivors per head, a sequence, or an int32 or int64 tensor on the cache's device.
-    ``target_pages``: int32 or int64 [R, Wt]; survivor i of each head goes to slot i % bs of page
-    ``target_pages[r, i // bs]``. A job is a layer of a prompt, or a layer of one of several
-    prompts.
+    A job is one layer of one prompt. Mutates the slots of the cache that are written and nothing
+    else. The Triton version does not wait for the device; the torch version does if ``counts`` is a
+    tensor on one.
 
-    Mutates those slots of ``cache`` and nothing else. The caller sees to it that no target page is
-    a source page of any job or another job's target page, that the page ids lie in [0, P), and that
-    the tokens read lie in [0, Ws * bs): these are not checked. The Triton version does not wait for
-    the device; the torch version does if ``counts`` is a tensor on one.
+    The caller makes sure that no target page is a source page of any job or another job's target
+    page, that the page ids lie in [0, P), and that the tokens read lie in [0, Ws * bs): none of
+    this is checked.
 
-    Raises ValueError if shapes, strides or dtypes do not fit together, and for counts that do not
-    fit ``tokens`` and ``target_pages``, as far as they are known without asking the device.
+    Args:
+        cache: [P, N, bs, C], any dtype, C = 2 * head size with the key of a token in front of its
+            value; the last dimension has stride 1, the other strides are free.
+        source_pages: int32 or int64 [R, Ws], page ids of each job's prompt in token order.
+        tokens: int32 or int64 [R, N, T], positions in that prompt, for each KV head its own; the
+            first ``counts[r]`` of each row are read (ascending ones read memory in order), the
+            others may hold anything.
+        counts: [R], survivors per head: a sequence, or an int32 or int64 tensor on the cache's
+            device.
+        target_pages: int32 or int64 [R, Wt]; survivor i of each head goes to slot i % bs of page
+            ``target_pages[r, i // bs]``.
+        implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
+
+    Raises:
+        ValueError: Shapes, strides or dtypes do not fit together, or counts do not fit ``tokens``
+            and ``target_pages``, as far as they are known without asking the device.
+
     """
     _check_cache(cache)
     jobs, heads, width = tokens.shape
@@ -72,11 +80,18 @@ def copy_pages(
 ) -> None:
     """Copy whole pages: page ``source[i]`` to page ``target[i]``, one launch for all.
 
-    ``cache``: [P, N, bs, C] as for :func:`move_tokens`. ``source``, ``target``: int32 or int64 [n],
-    page ids in [0, P). Mutates the target pages of ``cache``. The caller sees to it that no target
-    is also a source and that targets are distinct: this is not checked.
+    Mutates the target pages of the cache. The caller makes sure that no target is also a source and
+    that targets are distinct: this is not checked.
 
-    Raises ValueError if shapes, strides or dtypes do not fit together.
+    Args:
+        cache: [P, N, bs, C] as for :func:`move_tokens`.
+        source: int32 or int64 [n], page ids in [0, P).
+        target: int32 or int64 [n], page ids in [0, P).
+        implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
+
+    Raises:
+        ValueError: Shapes, strides or dtypes do not fit together.
+
     """
     _check_cache(cache)
     if source.ndim != 1 or source.shape != target.shape:
@@ -97,21 +112,34 @@ def copy_pages(
 def compaction_cost(
     survivors: int, kv_heads: int, head_size: int, itemsize: int, index_itemsize: int = 4
 ) -> Cost:
-    """Cost of :func:`move_tokens`: keys and values read and written, token numbers read.
+    """Return the cost of :func:`move_tokens`: keys and values read and written, token numbers read.
 
-    ``survivors``: sum of ``counts``, per KV head and over all jobs; ``itemsize`` and
-    ``index_itemsize``: bytes of a cache element and of a token number. Page ids, at most two per
-    ``bs`` survivors, are left out.
+    Page ids, at most two per ``bs`` survivors, are left out.
+
+    Args:
+        survivors: Sum of ``counts``, per KV head and over all jobs.
+        kv_heads: Number of KV heads.
+        head_size: Elements of a key.
+        itemsize: Bytes of a cache element.
+        index_itemsize: Bytes of a token number.
+
     """
     per_token = 2 * 2 * head_size * itemsize + index_itemsize
     return Cost(bytes=survivors * kv_heads * per_token, flops=0)
 
 
 def as_words(cache: Tensor) -> Tensor:
-    """``cache`` seen as the widest integers that its rows, strides and address allow.
+    """View a cache as the widest integers that its rows, strides and address allow.
 
-    [P, N, bs, C] of any dtype with stride 1 in the last dimension becomes [P, N, bs, C'] of int64,
-    int32, int16 or uint8 in the same memory.
+    Args:
+        cache: [P, N, bs, C], any dtype, with stride 1 in the last dimension.
+
+    Returns:
+        [P, N, bs, C'] of int64, int32, int16 or uint8 in the same memory.
+
+    Raises:
+        ValueError: Elements are of a size that no such integer has.
+
     """
     size = cache.element_size()
     offsets = [cache.data_ptr(), cache.shape[-1] * size, *(s * size for s in cache.stride()[:-1])]

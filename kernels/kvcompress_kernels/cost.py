@@ -1,4 +1,4 @@
-"""What a kernel has to move and compute at the least, as a function of its shapes."""
+"""The least that a kernel has to move and to compute, as a function of its shapes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from dataclasses import dataclass
 class Cost:
     """Work of one call, counted from the algorithm and not from an implementation.
 
-    ``bytes``: bytes read from plus bytes written to device memory, each operand once.
-    ``flops``: floating-point operations, a multiply-add counted as two.
+    Attributes:
+        bytes: Bytes read from device memory plus bytes written to it, each operand once.
+        flops: Floating-point operations; a multiply-add counts as two.
+
     """
 
     bytes: int
     flops: int
 
     def __add__(self, other: Cost) -> Cost:
-        """Cost of both, one after the other."""
+        """Return the cost of both, one after the other."""
         return Cost(self.bytes + other.bytes, self.flops + other.flops)
 
     def floor_seconds(self, bandwidth: float, flop_rate: float) -> float:
-        """Time below which no implementation can come on a device.
+        """Return the time below which no implementation can come on a device.
 
-        ``bandwidth``: bytes per second; ``flop_rate``: operations per second. Memory traffic and
-        arithmetic are taken to overlap perfectly. Raises ValueError unless both are positive.
+        Memory traffic and arithmetic are assumed to overlap perfectly.
+
+        Args:
+            bandwidth: Bytes per second.
+            flop_rate: Floating-point operations per second.
+
+        Raises:
+            ValueError: One of them is not positive.
+
         """
         if bandwidth <= 0 or flop_rate <= 0:
             raise ValueError(f"rates must be positive: {bandwidth} bytes/s, {flop_rate} flop/s")

@@ -1,7 +1,7 @@
-"""Which implementation of a kernel runs: Triton's on a GPU, the torch twin everywhere else.
+"""Which implementation of a kernel runs: Triton on a GPU, torch everywhere else.
 
-Triton is imported when a Triton kernel is first asked for, never before: on a machine without it
-(or with one that cannot compile) everything that stays on the CPU works.
+Triton is imported when a Triton kernel is first needed, never before: on a machine without it (or
+with one that cannot compile) everything that stays on the CPU works.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ CPU Triton's own interpreter (TRITON_INTERPRET=1 before the first use) runs the 
 
 
 def use_triton(tensor: Tensor, implementation: Implementation) -> bool:
-    """Whether the Triton kernel is the one to run on ``tensor``'s device.
+    """Return whether the Triton kernel runs.
 
-    Raises ValueError for an unknown name.
+    Args:
+        tensor: A tensor on the device of the call.
+        implementation: See :data:`Implementation`.
+
+    Raises:
+        ValueError: The name of the implementation is unknown.
+
     """
     if implementation not in ("auto", "triton", "torch"):
         raise ValueError(f'implementation must be "auto", "triton" or "torch": {implementation!r}')
@@ -30,9 +36,14 @@ def use_triton(tensor: Tensor, implementation: Implementation) -> bool:
 
 
 def triton_kernels(name: str) -> ModuleType:
-    """The module ``kvcompress_kernels.<name>_triton``, imported on first use.
+    """Return the module ``kvcompress_kernels.<name>_triton``, imported on first use.
 
-    Raises ImportError, naming what is missing, where Triton is not installed.
+    Args:
+        name: Of the module without its ending.
+
+    Raises:
+        ImportError: Triton is not installed, or something that it needs.
+
     """
     try:
         importlib.import_module("triton")

@@ -1,9 +1,9 @@
 """Page tables, lengths and slot mappings of one step, of every layer, in one launch.
 
-The model runner knows logical lengths and one block table that holds for all layers. A compressed
-request has pages of its own in every layer, and fewer tokens than its logical length says. What
-attention needs for each layer is written into buffers that keep their addresses, so that a CUDA
-graph may have been captured over them.
+The model runner knows logical lengths and one block table for all layers. A compressed request has
+its own pages in every layer, and holds fewer tokens than its logical length. What attention needs
+for each layer is written into buffers that keep their addresses, so that CUDA graphs captured over
+them stay valid.
 """
 
 from __future__ import annotations
@@ -21,16 +21,24 @@ from kvcompress_kernels.dispatch import Implementation, triton_kernels, use_trit
 class ArenaTables:
     """What the compressed requests hold, one slot each; all tensors on one device.
 
-    ``pages``: int32 [L, slots, A], flat page ids of the compressed prompt in token order.
-    ``used``: int32 [L, slots], how many of those. ``shift``: int32 [L, slots], physical minus
-    logical length, at most 0. ``growth``: int32 [slots], the column of the runner's block-table
-    row where the request's growth blocks begin. ``origin``: int64 [L] and ``step``: layer l's page
-    of block b has the flat id origin[l] + b * step. ``block_size``: tokens per page.
+    Entry i of layer l's page table of a compressed request is ``pages[l, slot, i]`` where i <
+    used[l, slot], else its page of growth block i - used[l, slot]. The last dimension of ``pages``
+    and of the [L, slots] tensors must have stride 1. Whoever admits and removes requests writes
+    these tensors; the page table is as up to date as they are.
 
-    Entry i of layer l's page table of a compressed request is ``pages[l, slot, i]`` where
-    i < used[l, slot], else its page of growth block i - used[l, slot]. The last dimension of
-    ``pages`` and of the [L, slots] tensors must have stride 1. The page table is only as up to
-    date as these tensors are: whoever admits and drops requests writes them.
+    Attributes:
+        pages: int32 [L, slots, A], flat page ids of the compressed prompt in token order.
+        used: int32 [L, slots], how many of those there are.
+        shift: int32 [L, slots], physical minus logical length, at most 0.
+        growth: int32 [slots], the column of the runner's block-table row where the request's growth
+            blocks begin.
+        origin: int64 [L]; layer l's page of block b has the flat id origin[l] + b * step.
+        step: See ``origin``.
+        block_size: Tokens per page.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or strides do not fit together.
+
     """
 
     pages: Tensor
@@ -42,7 +50,7 @@ class ArenaTables:
     block_size: int
 
     def __post_init__(self) -> None:
-        """Raise ValueError if shapes, dtypes, devices or strides do not fit together."""
+        """Check shapes, dtypes, devices and strides."""
         if self.pages.ndim != 3:
             raise ValueError(f"pages must be [L, slots, A], got {tuple(self.pages.shape)}")
         layers, slots, _ = self.pages.shape
@@ -58,11 +66,16 @@ class ArenaTables:
 
 @dataclass(frozen=True)
 class StepTables:
-    """What attention reads in place of the runner's tables; the buffers live as long as a worker.
+    """What attention reads instead of the runner's tables; the buffers live as long as a worker.
 
-    ``block_tables``: int32 [L, B_max, W_max], flat page ids. ``seq_lens``: int32 [L, B_max], tokens
-    held after the step. ``slot_mapping``: int64 [L, T_max], page * block size + slot in the page;
-    -1 is no slot.
+    Attributes:
+        block_tables: int32 [L, B_max, W_max], flat page ids.
+        seq_lens: int32 [L, B_max], tokens held after the step.
+        slot_mapping: int64 [L, T_max], page * block size + slot in the page; -1 is no slot.
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or strides do not fit together.
+
     """
 
     block_tables: Tensor
@@ -70,7 +83,7 @@ class StepTables:
     slot_mapping: Tensor
 
     def __post_init__(self) -> None:
-        """Raise ValueError if shapes, dtypes, devices or strides do not fit together."""
+        """Check shapes, dtypes, devices and strides."""
         if self.block_tables.ndim != 3 or self.slot_mapping.ndim != 2:
             shapes = tuple(self.block_tables.shape), tuple(self.slot_mapping.shape)
             raise ValueError(
@@ -92,7 +105,16 @@ class StepTables:
         max_tokens: int,
         device: torch.device | str,
     ) -> StepTables:
-        """Buffers for the largest step: page id 0, length 0 and slot -1 everywhere."""
+        """Return buffers for the largest step: page id 0, length 0 and slot -1 everywhere.
+
+        Args:
+            num_layers: L.
+            max_rows: B_max, most requests of a step.
+            max_pages: W_max, most pages of a request in a layer.
+            max_tokens: T_max, most tokens of a step, with padding.
+            device: Where the buffers lie.
+
+        """
         return cls(
             torch.zeros(num_layers, max_rows, max_pages, dtype=torch.int32, device=device),
             torch.zeros(num_layers, max_rows, dtype=torch.int32, device=device),
@@ -111,25 +133,33 @@ def fill_page_tables(
     num_tokens: int,
     implementation: Implementation = "auto",
 ) -> None:
-    """Write one step's page tables, lengths and slots of all layers into ``out``.
-
-    ``slots``: int32 [B], the arena slot of each row, negative for a request that is not compressed.
-    ``block_table``: int32 [B, W], the runner's, block ids. ``seq_lens``: int32 [B], logical lengths
-    after the step, 0 for a row that only pads the batch. ``query_start``: int32 [B + 1], where each
-    row's tokens begin among the step's. ``num_tokens``: tokens of the step with padding.
+    """Write one step's page tables, lengths and slots of all layers.
 
     Row r of layer l has length n = seq_lens[r] + shift[l, slots[r]] (plain rows: seq_lens[r]). The
-    first ceil(n / block_size) entries of out.block_tables[l, r] are written, the others keep what
-    they had. Token t of row r has logical position seq_lens[r] - (query_start[r + 1] - t); shifted
+    first ceil(n / block_size) entries of out.block_tables[l, r] are written, the others stay as
+    they are. Token t of row r has logical position seq_lens[r] - (query_start[r + 1] - t); shifted
     like the length, that gives its slot. Tokens of padding rows, and those from query_start[B] to
-    ``num_tokens``, get slot -1. Rows from B on and tokens from ``num_tokens`` on are left alone.
+    ``num_tokens``, get slot -1. Rows from B on and tokens from ``num_tokens`` on stay as they are.
 
     Mutates ``out`` and nothing else. Does not wait for the device (the torch version does, once).
-    Nothing is compiled anew when B, W, the number of tokens or the arena's sizes change. The caller
-    sees to it that no length exceeds W_max * block_size, that shifted positions of the step's
-    tokens are not negative, and that W covers the blocks that are looked up.
+    Nothing is compiled again when B, W, the number of tokens or the arena's sizes change.
 
-    Raises ValueError if shapes, strides, dtypes or devices do not fit together.
+    The caller makes sure that no length exceeds W_max * block_size, that shifted positions of the
+    step's tokens are not negative, and that W covers the blocks that are looked up.
+
+    Args:
+        arena: What compressed requests hold.
+        out: The buffers to fill.
+        slots: int32 [B], the arena slot of each row, negative for a request that is not compressed.
+        block_table: int32 [B, W], the runner's block ids.
+        seq_lens: int32 [B], logical lengths after the step, 0 for a row that only pads the batch.
+        query_start: int32 [B + 1], where each row's tokens begin among the step's.
+        num_tokens: Tokens of the step, with padding.
+        implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
+
+    Raises:
+        ValueError: Shapes, strides, dtypes or devices do not fit together.
+
     """
     rows = seq_lens.shape[0]
     device = arena.pages.device
@@ -158,11 +188,17 @@ def fill_page_tables(
 
 
 def page_tables_cost(layers: int, entries: int, rows: int, tokens: int) -> Cost:
-    """Cost of :func:`fill_page_tables`.
+    """Return the cost of :func:`fill_page_tables`.
 
-    ``entries``: page-table entries written, over all layers and rows, each read from the arena or
-    the runner's table; ``rows``: of the batch; ``tokens``: of the step, with padding. All index
-    arithmetic is on integers, so there are no floating-point operations.
+    All index arithmetic is on integers, so there are no floating-point operations.
+
+    Args:
+        layers: Number of layers.
+        entries: Page-table entries written, over all layers and rows; each is read from the arena
+            or from the runner's table.
+        rows: Rows of the batch.
+        tokens: Tokens of the step, with padding.
+
     """
     per_row = 4 * (1 + 1 + 1 + 1)  # slot, length, query start, growth column
     per_layer_row = 4 * (1 + 1 + 1)  # used, shift, length
@@ -218,7 +254,12 @@ def _fill_page_tables_torch(
 
 
 class _Lookup:
-    """Flat page ids of a batch, by row and entry; ``shift`` is int32 [L, B], 0 in plain rows."""
+    """Flat page ids of a batch, by row and entry.
+
+    Attributes:
+        shift: int32 [L, B], see :class:`ArenaTables`; 0 in plain rows.
+
+    """
 
     def __init__(self, arena: ArenaTables, slots: Tensor, block_table: Tensor) -> None:
         layers, held, width = arena.pages.shape
@@ -239,9 +280,12 @@ class _Lookup:
         self._pages = arena.pages[:, slot]
 
     def pages(self, row: Tensor, entry: Tensor) -> Tensor:
-        """int64 page ids of the entries [L, *], of the rows in ``row`` (broadcast to one layer's).
+        """Return the int64 page ids of some entries; entries beyond a row's pages give any id.
 
-        Entries beyond a row's pages give some id or other.
+        Args:
+            row: Row of each entry, broadcast to one layer's entries.
+            entry: [L, ...], places in the page table.
+
         """
         layer = torch.arange(entry.shape[0], device=entry.device)
         layer = layer.view(-1, *(1 for _ in entry.shape[1:]))

@@ -87,8 +87,11 @@ def paged_window_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments as in ``scoring.paged_window_statistics``, checked there.
 
-    Fills each job's own columns of ``mean``, ``var`` and ``last`` and returns entropy and shift,
-    fp64 [R].
+    Fills each job's own columns of ``mean``, ``var`` and ``last``.
+
+    Returns:
+        Entropy and shift, fp64 [R].
+
     """
     jobs, heads, rows, dim = queries.shape
     kv_heads, page = key_cache.shape[1:3]

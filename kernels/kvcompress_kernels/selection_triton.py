@@ -124,9 +124,15 @@ def _select_kernel(
 def select_tokens(
     scores: Tensor, counts: Sequence[int], lengths: Sequence[int], kept: Tensor
 ) -> None:
-    """Fill ``kept``: int32 [R, N, max(counts)], contiguous. ``scores``: fp32 [R, N, S], last
-    dimension contiguous. The caller has checked 0 <= counts[r] <= lengths[r] <= S < 2 ** 31 and
-    that no dimension is empty."""
+    """Launch the kernel; the caller has checked that no dimension is empty.
+
+    Args:
+        scores: fp32 [R, N, S], last dimension contiguous.
+        counts: 0 <= counts[r] <= lengths[r].
+        lengths: lengths[r] <= S < 2 ** 31.
+        kept: int32 [R, N, max(counts)], contiguous; is filled.
+
+    """
     jobs, heads, tokens = scores.shape
     assert scores.dtype == torch.float32
     assert scores.stride(2) == 1 or tokens == 1
@@ -237,11 +243,18 @@ def _layer_threshold_kernel(
 
 
 def winners_per_layer(scores: Sequence[Tensor], k: int) -> Tensor:
-    """Int64 [layers] on the scores' device; 0 < k < number of entries < 2 ** 31.
+    """Launch the kernels: six launches for any number of layers, no wait for the device.
 
-    Six launches whatever the number of layers, no synchronisation with the device. Layers may lie
-    anywhere: the kernel is given their addresses. A layer that is not fp32 with contiguous rows is
-    copied first.
+    Layers may lie anywhere: the kernel is given their addresses. A layer that is not fp32 with
+    contiguous rows is copied first.
+
+    Args:
+        scores: As in ``selection.winners_per_layer``.
+        k: 0 < k < number of entries < 2 ** 31.
+
+    Returns:
+        int64 [layers] on the scores' device.
+
     """
     rows = [layer if layer.dim() == 2 else layer.reshape(1, -1) for layer in scores]
     rows = [

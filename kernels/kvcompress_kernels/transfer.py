@@ -7,10 +7,15 @@ from torch import Tensor
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """``host``, a CPU tensor, on ``device``; itself if that is the CPU.
+    """Return a CPU tensor on a device; itself if that is the CPU.
 
     To a GPU it goes from pinned memory: a copy from pageable memory would wait for the device.
     Nothing is mutated; on a GPU the caller may change ``host`` at once.
+
+    Args:
+        host: On the CPU.
+        device: Where it is wanted.
+
     """
     if device.type != "cuda":
         return host.to(device)

@@ -1,72 +1,42 @@
-"""The real `vllm serve` on a real port, for tests, and what they ask of it."""
+"""`vllm serve` as the tests start it, and what they ask of it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import httpx
 from openai import OpenAI
 
-from serving import free_port, healthy, stop
 from tests.e2e.harness import DEFAULTS
+from vllm_kvcompress.tools import serving
 
-VLLM = Path(sys.executable).with_name("vllm")
 NAME = "small"
-"""Under which every server serves its model."""
+"""The name under which every server serves its model."""
 
 PREFIX = "vllm:kv_compression_"
 
 
-class Server:
-    """A running server.
+class Server(serving.RunningServer):
+    """A running server with a client."""
 
-    Args:
-        port: Where it listens, on 127.0.0.1.
-        log: File its output goes to.
-
-    Attributes:
-        url: Without a path and a slash at the end.
-        client: OpenAI's, that never asks twice.
-
-    """
-
-    def __init__(self, port: int, log: Path) -> None:
-        self.port = port
-        self.log = log
-        self.url = f"http://127.0.0.1:{port}"
-        self.client = OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=300, max_retries=0)
-
-    def lines(self, prefix: str) -> list[dict[str, Any]]:
-        """JSON objects logged behind a prefix."""
-        found = re.findall(rf"{prefix} (\{{.*\}})", self.log.read_text())
-        return [json.loads(text) for text in found]
-
-    def wait_for(self, prefix: str, count: int, seconds: float = 30) -> list[dict[str, Any]]:
-        """Wait until that many lines are in the log."""
-        end = time.monotonic() + seconds
-        while len(self.lines(prefix)) < count and time.monotonic() < end:
-            time.sleep(0.2)
-        return self.lines(prefix)
+    @cached_property
+    def client(self) -> OpenAI:
+        """OpenAI's client; it never retries."""
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=300, max_retries=0)
 
     def post(self, path: str, body: object, seconds: float = 60) -> tuple[int, Any]:
         """Send a JSON body; the status and the JSON object that came back, whatever the status."""
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        answer = httpx.post(
+            self.url + path,
+            content=json.dumps(body),
+            headers={"Content-Type": "application/json"},
+            timeout=seconds,
         )
-        try:
-            with urllib.request.urlopen(request, timeout=seconds) as answer:
-                return answer.status, json.load(answer)
-        except urllib.error.HTTPError as error:
-            with error:
-                return error.code, json.load(error)
+        return answer.status_code, answer.json()
 
     def tokenize(self, **body: Any) -> list[int]:
         """Token ids of a prompt or of messages, as the server makes them."""
@@ -76,10 +46,10 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """Our metrics by name, and their own labels where they have some."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as page:
-            lines = page.read().decode().splitlines()
+        page = self.get("/metrics", timeout=30)
+        assert page is not None
         found = {}
-        for line in lines:
+        for line in page.splitlines():
             if line.startswith(PREFIX):
                 name, value = line.removeprefix(PREFIX).rsplit(" ", 1)
                 own = re.findall(r'(?:path|kind)="\w+"', name)
@@ -109,13 +79,11 @@ def serve(
         options: More of `vllm serve`.
 
     Raises:
-        AssertionError: It does not start.
+        CommandError: It does not start.
 
     """
-    port = free_port()
     settings = {"log_requests": True, "check_integrity": True, **(config or {})}
-    command = [
-        str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port),
+    words = [
         "--served-model-name", NAME, "--dtype", DEFAULTS["dtype"], "--enforce-eager",
         "--max-model-len", str(DEFAULTS["max_model_len"]),
         "--block-size", str(DEFAULTS["block_size"]),
@@ -125,21 +93,6 @@ def serve(
         "--kv-compression", method, "--kv-compression-budget", str(budget),
         "--kv-compression-config", json.dumps(settings), *options,
     ]  # fmt: skip
-    env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-        try:
-            _wait_healthy(process, port, log)
-            yield Server(port, log)
-        finally:
-            stop(process)
-
-
-def _wait_healthy(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    end = time.monotonic() + 300
-    while not healthy(f"http://127.0.0.1:{port}"):
-        assert process.poll() is None, log.read_text()[-4000:]
-        assert time.monotonic() < end, log.read_text()[-4000:]
-        time.sleep(0.5)
+    environment = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with serving.serve(str(model), words, log, 300, environment) as running:
+        yield Server(running.port, running.log)

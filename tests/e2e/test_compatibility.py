@@ -21,9 +21,9 @@ from openai import OpenAI
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from serving import serve
 from tests.e2e.cut_model import cut_model
 from tests.e2e.harness import MODELS, REPO, SMALL, Engine, Engines, greedy
+from vllm_kvcompress.tools.serving import serve
 
 pytestmark = pytest.mark.engine
 

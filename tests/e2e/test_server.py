@@ -10,7 +10,8 @@ import pytest
 from openai import BadRequestError
 
 from tests.e2e.harness import MODELS, SMALL
-from tests.e2e.server import VLLM, Server, serve
+from tests.e2e.server import Server, serve
+from vllm_kvcompress.tools.serving import VLLM
 
 pytestmark = pytest.mark.engine
 

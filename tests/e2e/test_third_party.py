@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from openai import BadRequestError, OpenAI
 
-from serving import ServerError, serve
 from tests.e2e.harness import MODELS, REPO, SMALL
+from vllm_kvcompress.tools.arguments import CommandError
+from vllm_kvcompress.tools.serving import serve
 
 pytestmark = pytest.mark.engine
 
@@ -180,7 +181,7 @@ def test_a_wrong_parameter_of_the_server_refuses_the_start(
     monkeypatch.setenv("PYTHONPATH", path_with(installed))
     options = [*OPTIONS, "--kv-compression", METHOD, "--kv-compression-config", '{"sinks": -1}']
     with (
-        pytest.raises(ServerError, match="novelty: sinks must be an integer of at least 0, got -1"),
+        pytest.raises(CommandError, match="sinks must be an integer of at least 0, got -1"),
         serve(str(MODELS / SMALL), options, tmp_path / "log.txt", timeout=120),
     ):
         pass

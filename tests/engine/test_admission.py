@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.scheduling import (
+    BOTH,
     SIZE,
     AnyScheduler,
     Engine,
@@ -18,8 +19,6 @@ from tests.support.scheduling import (
 )
 from tests.support.traffic import LAYERS
 from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaAsyncScheduler, ArenaScheduler
-
-BOTH = pytest.mark.parametrize("cls", [ArenaScheduler, ArenaAsyncScheduler])
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 from vllm.v1.request import RequestStatus
 
 from tests.support.scheduling import (
+    BOTH,
     SIZE,
     WINDOW,
     AnyScheduler,
@@ -17,8 +18,6 @@ from tests.support.scheduling import (
     smallest_pool,
 )
 from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaAsyncScheduler, ArenaScheduler
-
-BOTH = pytest.mark.parametrize("cls", [ArenaScheduler, ArenaAsyncScheduler])
 
 
 @pytest.fixture(scope="module")

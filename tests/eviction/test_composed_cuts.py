@@ -1,4 +1,4 @@
-"""Cuts of compositions: a cascade over layers ends where one cut after the last layer does."""
+"""What compositions say about their cuts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.eviction.test_layerwise import World, check_against_one_cut, geometry_of, score
-from vllm_kvcompress.eviction.layer_budgets import page_budgets
 from vllm_kvcompress.methods import Cake, Composed, LayerScores, Method, Tova, Uniform, get_method
 from vllm_kvcompress.planning.block_planner import layers_between_cuts
 
-CUT: dict[str, Method] = {
+COMPOSITIONS: dict[str, Method] = {
     "keydiff+cake": get_method("cake", {"window": 5, "scorer": "keydiff"}),
     "keydiff+cake-4": get_method("cake", {"window": 5, "scorer": "keydiff", "every": 4}),
     "tova+cake": get_method("tova", {"window": 5, "allocator": "cake"}),
@@ -31,74 +27,16 @@ CUT: dict[str, Method] = {
     "pyramidkv": get_method("pyramidkv", {"window": 5, "beta": 3}),
     "tova": Tova(),
 }
-every_method = pytest.mark.parametrize("method", CUT.values(), ids=CUT.keys())
-
-
-@every_method
-@settings(max_examples=30, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    count=st.integers(1, 9),
-    size=st.sampled_from([1, 4, 8]),
-    blocks=st.integers(1, 6),
-    extra=st.integers(1, 60),
-    cached=st.integers(0, 12),
-    ties=st.booleans(),
-)
-def test_a_cascade_ends_where_one_cut_does(
-    method: Method,
-    seed: int,
-    count: int,
-    size: int,
-    blocks: int,
-    extra: int,
-    cached: int,
-    ties: bool,
-) -> None:
-    blocks += -(-method.window // size)
-    prompt = blocks * size + extra
-    world = World(
-        method,
-        geometry_of(count, size, "layer"),
-        prompt,
-        blocks,
-        cached=min(cached, (prompt - 1) // size),
-        seed=seed,
-    )
-    check_against_one_cut(method, world, score(seed, count, prompt - method.window, ties=ties))
-
-
-@every_method
-def test_budgets_that_no_score_changes_are_known_beforehand(method: Method) -> None:
-    found = [
-        page_budgets(
-            method,
-            score(seed, 6, 112, ties=False),
-            pages_per_layer=3,
-            block_size=16,
-            lengths=112 + method.window,
-        ).tolist()
-        for seed in range(4)
-    ]
-    assert method.budgets_ignore_scores == all(budgets == found[0] for budgets in found)
-
-
-@every_method
-def test_a_smaller_budget_keeps_the_best_of_a_larger_one(method: Method) -> None:
-    assert method.budgets_are_nested
-    (scores,) = score(5, 1, 112, ties=True)
-    kept = [method.select(scores, count) for count in (5, 40)]
-    for fewer, more in zip(*kept, strict=True):
-        assert set(fewer.tolist()) <= set(more.tolist())
+"""Compositions that tests/eviction/test_layerwise.py cuts as well."""
 
 
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
-        (CUT["keydiff+cake"], 1),
-        (CUT["keydiff+cake-4"], 4),
-        (CUT["snapkv+dynamickv"], 2),
-        (CUT["cake+pyramidkv"], 1),
+        (COMPOSITIONS["keydiff+cake"], 1),
+        (COMPOSITIONS["keydiff+cake-4"], 4),
+        (COMPOSITIONS["snapkv+dynamickv"], 2),
+        (COMPOSITIONS["cake+pyramidkv"], 1),
         (get_method("cake", {"scorer": "snapkv", "every": 0}), 10),
     ],
 )

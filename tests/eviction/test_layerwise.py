@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.eviction.test_composed_cuts import COMPOSITIONS
 from vllm_kvcompress.eviction.layer_budgets import page_budgets
 from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
 from vllm_kvcompress.eviction.selection import by_worth, with_window
@@ -41,6 +42,8 @@ METHODS: dict[str, Method] = {
     "random": Random(window=5),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+ALL = METHODS | COMPOSITIONS
+every_composition_too = pytest.mark.parametrize("method", ALL.values(), ids=ALL.keys())
 
 
 def score(seed: int, layers: int, history: int, *, ties: bool) -> list[LayerScores]:
@@ -173,7 +176,7 @@ def check_against_one_cut(method: Method, world: World, layers: list[LayerScores
         assert np.array_equal(lies, expected.numpy() + layer * world.prompt)
 
 
-@every_method
+@every_composition_too
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
@@ -295,13 +298,13 @@ def test_a_prompt_with_nothing_to_evict_is_refused() -> None:
 # --- what methods say of themselves --------------------------------------------------------------
 
 
-@every_method
+@every_composition_too
 def test_only_budgets_that_no_score_changes_are_known_beforehand(method: Method) -> None:
     found = [
         page_budgets(
             method,
             score(seed, 6, 112, ties=False),
-            pages_per_layer=2,
+            pages_per_layer=3,
             block_size=16,
             lengths=112 + method.window,
         ).tolist()
@@ -310,7 +313,7 @@ def test_only_budgets_that_no_score_changes_are_known_beforehand(method: Method)
     assert method.budgets_ignore_scores == all(budgets == found[0] for budgets in found)
 
 
-@every_method
+@every_composition_too
 def test_with_a_smaller_budget_a_layer_keeps_the_best_of_what_it_kept(method: Method) -> None:
     assert method.budgets_are_nested
     (scores,) = score(5, 1, 112, ties=True)

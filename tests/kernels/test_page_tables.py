@@ -17,7 +17,7 @@ from kvcompress_kernels.page_tables import (
     fill_page_tables,
     page_tables_cost,
 )
-from tests.kernels.batches import NUM_BLOCKS, SENTINEL, Row, World, check, oracle, runner_inputs
+from tests.kernels.batches import SENTINEL, Row, World, check, oracle, runner_inputs
 
 IMPLEMENTATIONS: list[Implementation] = ["torch", "triton"]
 
@@ -193,70 +193,6 @@ def test_triton_equals_torch_on_strided_views(outermost, device):
             np.testing.assert_array_equal(got.cpu().numpy(), expected)
     for torch_buffer, triton_buffer in zip(*found, strict=True):
         np.testing.assert_array_equal(torch_buffer, triton_buffer)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("outermost", ["layer", "block"])
-def test_equals_the_workers_own_table_builder(implementation, outermost, device):
-    """The same step through numpy's PageArena and TableBuilder: admitted, grown, replayed."""
-    pytest.importorskip("vllm_kvcompress.paging.page_tables")
-    from vllm_kvcompress.paging.arena import PageArena, PageGeometry, deal_pages
-    from vllm_kvcompress.paging.page_tables import BatchRows, TableBuilder
-
-    world = World(3, 16, outermost, seed=9)
-    geometry = PageGeometry(np.asarray(world.origin), world.step, NUM_BLOCKS, 16)
-    theirs = PageArena(geometry)
-    rows: list[Row] = []
-    for name, counts, slack, generated, tokens in (
-        ("a", [1, 2, 3], 0, 1, 1),
-        ("b", [4, 1, 1], 5, 40, 7),
-        ("c", [3, 3, 3], 15, 15, 15),
-    ):
-        prompt = 300
-        blocks = world.take(sum(counts) // 3)
-        pages = deal_pages(geometry, blocks, np.asarray(counts))
-        slot = theirs.admit(name, blocks, pages, num_tokens=prompt, slack=slack)
-        grown = world.take(-(-max(generated - slack, 0) // 16))
-        theirs.grow(name, [*blocks, *grown])
-        row = Row(prompt + generated, tokens, [*blocks, *grown], slot, growth=len(blocks))
-        row.prompt_pages = [ids.tolist() for ids in pages]
-        row.shift = theirs.shift[:, slot].tolist()
-        world.compressed.append(row)
-        rows.extend((row, world.plain(length=50 + tokens, tokens=tokens)))
-
-    inputs = runner_inputs(rows, device)
-    padding, tokens = 3, sum(row.tokens for row in rows)
-    logical = [
-        row.blocks[min(p // 16, len(row.blocks) - 1)] * 16 + p % 16
-        for row in rows
-        for p in range(row.length - row.tokens, row.length)
-    ]
-    compressed = [index for index, row in enumerate(rows) if row.slot >= 0]
-    expected = TableBuilder(theirs).build(
-        BatchRows(
-            block_table=inputs["block_table"].cpu(),
-            seq_lens=inputs["seq_lens"].cpu(),
-            query_start=inputs["query_start"].cpu(),
-            slot_mapping=torch.tensor(logical + [-1] * padding),
-            rows=np.asarray(compressed),
-            slots=theirs.slots(["a", "b", "c"]),
-        )
-    )
-    out = StepTables.allocate(3, len(rows), 40, tokens + padding, device)
-    fill_page_tables(
-        world.arena(device),
-        out,
-        **inputs,
-        num_tokens=tokens + padding,
-        implementation=implementation,
-    )
-    assert torch.equal(out.seq_lens.cpu(), expected.seq_lens)
-    assert torch.equal(out.slot_mapping.cpu(), expected.slot_mapping)
-    for layer in range(3):
-        for index in range(len(rows)):
-            needed = -(-int(expected.seq_lens[layer, index]) // 16)
-            mine = out.block_tables[layer, index, :needed].tolist()
-            assert mine == expected.block_tables[layer, index, :needed].tolist()
 
 
 def test_buffers_are_filled_in_place(device):

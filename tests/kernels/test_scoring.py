@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress_kernels import scoring
+from kvcompress_kernels import scoring_torch
 from kvcompress_kernels.scoring import WindowStatistics, scoring_cost, window_statistics
 
 # The arithmetic is fp32 whatever the input; inputs are rounded before the oracle sees them, so the
@@ -152,9 +152,9 @@ def test_a_sink_takes_mass_from_the_history():
 def test_result_does_not_depend_on_how_columns_are_blocked(monkeypatch):
     queries, keys = random_case(6, 2, 16, 500, 32, torch.float32)
     whole = window_statistics(queries, keys, window=16, scale=0.2)
-    monkeypatch.setattr(scoring, "_BLOCK_CPU", 37)
+    monkeypatch.setattr(scoring_torch, "_BLOCK_CPU", 37)
     kept = window_statistics(queries, keys, window=16, scale=0.2)
-    monkeypatch.setattr(scoring, "_KEEP_LOGITS", 0)
+    monkeypatch.setattr(scoring_torch, "_KEEP_LOGITS", 0)
     again = window_statistics(queries, keys, window=16, scale=0.2)
     torch.testing.assert_close(kept.mean, whole.mean, atol=1e-8, rtol=1e-5)
     assert torch.equal(again.mean, kept.mean)

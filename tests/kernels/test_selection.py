@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress_kernels import selection
+from kvcompress_kernels import selection_torch
 from kvcompress_kernels.dispatch import Implementation
 from kvcompress_kernels.selection import (
     group_mean,
@@ -324,7 +324,7 @@ def test_top_tokens_on_the_device(device, dtype):
         found = top_tokens(scores, 60, implementation=implementation)
         assert found.dtype == torch.int64
         assert found.tolist() == expected
-    assert selection._top_sorted(scores, 60).tolist() == expected
+    assert selection_torch._top_sorted(scores, 60).tolist() == expected
 
 
 def check_winners(scores: list[Tensor], k: int) -> None:
@@ -339,7 +339,7 @@ def check_winners(scores: list[Tensor], k: int) -> None:
         assert found.dtype == np.dtype(np.int64)
         assert found.tolist() == expected
     if 0 < k < len(flat):
-        assert selection._winners_torch(scores, k).tolist() == expected
+        assert selection_torch.winners_torch(scores, k).tolist() == expected
 
 
 @settings(deadline=None, max_examples=40)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -67,6 +68,7 @@ GEMMA = LLAMA | {
 }
 """Two full-attention layers, and three groups of two others."""
 AnyScheduler = type[ArenaScheduler] | type[ArenaAsyncScheduler]
+BOTH = pytest.mark.parametrize("cls", [ArenaScheduler, ArenaAsyncScheduler])
 
 
 def make_folder(path: Path, layers: int = 2, model: dict[str, Any] | None = None) -> Path:

@@ -10,8 +10,8 @@ from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.bench import command as bench
 from vllm_kvcompress.tools.bench.job import BOUND
 from vllm_kvcompress.tools.bench.pairs import Paired, take_turns
-from vllm_kvcompress.tools.bench.report import Report
-from vllm_kvcompress.tools.bench.rows import COLUMNS, Row, figure
+from vllm_kvcompress.tools.bench.report import BenchReport
+from vllm_kvcompress.tools.bench.rows import COLUMNS, BenchRow, figure
 
 
 def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
@@ -61,7 +61,7 @@ def test_who_goes_first_changes_every_round() -> None:
     assert told == [1, 2, 3]
 
 
-SLOWER = Row(
+SLOWER = BenchRow(
     case="time to first token",
     unit="ms",
     paired=Paired((100.0, 101.0), (120.0, 110.0)),
@@ -70,7 +70,7 @@ SLOWER = Row(
     blocks=(128, 160),
     notes=("a note",),
 )
-FASTER = Row(
+FASTER = BenchRow(
     case="throughput",
     unit="tokens/s",
     paired=Paired((50.0, 60.0), (100.0, 130.0), more_is_better=True),
@@ -89,7 +89,7 @@ FASTER = Row(
 def test_a_row_in_words() -> None:
     assert SLOWER.title == "time to first token, 4,096 tokens"
     assert FASTER.title == "throughput, 64 x 4,096 + 128 tokens, bound pool"
-    assert Row("a batch", "s", Paired((1.0,), (1.0,))).title == "a batch"
+    assert BenchRow("a batch", "s", Paired((1.0,), (1.0,))).title == "a batch"
     assert SLOWER.cells()[1:] == (
         *("100.5 ms", "115 ms", "0.88 (0.83-0.92)", "1.00", "128 -> 160", "-", "does not pay"),
     )
@@ -102,7 +102,7 @@ def test_a_row_in_words() -> None:
 
 
 def test_files_are_whole_after_each_row(tmp_path: Path) -> None:
-    report = Report(tmp_path / "out.v1", {"device": "a GPU", "command": "kvcompress bench"})
+    report = BenchReport(tmp_path / "out.v1", {"device": "a GPU", "command": "kvcompress bench"})
     assert list(tmp_path.iterdir()) == []
     report.add(SLOWER)
     report.add(FASTER)
@@ -126,14 +126,14 @@ def test_files_are_whole_after_each_row(tmp_path: Path) -> None:
     assert f"* {SLOWER.title}; {FASTER.title}: a note\n* {FASTER.title}: another\n" in text
 
 
-def given(prefix: Path, rows: Iterator[Row]) -> int:
+def given(prefix: Path, rows: Iterator[BenchRow]) -> int:
     return bench.write(prefix, {"model": "m"}, rows)
 
 
 def test_a_run_that_is_cut_off_leaves_its_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def rows(error: type[BaseException]) -> Iterator[Row]:
+    def rows(error: type[BaseException]) -> Iterator[BenchRow]:
         yield SLOWER
         raise error("enough")
 

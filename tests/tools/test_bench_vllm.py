@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import parsed
+from vllm_kvcompress.tools import serving
 from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.bench import command as bench
-from vllm_kvcompress.tools.bench import server, vllm_bench
+from vllm_kvcompress.tools.bench import vllm_bench
+from vllm_kvcompress.tools.bench.block_watch import BlockWatch
 from vllm_kvcompress.tools.bench.pairs import Paired
-from vllm_kvcompress.tools.cli import build_parser
 
 
 @pytest.fixture
@@ -19,7 +21,7 @@ def words(tmp_path: Path) -> list[str]:
 
 
 def vllm_job(words: list[str], *more: str) -> vllm_bench.VllmJob:
-    return bench.make_vllm_job(build_parser().parse_args([*words, *more]))
+    return bench.make_vllm_job(parsed(words, *more))
 
 
 def test_both_command_lines_differ_in_our_flags_alone(words: list[str]) -> None:
@@ -32,7 +34,7 @@ def test_both_command_lines_differ_in_our_flags_alone(words: list[str]) -> None:
     assert made.extra == ("--input-len", "512", "--disable-detokenize")
     assert made.rounds == 2
     plain = vllm_bench.engine_words(made, compressed=False)
-    assert plain[2:] == [
+    assert plain == [
         *("--block-size", "64", "--kv-cache-memory-bytes", str(2 << 20)),
         *("--max-model-len", "2048", "--enforce-eager", "--seed", "1"),
     ]
@@ -46,11 +48,13 @@ def test_both_command_lines_differ_in_our_flags_alone(words: list[str]) -> None:
 
 
 STAND_IN = """#!{python}
-import json, sys
+import json, sys, time
 words = sys.argv[1:]
-print("Error: nothing to do" if "--fail" in words else words)
+print("Error: nothing to do" if "--fail" in words else words, flush=True)
 if "--fail" in words:
     sys.exit(3)
+if "--hang" in words:
+    time.sleep(60)
 fast = "--kv-compression" in words
 out = words[words.index("--output-json") + 1]
 with open(out, "w") as file:
@@ -64,7 +68,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "vllm"
     program.write_text(STAND_IN.format(python=sys.executable))
     program.chmod(0o755)
-    monkeypatch.setattr(vllm_bench, "VLLM", program)
+    monkeypatch.setattr(serving, "VLLM", program)
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -97,34 +101,39 @@ def test_a_benchmark_that_fails_says_where_to_look(words: list[str]) -> None:
 
 
 def test_a_figure_that_is_missing_is_named() -> None:
-    result = vllm_bench.Result({"percentiles": {"50": 1.5}})
+    result = vllm_bench.VllmResult({"percentiles": {"50": 1.5}})
     with pytest.raises(CommandError, match=r"gives no percentiles\.90: .* got None"):
         list(vllm_bench.rows_of("latency", [(result, result)]))
 
 
-def test_a_program_that_hangs_is_ended(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
-    with pytest.raises(CommandError, match="took more than --timeout 0 s"):
-        server.run(command, tmp_path / "log", 0.1)
+@pytest.mark.usefixtures("stand_in")
+def test_a_program_that_hangs_or_fails_is_ended(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with pytest.raises(CommandError, match="vllm --hang took more than 0 s"):
+        serving.run(["--hang"], log, 0.1)
     with (
-        pytest.raises(CommandError, match="gave no sign within --timeout 0 s"),
-        server.serve(command, server.free_port(), tmp_path / "log", 0.1),
+        pytest.raises(CommandError, match="gave no answer within 0 s"),
+        serving.serve("m", ["--hang"], log, 0.1),
     ):
         pass
     with (
-        pytest.raises(CommandError, match=r"vllm serve did not start: .*no such flag"),
-        server.serve(
-            [sys.executable, "-c", "raise SystemExit('error: no such flag')"],
-            server.free_port(),
-            tmp_path / "log",
-            60,
-        ),
+        pytest.raises(CommandError, match="vllm serve did not start: Error: nothing to do"),
+        serving.serve("m", ["--fail"], log, 60),
     ):
         pass
 
 
-def test_blocks_are_read_from_the_servers_metrics() -> None:
-    watch = server.Watch(1)
+def test_what_a_server_logs_is_read_line_by_line(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text('INFO A {"n": 1}\nINFO A_B {"n": 2}\nINFO A {"n": {}}\nINFO A {"n": {}')
+    server = serving.RunningServer(1, log)
+    assert server.lines("A") == [{"n": 1}, {"n": {}}]
+    assert server.lines("A", since=10) == [{"n": {}}]
+    assert server.wait_for("A_B", 2, seconds=0) == [{"n": 2}]
+
+
+def test_blocks_are_read_from_the_servers_metrics(tmp_path: Path) -> None:
+    watch = BlockWatch(serving.RunningServer(1, tmp_path))
     watch.look('vllm:cache_config_info{num_gpu_blocks="101"} 1.0\nvllm:kv_cache_usage_perc 0.25\n')
     watch.look("vllm:kv_cache_usage_perc 0.125\n")
     assert (watch.blocks, watch.pool_blocks) == (25, 100)

@@ -1,16 +1,15 @@
 """Pictures of cells: their axes, lines and labels, and that no label covers another."""
 
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Text
 from PIL import Image
 
 from tests.support.eval_records import KVPRESS, answers, full, measured, needle_grid, small_run
+from tests.support.figures import check_labels
 from vllm_kvcompress.tools.evaluation import heatmap, plots
 from vllm_kvcompress.tools.evaluation.cells import make_cells
 from vllm_kvcompress.tools.evaluation.looks import looks_of
@@ -171,35 +170,5 @@ def test_no_label_covers_another_or_is_cut_off(kind: str) -> None:
         "nll": lambda: plots.share_figure(panels(likelihood_run())),
         "needles": lambda: heatmap.needle_figure(panels(needle_grid()), "0.125"),
     }[kind]()
-    figure.canvas.draw()
-    width, height = figure.get_size_inches() * figure.dpi
-    beyond = _beyond(figure)
-    boxes = [
-        (text.get_text(), text.get_window_extent())
-        for text in figure.findobj(Text)
-        if text.get_visible() and text.get_text() and text not in beyond
-    ]
-    assert len(boxes) > 10
-    for label, box in boxes:
-        assert box.x0 >= 0, label
-        assert box.y0 >= 0, label
-        assert box.x1 <= width, label
-        assert box.y1 <= height, label
-    for (one, a), (other, b) in combinations(boxes, 2):
-        if kind == "tasks" and "_" in one + other:
-            continue  # boxes of slanted labels overlap where the labels do not
-        apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 or b.y1 <= a.y0
-        assert apart, (one, other)
-
-
-def _beyond(figure: Figure) -> set[Text]:
-    """Labels of ticks beyond their axes, which matplotlib keeps and does not draw."""
-    found: set[Text] = set()
-    for axes in (one for ax in figure.axes for one in (ax, *ax.child_axes)):
-        for axis, place in ((axes.xaxis, 0), (axes.yaxis, 1)):
-            low, high = sorted(axis.get_view_interval())
-            for tick in (*axis.majorTicks, *axis.minorTicks):
-                for text in (tick.label1, tick.label2):
-                    if not low <= text.get_position()[place] <= high:
-                        found.add(text)
-    return found
+    # Boxes of slanted labels overlap where the labels do not.
+    check_labels(figure, 10, may_overlap=lambda one, other: kind == "tasks" and "_" in one + other)

@@ -1,25 +1,23 @@
 """``kvcompress inspect`` up to the engine: arguments, prompts and refusals."""
 
-import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from tests.e2e.harness import MODELS, SMALL
+from tests.support import commands
+from tests.support.commands import parsed, refusal
 from tests.support.inspections import inspection
 from vllm_kvcompress.planning.layer_groups import LayerGroups
 from vllm_kvcompress.tools.arguments import CommandError
-from vllm_kvcompress.tools.cli import build_parser, main
 from vllm_kvcompress.tools.inspection.chart import chart
 from vllm_kvcompress.tools.inspection.command import make_job
 from vllm_kvcompress.tools.inspection.page import page_data
 from vllm_kvcompress.tools.inspection.run import cache_bytes, check_length, read_prompt
 from vllm_kvcompress.tools.inspection.store import save_arrays
-from vllm_kvcompress.tools.plan.model import ModelFacts
 
 
 @pytest.fixture
@@ -46,8 +44,8 @@ def words(tmp_path: Path) -> list[str]:
         (["--budget", "much"], "got 'much'"),
         (["--budget", "0"], "got 0"),
         (["--config", '{"tau": 1}'], 'cake: unknown parameter "tau"'),
-        (["--config", "[]"], "argument --config: must be a JSON object, got []"),
-        (["--config", "{"], "argument --config: must be a JSON object, got {"),
+        (["--config", "[]"], "argument --config: must be a JSON object, got '[]'"),
+        (["--config", "{"], "argument --config: must be a JSON object, got '{'"),
         (
             ["--compare", "cake,snapkv", "--config", '{"gamma": 1}'],
             '(cake, snapkv), got {"gamma": 1}',
@@ -59,16 +57,10 @@ def words(tmp_path: Path) -> list[str]:
 def test_user_errors_are_one_sentence(
     words: list[str], capsys: pytest.CaptureFixture[str], change: list[str], sentence: str
 ) -> None:
-    try:
-        status = main([*words, *change])
-    except SystemExit as stopped:
-        status = int(stopped.code or 0)
-    said = capsys.readouterr()
-    assert status == 2
-    assert sentence in said.err
-    assert said.err.count("\n") == 1
-    assert said.err.startswith("kvcompress inspect: ")
-    assert said.out == ""
+    said = refusal(capsys, [*words, *change])
+    assert said.startswith("kvcompress inspect: ")
+    assert said.count("\n") == 1
+    assert sentence in said
 
 
 @pytest.mark.parametrize(
@@ -82,12 +74,7 @@ def test_unusable_texts_are_refused(
     sentence: str,
 ) -> None:
     (tmp_path / "text").write_bytes(content)
-    assert main(words) == 2
-    assert sentence in capsys.readouterr().err
-
-
-def parsed(words: list[str], *more: str) -> argparse.Namespace:
-    return build_parser().parse_args([*words, *more])
+    assert sentence in refusal(capsys, words)
 
 
 def test_settings_reach_the_methods(words: list[str]) -> None:
@@ -101,20 +88,7 @@ def test_settings_reach_the_methods(words: list[str]) -> None:
     ]
 
 
-FACTS = ModelFacts(
-    name="m",
-    architecture="LlamaForCausalLM",
-    layers=3,
-    groups=LayerGroups(3),
-    compressed=(),
-    heads=4,
-    kv_heads=2,
-    head_size=16,
-    dtype=torch.bfloat16,
-    max_model_len=512,
-    default_model_len=512,
-    quantized=False,
-)
+FACTS = replace(commands.FACTS, max_model_len=512, default_model_len=512)
 
 
 @pytest.mark.parametrize(

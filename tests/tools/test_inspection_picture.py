@@ -1,13 +1,12 @@
 """The picture of ``kvcompress inspect``: its size, its colours, and room for every label."""
 
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.text import Text
 from PIL import Image
 
+from tests.support.figures import check_labels
 from tests.support.inspections import inspection
 from vllm_kvcompress.tools.inspection import Inspection, Run, excerpts, passages, picture
 
@@ -22,42 +21,14 @@ SIZES = [
 def test_no_label_covers_another_or_is_cut_off(tokens: int, layers: int, methods: int) -> None:
     drawn = inspection(tokens, layers, methods, model="a-" * 40, question="Why? " * 200)
     figure = picture._draw(drawn)
-    figure.canvas.draw()
     # Tokens of the excerpts touch each other; everything else has room.
-    tight = {text for ax in figure.axes for text in ax.texts}
-    boxes = [
-        (text.get_text(), text.get_window_extent())
-        for text in figure.findobj(Text)
-        if text.get_visible() and text.get_text() and text not in tight and _on_axis(text)
-    ]
-    width, height = picture.size(drawn)
-    assert len(boxes) > 20
-    for label, box in boxes:
-        assert box.x0 >= 0, label
-        assert box.y0 >= 0, label
-        assert box.x1 <= width, label
-        assert box.y1 <= height, label
-    for (one, a), (other, b) in combinations(boxes, 2):
-        apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 or b.y1 <= a.y0
-        assert apart, (one, other)
+    check_labels(figure, 20, {text for ax in figure.axes for text in ax.texts})
+    assert tuple(figure.get_size_inches() * figure.dpi) == picture.size(drawn)
     for ax in figure.axes:
         for text in ax.texts:
             box, inside = text.get_window_extent(), ax.get_window_extent()
             assert box.x1 <= inside.x1 + 3, text.get_text()
             assert box.y0 >= inside.y0 - 3, text.get_text()
-
-
-def _on_axis(text: Text) -> bool:
-    """Whether a tick's label lies within its axis; matplotlib keeps some beyond, undrawn."""
-    axes = text.axes
-    if axes is None:
-        return True
-    for axis, position in ((axes.xaxis, 0), (axes.yaxis, 1)):
-        if text in axis.get_ticklabels():
-            low, high = sorted(axis.get_view_interval())
-            shown = axis.get_tick_params().get(("labelbottom", "labelleft")[position], True)
-            return bool(shown) and low <= text.get_position()[position] <= high
-    return True
 
 
 @pytest.mark.parametrize(("layers", "methods"), [(3, 1), (24, 3)])

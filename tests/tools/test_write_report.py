@@ -11,8 +11,8 @@ from benchmarks.report_data import read_results
 from benchmarks.report_papers import QUOTED
 from tests.support.eval_records import answers, measured, needle_grid, small_run
 from vllm_kvcompress.tools.bench.pairs import Paired
-from vllm_kvcompress.tools.bench.report import Report
-from vllm_kvcompress.tools.bench.rows import Row
+from vllm_kvcompress.tools.bench.report import BenchReport
+from vllm_kvcompress.tools.bench.rows import BenchRow
 from vllm_kvcompress.tools.evaluation.cells import make_cells, paired
 from vllm_kvcompress.tools.evaluation.packed import pack, read_notes, unpack
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC
@@ -141,11 +141,12 @@ def test_speed_says_where_compression_does_not_pay(committed: Path) -> None:
 
 def test_rows_of_kvcompress_bench_look_as_on_its_own_page(tmp_path: Path) -> None:
     rows = [
-        Row("decode step", "ms", Paired((4.0, 6.0), (2.0, 2.0)), 4096, 8, bound=2.5, blocks=(9, 3)),
-        Row("throughput", "tokens/s", Paired((4.0,), (3.0,), True), 512, 4, 16, "bound",
+        BenchRow("decode step", "ms", Paired((4.0, 6.0), (2.0, 2.0)), 4096, 8, bound=2.5,
+            blocks=(9, 3)),
+        BenchRow("throughput", "tokens/s", Paired((4.0,), (3.0,), True), 512, 4, 16, "bound",
             notes=("two preemptions",)),
     ]  # fmt: skip
-    report = Report(tmp_path / "bench-tiny", {"device": "A x2", "config": ""})
+    report = BenchReport(tmp_path / "bench-tiny", {"device": "A x2", "config": ""})
     for row in rows:
         report.add(row)
     text = section(write_report.build(read_results(tmp_path), "results").text(), "Speed and memory")

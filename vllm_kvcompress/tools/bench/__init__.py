@@ -1,6 +1,6 @@
 """``kvcompress bench``: compressed against plain vLLM, in one run and taking turns.
 
-``job`` says what is measured, ``measure`` drives one engine, ``cases`` lets two take turns and
-makes the rows, ``apart`` does so in a process of its own, and ``report`` writes them.
-``vllm_bench`` lets vLLM's own benchmarks do the measuring instead.
+``job`` says what is measured, ``measure`` runs one engine, ``cases`` lets two take turns and makes
+the rows, ``child_process`` does so in a process for each setup, and ``report`` writes the rows.
+``vllm_bench`` runs vLLM's own benchmarks instead.
 """

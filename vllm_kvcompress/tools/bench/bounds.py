@@ -1,22 +1,22 @@
-"""How much faster compression could be if a step cost nothing but the bytes that it reads."""
+"""How much faster compression could be if a step cost only the bytes that it reads."""
 
 from vllm_kvcompress.tools.bench.measure import Queue
 
 
 def decode_bound(weights: int, full: int, kept: int) -> float:
-    """Ratio of the bytes of one decode step.
+    """Return the ratio of the bytes that one decode step reads, plain / compressed.
 
     Args:
-        weights: Bytes of weights that it reads.
+        weights: Bytes of weights.
         full: Bytes of the batch's KV caches in plain vLLM.
-        kept: Bytes of them with compression.
+        kept: Bytes of the batch's KV caches with compression.
 
     """
     return (weights + full) / (weights + kept)
 
 
 def token_bytes(queue: Queue, weights: int, block_bytes: int) -> float:
-    """Bytes read for one generated token, at the concurrency that was seen.
+    """Return the bytes read for one generated token, with as many requests at a time as there were.
 
     Args:
         queue: A run with decode steps.
@@ -29,11 +29,11 @@ def token_bytes(queue: Queue, weights: int, block_bytes: int) -> float:
 
 
 def whole_bound(prefill_share: float, decode: float) -> float:
-    """Ratio of whole runs if prefills take what they take in plain vLLM.
+    """Return the ratio of whole runs if prefills take as long as in plain vLLM.
 
     Args:
-        prefill_share: Of plain vLLM's time that goes into steps with a prompt.
-        decode: Bound of the other steps.
+        prefill_share: Share of plain vLLM's time in steps with a prompt.
+        decode: The bound of the other steps.
 
     """
     return 1 / (prefill_share + (1 - prefill_share) / decode)

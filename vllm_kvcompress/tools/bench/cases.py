@@ -1,4 +1,4 @@
-"""Both engines take turns at each case; what comes out are rows."""
+"""Both engines take turns at each case; the results are rows."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -6,23 +6,23 @@ from dataclasses import replace
 
 from vllm_kvcompress.tools.bench.bounds import decode_bound, token_bytes, whole_bound
 from vllm_kvcompress.tools.bench.engines import prompts_of, two_engines
-from vllm_kvcompress.tools.bench.job import DECODE, TTFT, Case, Job, Setup
+from vllm_kvcompress.tools.bench.job import DECODE, TTFT, BenchCase, BenchJob, Setup
 from vllm_kvcompress.tools.bench.measure import Decoding, Queue, first_token, run_queue
 from vllm_kvcompress.tools.bench.pairs import Paired, take_turns
-from vllm_kvcompress.tools.bench.rows import Row
+from vllm_kvcompress.tools.bench.rows import BenchRow
 from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
 
 Tell = Callable[[str], object]
 Pair = tuple[SteppedEngine, SteppedEngine]
 
 
-def measure(job: Job, setup: Setup, tell: Tell) -> Iterator[Row]:
+def measure(job: BenchJob, setup: Setup, tell: Tell) -> Iterator[BenchRow]:
     """Measure all cases of a setup.
 
     Args:
-        job: What is measured.
-        setup: On which engines.
-        tell: Called with what is being done.
+        job: The run.
+        setup: The engines and the cases.
+        tell: Called with a line of progress.
 
     Yields:
         Rows, each when it is complete.
@@ -42,12 +42,12 @@ def measure(job: Job, setup: Setup, tell: Tell) -> Iterator[Row]:
                 yield from _throughput(job, setup, pair, case, tell)
 
 
-def _first_token(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
+def _first_token(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> BenchRow:
     plain, compressed = pair
     (prompt,) = prompts_of(job, plain, case)
-    for number, subject in enumerate(pair):
+    for number, engine in enumerate(pair):
         tell(f"{case}, warming up {number + 1} of 2")
-        first_token(subject, prompt)
+        first_token(engine, prompt)
     before = compressed.phases
     pairs = take_turns(
         job.rounds,
@@ -61,22 +61,22 @@ def _first_token(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
     }
     note = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in spent.items())
     streams = job.config.prefill == "streaming"
-    return Row(
+    return BenchRow(
         case="time to first token",
         unit="ms",
         paired=Paired(tuple(p * 1e3 for (p, _), _ in pairs), tuple(c * 1e3 for _, (c, _) in pairs)),
         prompt=case.prompt,
         pool_blocks=plain.pool_blocks,
-        # The prompt is read whole before anything goes, unless it is cut on the way.
+        # The whole prompt is prefilled before anything is evicted, except in a streaming prefill.
         bound=None if streams else 1.0,
         blocks=(max(p for (_, p), _ in pairs), max(c for _, (_, c) in pairs)),
         notes=(f"compression took {note}",) if any(spent.values()) else _whole(job, case),
     )
 
 
-def _decode(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
+def _decode(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> BenchRow:
     prompts = prompts_of(job, pair[0], case)
-    plain, compressed = batches = [Decoding(subject, prompts, case.generate) for subject in pair]
+    plain, compressed = batches = [Decoding(engine, prompts, case.generate) for engine in pair]
     for number, batch in enumerate(batches):
         tell(f"{case}, reading prompts {number + 1} of 2")
         batch.start()
@@ -94,7 +94,7 @@ def _decode(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
         f"a step reads {job.weights >> 20} MiB of weights and {full * block >> 20} or "
         f"{kept * block >> 20} MiB of KV cache"
     )
-    return Row(
+    return BenchRow(
         case="decode step",
         unit="ms",
         paired=Paired(tuple(p for p, _ in pairs), tuple(c for _, c in pairs)),
@@ -109,12 +109,14 @@ def _decode(job: Job, pair: Pair, case: Case, tell: Tell) -> Row:
     )
 
 
-def _throughput(job: Job, setup: Setup, pair: Pair, case: Case, tell: Tell) -> Iterator[Row]:
+def _throughput(
+    job: BenchJob, setup: Setup, pair: Pair, case: BenchCase, tell: Tell
+) -> Iterator[BenchRow]:
     plain, compressed = pair
     prompts = prompts_of(job, plain, case)
-    for number, subject in enumerate(pair):
+    for number, engine in enumerate(pair):
         tell(f"{case}, warming up {number + 1} of 2")
-        run_queue(subject, prompts[:1], min(case.generate, 8))
+        run_queue(engine, prompts[:1], min(case.generate, 8))
     pairs = take_turns(
         job.rounds,
         lambda: run_queue(plain, prompts, case.generate),
@@ -125,42 +127,47 @@ def _throughput(job: Job, setup: Setup, pair: Pair, case: Case, tell: Tell) -> I
 
 
 def throughput_rows(
-    job: Job,
+    job: BenchJob,
     pool: str,
-    case: Case,
+    case: BenchCase,
     pairs: list[tuple[Queue, Queue]],
     sizes: tuple[int, int],
-) -> Iterator[Row]:
-    """Tokens a second over whole runs, and over the steps that computed no prompt.
+) -> Iterator[BenchRow]:
+    """Make the rows of tokens a second over whole runs, and over the steps that computed no prompt.
 
     Args:
-        job: What is measured.
+        job: The run.
         pool: Name of the engines' pool.
         case: The requests.
         pairs: Runs of both engines, plain first, by round.
-        sizes: Blocks that each engine can hand out, and bytes of one.
+        sizes: Blocks that each engine can hand out, and bytes of a block.
 
     """
-    plain, compressed = [p for p, _ in pairs], [c for _, c in pairs]
-    decoded = all(queue.decode_tokens for both in pairs for queue in both)
-    bound = share = None
-    if decoded:
-        bytes_each = [
-            statistics.median(token_bytes(q, job.weights, sizes[1]) for q in queues)
-            for queues in (plain, compressed)
-        ]
-        bound = bytes_each[0] / bytes_each[1]
-        share = statistics.median(q.prefill_share for q in plain)
+    both = [p for p, _ in pairs], [c for _, c in pairs]
+
+    def most(name: str) -> tuple[int, int]:
+        plain, compressed = (max(getattr(queue, name) for queue in queues) for queues in both)
+        return plain, compressed
+
+    preemptions = sum(q.preemptions for q in both[0]), sum(q.preemptions for q in both[1])
+    decoded = all(queue.decode_tokens for queues in both for queue in queues)
+    bound = whole = None
     notes = [*_whole(job, case)]
-    if share is not None:
+    if decoded:
+        plain, compressed = (
+            statistics.median(token_bytes(queue, job.weights, sizes[1]) for queue in queues)
+            for queues in both
+        )
+        bound = plain / compressed
+        share = statistics.median(queue.prefill_share for queue in both[0])
+        whole = whole_bound(share, bound)
         notes.append(
             f"plain vLLM spends {share:.0%} of the time in steps with a prompt, which compression "
             "does not shorten"
         )
-    thrown_out = sum(q.preemptions for q in plain), sum(q.preemptions for q in compressed)
-    if any(thrown_out):
-        notes.append(f"{thrown_out[0]} and {thrown_out[1]} preemptions")
-    whole = Row(
+    if any(preemptions):
+        notes.append(f"{preemptions[0]} and {preemptions[1]} preemptions")
+    row = BenchRow(
         case="throughput",
         unit="tokens/s",
         paired=_rates(pairs, lambda q: q.tokens / q.seconds),
@@ -169,16 +176,16 @@ def throughput_rows(
         generated=case.generate,
         pool=pool,
         pool_blocks=sizes[0],
-        bound=None if bound is None or share is None else whole_bound(share, bound),
-        blocks=(max(q.peak_blocks for q in plain), max(q.peak_blocks for q in compressed)),
-        running=(max(q.most_running for q in plain), max(q.most_running for q in compressed)),
-        preemptions=thrown_out,
+        bound=whole,
+        blocks=most("peak_blocks"),
+        running=most("most_running"),
+        preemptions=preemptions,
         notes=tuple(notes),
     )
-    yield whole
+    yield row
     if decoded:
         yield replace(
-            whole,
+            row,
             case="decode throughput",
             paired=_rates(pairs, lambda q: q.decode_tokens / q.decode_seconds),
             bound=bound,
@@ -192,7 +199,7 @@ def _rates(pairs: list[tuple[Queue, Queue]], rate: Callable[[Queue], float]) -> 
     )
 
 
-def _whole(job: Job, case: Case) -> tuple[str, ...]:
+def _whole(job: BenchJob, case: BenchCase) -> tuple[str, ...]:
     from vllm_kvcompress.planning.block_planner import BlockPlanner
 
     if BlockPlanner(job.config, job.block_size).schedule(case.prompt) is None:
@@ -200,5 +207,5 @@ def _whole(job: Job, case: Case) -> tuple[str, ...]:
     return ()
 
 
-def _rounds(job: Job, case: Case, tell: Tell) -> Callable[[int], object]:
+def _rounds(job: BenchJob, case: BenchCase, tell: Tell) -> Callable[[int], object]:
     return lambda number: tell(f"{case}, round {number} of {job.rounds}")

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.tools.arguments import CommandError, count, json_object
+from vllm_kvcompress.tools.arguments import STOPPED, CommandError, count, json_object
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
-    from vllm_kvcompress.tools.bench.job import Job
-    from vllm_kvcompress.tools.bench.rows import Row
+    from vllm_kvcompress.tools.bench.job import BenchJob
+    from vllm_kvcompress.tools.bench.rows import BenchRow
     from vllm_kvcompress.tools.bench.vllm_bench import VllmJob
 
 CASES = ("ttft", "decode", "throughput")
@@ -22,20 +22,43 @@ POOLS = ("bound", "ample")
 VLLM_BENCHES = ("latency", "throughput", "serve")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 DEFAULT_BLOCK_SIZE = 32
-STOPPED = 130
 
-OWN: dict[str, Any] = {
-    "cases": CASES,
-    "lengths": (1024, 4096),
-    "batches": (1, 8),
-    "steps": 16,
-    "pools": POOLS,
-    "requests": 16,
-    "generate": 128,
-    "bound_requests": 3,
-    "seed": 0,
+
+def _number(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(count(part.strip()) for part in text.split(",")))
+
+
+def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"must be some of {', '.join(known)}, got {name!r}"
+                )
+        return names
+
+    return parse
+
+
+OWN: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
+    "cases": (CASES, _names(CASES), "NAMES", "with commas between them"),
+    "lengths": ((1024, 4096), _counts, "TOKENS", "of prompts, with commas between them"),
+    "batches": ((1, 8), _counts, "N", "requests of a decode step, with commas between them"),
+    "steps": (16, count, "N", "decode steps that count in each turn"),
+    "pools": (POOLS, _names(POOLS), "NAMES", "for throughput"),
+    "requests": (16, count, "N", "of a throughput"),
+    "generate": (128, count, "TOKENS", "that each of those generates"),
+    "bound_requests": (3, count, "N", "that plain vLLM holds in the bound pool"),
+    "seed": (0, _number, "N", "of the prompts' random tokens"),
 }
-"""Settings of our own cases, which mean nothing to vLLM's, and their defaults."""
+"""Settings of our own cases, which vLLM's benchmarks do not have: default, type, metavar, help."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -109,24 +132,10 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _add_cases(group: Any) -> None:
-    shown = {
-        name: ",".join(map(str, value)) if isinstance(value, tuple) else value
-        for name, value in OWN.items()
-    }
-
-    def add(flag: str, kind: Callable[[str], Any], metavar: str, text: str) -> None:
-        default = shown[flag.removeprefix("--").replace("-", "_")]
-        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {default})")
-
-    add("--cases", _names(CASES), "NAMES", "with commas between them")
-    add("--lengths", _counts, "TOKENS", "of prompts, with commas between them")
-    add("--batches", _counts, "N", "requests of a decode step, with commas between them")
-    add("--steps", count, "N", "decode steps that count in each turn")
-    add("--pools", _names(POOLS), "NAMES", "for throughput")
-    add("--requests", count, "N", "of a throughput")
-    add("--generate", count, "TOKENS", "that each of those generates")
-    add("--bound-requests", count, "N", "that plain vLLM holds in the bound pool")
-    add("--seed", _number, "N", "of the prompts' random tokens")
+    for name, (default, kind, metavar, text) in OWN.items():
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {shown})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -142,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         CommandError: What the user can put right; rows measured before it stay on disk.
 
     """
-    from vllm_kvcompress.tools.bench.apart import say
+    from vllm_kvcompress.tools.bench.child_process import say
 
     prefix: Path = args.output
     if not prefix.name or not prefix.parent.is_dir():
@@ -158,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     return write(prefix, _settings_shown(job.config, args), _own_rows(job))
 
 
-def make_job(args: argparse.Namespace) -> Job:
+def make_job(args: argparse.Namespace) -> BenchJob:
     """Check everything that can be checked without an engine. Imports vLLM.
 
     Args:
@@ -170,18 +179,21 @@ def make_job(args: argparse.Namespace) -> Job:
     """
     from vllm.platforms import current_platform
 
-    from vllm_kvcompress.tools.bench.job import Job
+    from vllm_kvcompress.tools.bench.job import BenchJob
     from vllm_kvcompress.tools.bench.weights import read_bytes
     from vllm_kvcompress.tools.plan.model import load_config, model_facts
 
     if args.extra:
         raise CommandError("words after -- are for --vllm-bench, which is not given")
-    own = {name: _given(args, name) for name in OWN}
+    own = {
+        name: default if getattr(args, name) is None else getattr(args, name)
+        for name, (default, *_) in OWN.items()
+    }
     loaded = load_config(args.model)
     facts = model_facts(args.model, loaded, args.dtype)
     block_size = args.block_size or DEFAULT_BLOCK_SIZE
     mib = args.kv_cache_mib
-    job = Job(
+    job = BenchJob(
         model=args.model,
         facts=facts,
         weights=read_bytes(facts, loaded),
@@ -238,7 +250,7 @@ def make_vllm_job(args: argparse.Namespace) -> VllmJob:
     )
 
 
-def write(prefix: Path, settings: dict[str, str], rows: Iterable[Row]) -> int:
+def write(prefix: Path, settings: dict[str, str], rows: Iterable[BenchRow]) -> int:
     """Write rows as they come, and print the table when they end or are cut off.
 
     Args:
@@ -253,11 +265,11 @@ def write(prefix: Path, settings: dict[str, str], rows: Iterable[Row]) -> int:
         CommandError: A file cannot be written, or the rows raise it.
 
     """
-    from vllm_kvcompress.tools.bench.apart import say
+    from vllm_kvcompress.tools.bench.child_process import say
     from vllm_kvcompress.tools.bench.machine import facts
-    from vllm_kvcompress.tools.bench.report import Report
+    from vllm_kvcompress.tools.bench.report import BenchReport
 
-    report = Report(prefix, {**settings, **facts()})
+    report = BenchReport(prefix, {**settings, **facts()})
     status = 0
     try:
         for row in rows:
@@ -275,8 +287,8 @@ def write(prefix: Path, settings: dict[str, str], rows: Iterable[Row]) -> int:
     return status
 
 
-def _own_rows(job: Job) -> Iterable[Row]:
-    from vllm_kvcompress.tools.bench.apart import rows_of
+def _own_rows(job: BenchJob) -> Iterable[BenchRow]:
+    from vllm_kvcompress.tools.bench.child_process import rows_of
 
     for setup in job.setups():
         yield from rows_of(job, setup)
@@ -305,31 +317,3 @@ def _config(args: argparse.Namespace, block_size: int | None) -> KVCompressionCo
     except ValueError as error:
         raise CommandError(str(error)) from None
     return config
-
-
-def _given(args: argparse.Namespace, name: str) -> Any:
-    value = getattr(args, name)
-    return OWN[name] if value is None else value
-
-
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(count(part.strip()) for part in text.split(",")))
-
-
-def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    def parse(text: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(
-                    f"must be some of {', '.join(known)}, got {name!r}"
-                )
-        return names
-
-    return parse

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.tools.arguments import CommandError
-from vllm_kvcompress.tools.bench.job import Case, Job, Setup, check_memory
+from vllm_kvcompress.tools.bench.job import BenchCase, BenchJob, Setup, check_memory
 from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
-    # Two engines bound to the same cores would be no worse, but a machine's other cores idle.
+    # Both engines would be bound to the same cores, and the machine's other cores would be idle.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 """What vLLM is told where the user's environment says nothing else."""
@@ -27,20 +27,20 @@ FIRST_WORDS = 100
 
 
 @contextmanager
-def two_engines(job: Job, setup: Setup) -> Iterator[tuple[SteppedEngine, SteppedEngine]]:
+def two_engines(job: BenchJob, setup: Setup) -> Iterator[tuple[SteppedEngine, SteppedEngine]]:
     """Start plain vLLM, then the engine with compression; both are gone afterwards.
 
     Changes the process's environment variables.
 
     Args:
-        job: What is measured.
-        setup: On which engines.
+        job: The run.
+        setup: The engines' sizes.
 
     Raises:
         CommandError: vLLM or the plugin refuses a setting, or the memory is too small.
 
     """
-    # Engines are stepped by hand, so they must run here, whatever the user prefers elsewhere.
+    # Engines are stepped by hand, so they must run in this process, whatever the user has set.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -66,22 +66,22 @@ def two_engines(job: Job, setup: Setup) -> Iterator[tuple[SteppedEngine, Stepped
         gc.collect()
 
 
-def prompts_of(job: Job, subject: SteppedEngine, case: Case) -> list[list[int]]:
+def prompts_of(job: BenchJob, engine: SteppedEngine, case: BenchCase) -> list[list[int]]:
     """Different prompts of random tokens; the same for both engines.
 
     Args:
         job: Has the seed.
-        subject: Either engine.
-        case: Says how many and how long.
+        engine: Either engine.
+        case: Number and length of the prompts.
 
     """
     dice = random.Random(f"{job.seed} {case}")
-    words = int(subject.engine.model_config.get_vocab_size())
+    words = int(engine.llm_engine.model_config.get_vocab_size())
     first, last = (FIRST_WORDS, words - FIRST_WORDS) if words > 4 * FIRST_WORDS else (0, words)
     return [[dice.randrange(first, last) for _ in range(case.prompt)] for _ in range(case.requests)]
 
 
-def _arguments(job: Job, setup: Setup, total: int | None) -> dict[str, Any]:
+def _arguments(job: BenchJob, setup: Setup, total: int | None) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
 
     known = {field.name for field in fields(EngineArgs)}
@@ -96,7 +96,7 @@ def _arguments(job: Job, setup: Setup, total: int | None) -> dict[str, Any]:
         "max_num_seqs": setup.max_num_seqs,
         "max_num_batched_tokens": setup.batched_tokens,
         "kv_cache_memory_bytes": setup.kv_bytes,
-        # Rounds read the same prompts again.
+        # Every round uses the same prompts again.
         "enable_prefix_caching": False,
         "use_tqdm_on_load": False,
     }
@@ -114,20 +114,20 @@ def _start(arguments: dict[str, Any]) -> SteppedEngine:
 
     try:
         return SteppedEngine(LLM(**arguments))
-    except ValueError as error:  # vLLM's and the plugin's word for a setting that cannot be
+    except ValueError as error:  # how vLLM and the plugin refuse a setting
         raise CommandError(_sentence(error)) from error
 
 
 def _sentence(error: ValueError) -> str:
-    """The message; of pydantic's, which go over many lines, what the first check said."""
+    """Return the message; of an error of pydantic, which has many lines, the first check's."""
     details = getattr(error, "errors", None)
     if not callable(details):
         return str(error)
     return str(details()[0]["msg"]).removeprefix("Value error, ")
 
 
-def _memory(job: Job) -> tuple[int, int | None]:
-    """Bytes that are free for both engines, and on a GPU those that it has."""
+def _memory(job: BenchJob) -> tuple[int, int | None]:
+    """Return the bytes that are free for both engines, and on a GPU its whole memory."""
     if not job.cpu:
         import torch
 

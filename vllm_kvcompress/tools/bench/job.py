@@ -1,4 +1,4 @@
-"""What to measure, and the pools that it takes."""
+"""What is measured, and the pools that this takes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,23 +12,26 @@ from vllm_kvcompress.tools.plan.figures import Windows, block_bytes
 from vllm_kvcompress.tools.plan.model import ModelFacts
 
 WARM_STEPS = 4
-"""Decode steps before the first that counts: the first of a batch makes its buffers."""
+"""Decode steps before the first that counts: the first of a batch allocates its buffers."""
 
 SETTLE_STEPS = 2
-"""At the start of each turn: the other engine's data are in the caches, or a step is in flight."""
+"""Decode steps at the start of each turn that do not count.
+
+The CPU's caches hold the other engine's data, or a step of it has not ended yet.
+"""
 
 TTFT, DECODE, THROUGHPUT = KINDS = ("ttft", "decode", "throughput")
 BOUND, AMPLE = POOLS = ("bound", "ample")
 
 
 @dataclass(frozen=True)
-class Case:
+class BenchCase:
     """One thing to measure.
 
     Attributes:
         kind: One of :data:`KINDS`.
         prompt: Tokens of each prompt.
-        requests: At a time; of a throughput, in all.
+        requests: Number of requests: at one time, or all together where the kind is throughput.
         generate: Most tokens that each generates.
 
     """
@@ -52,16 +55,16 @@ class Setup:
     """Two engines with one size of the pool, and what is measured on them.
 
     Attributes:
-        name: Of the pool, one of :data:`POOLS`.
-        cases: To measure.
-        blocks: Of the pool, the null block included.
-        kv_bytes: Memory of the pool of each engine.
+        name: Name of the pool, one of :data:`POOLS`.
+        cases: What is measured.
+        blocks: Blocks of the pool, the null block included.
+        kv_bytes: Bytes of the pool of each engine.
         batched_tokens: vLLM's max_num_batched_tokens.
 
     """
 
     name: str
-    cases: tuple[Case, ...]
+    cases: tuple[BenchCase, ...]
     blocks: int
     kv_bytes: int
     batched_tokens: int
@@ -76,30 +79,30 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchJob:
     """A run of ``kvcompress bench``.
 
     Attributes:
         model: Folder or hub id.
-        facts: Of the model.
-        weights: Bytes of it that a decode step reads.
+        facts: What the model's configuration says.
+        weights: Bytes of weights that a decode step reads.
         settings: The compression, as KVCompressionConfig.parse takes it.
-        kinds: Of :data:`KINDS`, in their order.
-        lengths: Tokens of prompts.
-        batches: Requests of a decode step.
-        pools: Of :data:`POOLS`, for throughput.
+        kinds: Some of :data:`KINDS`, in this order.
+        lengths: Tokens of a prompt, for each case.
+        batches: Requests of a decode step, for each case.
+        pools: Some of :data:`POOLS`, for throughput.
         rounds: Turns of each engine.
         steps: Decode steps that count in each turn.
-        requests: Of a throughput.
-        generate: Tokens that each of those generates.
+        requests: Requests of a throughput case.
+        generate: Tokens that each request of a throughput case generates.
         bound_requests: Requests that plain vLLM holds in the bound pool.
         block_size: Tokens of a block.
-        dtype: Of the model, as vLLM takes it.
+        dtype: The model's dtype, as vLLM takes it.
         cpu: Whether vLLM runs on a CPU.
-        kv_bytes: Memory of each engine's pool, where it is not ``bound``; None: what is needed.
+        kv_bytes: Bytes of each engine's pool, except ``bound``; None: what is needed.
         batched_tokens: vLLM's max_num_batched_tokens; None: the longest prompt in one step.
-        engine_args: Further keyword arguments for vLLM, for both engines.
-        seed: Of the prompts.
+        engine_args: Further keyword arguments of vLLM for both engines.
+        seed: Seed of the prompts.
 
     """
 
@@ -126,7 +129,7 @@ class Job:
 
     @property
     def config(self) -> KVCompressionConfig:
-        """The compression; made anew, as it cannot go to another process."""
+        """The compression; it is parsed here because it cannot be sent to another process."""
         return KVCompressionConfig.parse(dict(self.settings))
 
     @property
@@ -151,16 +154,16 @@ class Job:
             found.append(self._setup(AMPLE, alone))
         if THROUGHPUT in self.kinds:
             for length in self.lengths:
-                case = Case(THROUGHPUT, length, self.requests, self.generate)
+                case = BenchCase(THROUGHPUT, length, self.requests, self.generate)
                 found += [self._setup(pool, [case]) for pool in self.pools]
         return found
 
-    def _first_tokens(self) -> Iterator[Case]:
+    def _first_tokens(self) -> Iterator[BenchCase]:
         if TTFT in self.kinds:
-            yield from (Case(TTFT, length, 1, 2) for length in self.lengths)
+            yield from (BenchCase(TTFT, length, 1, 2) for length in self.lengths)
 
-    def _decodes(self) -> Iterator[Case]:
-        """As many tokens as no request comes to while its batch is measured."""
+    def _decodes(self) -> Iterator[BenchCase]:
+        """Decode cases, with more tokens to generate than the measurement takes."""
         if DECODE not in self.kinds:
             return
         for length in self.lengths:
@@ -168,13 +171,13 @@ class Job:
                 chunk = min(self._step([length], batch), self.config.stream_chunk or length)
                 reading = batch * (1 + cdiv(length, chunk))
                 turns = self.rounds * (SETTLE_STEPS + self.steps)
-                yield Case(DECODE, length, batch, reading + WARM_STEPS + turns + 8)
+                yield BenchCase(DECODE, length, batch, reading + WARM_STEPS + turns + 8)
 
     def _step(self, lengths: Sequence[int], requests: int) -> int:
-        """Tokens of a step: the longest prompt beside a token of each of the others."""
+        """Tokens of a step: the longest prompt, and a token of each other request."""
         return self.batched_tokens or max(lengths) + requests
 
-    def _setup(self, pool: str, cases: Sequence[Case]) -> Setup:
+    def _setup(self, pool: str, cases: Sequence[BenchCase]) -> Setup:
         requests = max(case.requests for case in cases)
         step = self._step([case.prompt for case in cases], requests)
         longest = max(cases, key=lambda case: case.context)
@@ -202,7 +205,7 @@ class Job:
             blocks = kv_bytes // self.block_bytes
         return Setup(pool, tuple(cases), blocks, kv_bytes, step)
 
-    def _blocks(self, case: Case, pool: str, step: int) -> int:
+    def _blocks(self, case: BenchCase, pool: str, step: int) -> int:
         """Blocks in which plain vLLM holds as many requests as the pool's name says."""
         lag = 0 if self.cpu else 1
         windows = Windows(self.facts.groups, self.block_size, (1 + lag) * step, lag)
@@ -211,20 +214,20 @@ class Job:
         held = whole + windows.held(case.context)
         if pool == BOUND:
             return min(self.bound_requests, case.requests) * held + reading - held + 2
-        # Compression holds a prompt and its survivors at one time.
+        # With compression a request holds its prompt and what is kept of it at one time.
         return case.requests * held + 2 * reading + 2
 
 
 def check_memory(setups: Sequence[Setup], weights: int, free: int) -> None:
-    """Refuse what does not fit before minutes are spent.
+    """Refuse what does not fit, before anything is measured.
 
     Args:
-        setups: To be run, one at a time.
+        setups: What runs, one at a time.
         weights: Bytes of the model.
-        free: Bytes that can be had.
+        free: Bytes that are free.
 
     Raises:
-        CommandError: Two engines of a setup take more.
+        CommandError: The two engines of a setup take more.
 
     """
     for setup in setups:

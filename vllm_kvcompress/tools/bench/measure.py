@@ -1,4 +1,4 @@
-"""Driving one engine step by step, and timing it."""
+"""Running one engine step by step, and timing it."""
 
 import time
 from collections.abc import Sequence
@@ -9,66 +9,69 @@ from vllm_kvcompress.tools.bench.job import SETTLE_STEPS, WARM_STEPS
 from vllm_kvcompress.tools.bench.stepped_engine import Prompts, SteppedEngine
 
 
-def first_token(subject: SteppedEngine, prompt: Sequence[int]) -> tuple[float, int]:
-    """Seconds from the request to its first token, and most blocks held until then.
+def first_token(engine: SteppedEngine, prompt: Sequence[int]) -> tuple[float, int]:
+    """Measure the time to the first token of a request.
 
     Args:
-        subject: An engine without requests.
+        engine: An engine without requests.
         prompt: Token ids.
+
+    Returns:
+        Seconds from the request to its first token, and most blocks held until then.
 
     """
     blocks = 0
     begin = time.perf_counter()
-    # A request's blocks are gone with its last token, so it is asked for one more.
-    (request,) = subject.add([prompt], 2)
+    # A request gives its blocks back with its last token, so it is asked for one more.
+    (request,) = engine.add([prompt], 2)
     while not request.num_output_tokens:
-        subject.engine.step()
-        blocks = max(blocks, subject.blocks_held)
+        engine.step()
+        blocks = max(blocks, engine.blocks_held)
     seconds = time.perf_counter() - begin
-    subject.stop([prompt])
+    engine.stop([prompt])
     return seconds, blocks
 
 
 class Decoding:
-    """A batch that goes on generating, a few steps at a time.
+    """A batch that generates a few steps in each turn.
 
-    Prompts are read once, however many turns there are.
+    Prompts are prefilled once, however many turns there are.
 
     Args:
-        subject: An engine without requests.
+        engine: An engine without requests.
         prompts: Token ids of each.
-        generate: More tokens than any request comes to.
+        generate: More tokens than any request generates.
 
     Attributes:
         blocks: Most blocks held in a step that was timed.
 
     """
 
-    def __init__(self, subject: SteppedEngine, prompts: Prompts, generate: int) -> None:
-        self._subject = subject
+    def __init__(self, engine: SteppedEngine, prompts: Prompts, generate: int) -> None:
+        self._engine = engine
         self._prompts = prompts
         self._generate = generate
         self._requests: list[Any] = []
         self.blocks = 0
 
     def start(self) -> None:
-        """Read all prompts and make the first steps.
+        """Prefill all prompts and run the first decode steps.
 
         Raises:
-            RuntimeError: A request came to its end before all were read.
+            RuntimeError: A request ended before all prompts were prefilled.
 
         """
-        self._requests = self._subject.add(self._prompts, self._generate)
+        self._requests = self._engine.add(self._prompts, self._generate)
         while not all(r.num_computed_tokens > r.num_prompt_tokens for r in self._requests):
             self._step()
         for _ in range(WARM_STEPS):
             self._step()
 
     def turn(self, steps: int) -> list[float]:
-        """Seconds of each of some steps, the first few of the turn left out.
+        """Return the seconds of some steps, after the first few of the turn.
 
         Args:
-            steps: How many.
+            steps: Steps that count.
 
         """
         for _ in range(SETTLE_STEPS):
@@ -78,41 +81,41 @@ class Decoding:
             begin = time.perf_counter()
             self._step()
             seconds.append(time.perf_counter() - begin)
-            self.blocks = max(self.blocks, self._subject.blocks_held)
+            self.blocks = max(self.blocks, self._engine.blocks_held)
         return seconds
 
     def stop(self) -> None:
-        """Let go of the requests.
+        """Abort the requests.
 
         Raises:
-            RuntimeError: One was thrown out on the way, so that steps were not what they seemed.
+            RuntimeError: One was preempted, so that not every step was a decode step of all.
 
         """
-        self._subject.stop(self._prompts)
-        thrown_out = sum(request.num_preemptions for request in self._requests)
-        if thrown_out:
-            raise RuntimeError(f"{thrown_out} requests were preempted in a pool that holds all")
+        self._engine.stop(self._prompts)
+        preemptions = sum(request.num_preemptions for request in self._requests)
+        if preemptions:
+            raise RuntimeError(f"{preemptions} requests were preempted in a pool that holds all")
 
     def _step(self) -> None:
-        self._subject.engine.step()
+        self._engine.step()
         if any(request.is_finished() for request in self._requests):
             raise RuntimeError(f"a request has generated its {self._generate} tokens too early")
 
 
 @dataclass
 class Queue:
-    """One engine's way through more requests than may fit.
+    """One engine's run of requests that were all queued at the start.
 
     Attributes:
-        seconds: Of the whole run.
+        seconds: Time of the whole run.
         tokens: All generated tokens.
-        decode_seconds: Of the steps that computed no prompt.
-        decode_steps: How many of those there were.
-        decode_tokens: Tokens generated in those.
-        decode_blocks: Blocks held, summed over those.
+        decode_seconds: Time of the decode steps, those that computed no prompt.
+        decode_steps: Number of decode steps.
+        decode_tokens: Tokens generated in decode steps.
+        decode_blocks: Blocks held, summed over the decode steps.
         most_running: Most requests past their prefill in one step.
         peak_blocks: Most blocks held.
-        preemptions: Requests thrown out and computed again.
+        preemptions: Number of preemptions.
 
     """
 
@@ -132,33 +135,32 @@ class Queue:
         return 1 - self.decode_seconds / self.seconds
 
 
-def run_queue(subject: SteppedEngine, prompts: Prompts, generate: int) -> Queue:
+def run_queue(engine: SteppedEngine, prompts: Prompts, generate: int) -> Queue:
     """Run all requests to their end.
 
     Args:
-        subject: An engine without requests.
+        engine: An engine without requests.
         prompts: Token ids of each.
         generate: Tokens that each generates.
 
     """
-    engine, scheduler = subject.engine, subject.scheduler
-    requests = subject.add(prompts, generate)
+    requests = engine.add(prompts, generate)
     result = Queue(tokens=len(prompts) * generate)
     begin = time.perf_counter()
-    while engine.has_unfinished_requests():
+    while engine.llm_engine.has_unfinished_requests():
         before = sum(r.num_output_tokens for r in requests)
-        # Those that were thrown out compute their prompts again.
+        # Preempted requests compute their prompts again.
         reading = [r for r in requests if r.num_computed_tokens < r.num_prompt_tokens]
-        come_to = [r.num_computed_tokens for r in reading]
+        computed = [r.num_computed_tokens for r in reading]
         start = time.perf_counter()
         engine.step()
         seconds = time.perf_counter() - start
         made = sum(r.num_output_tokens for r in requests) - before
-        running = [r for r in scheduler.running if r.num_output_tokens]
-        held = subject.blocks_held
+        running = [r for r in engine.scheduler.running if r.num_output_tokens]
+        held = engine.blocks_held
         result.most_running = max(result.most_running, len(running))
         result.peak_blocks = max(result.peak_blocks, held)
-        if made and come_to == [r.num_computed_tokens for r in reading]:
+        if made and computed == [r.num_computed_tokens for r in reading]:
             result.decode_seconds += seconds
             result.decode_steps += 1
             result.decode_tokens += made

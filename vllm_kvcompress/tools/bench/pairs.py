@@ -1,4 +1,4 @@
-"""Figures of two engines that took turns, and what they say."""
+"""Figures of two engines that took turns, and what follows from them."""
 
 import statistics
 from collections.abc import Callable
@@ -13,9 +13,9 @@ class Paired:
     """One figure of each engine in each round.
 
     Attributes:
-        plain: Of plain vLLM, by round; above 0.
-        compressed: Of the engine with compression, by round; above 0.
-        more_is_better: Whether it is a rate; else it is a time.
+        plain: Figures of plain vLLM by round, above 0.
+        compressed: Figures of the engine with compression by round, above 0.
+        more_is_better: Whether the figures are rates; otherwise they are times.
 
     """
 
@@ -38,7 +38,7 @@ class Paired:
 
     @property
     def ratio(self) -> float:
-        """The median over the rounds' pairs, which drifts of the machine leave alone."""
+        """The median of the rounds' ratios; a change in the machine's speed hardly affects it."""
         return statistics.median(self.ratios)
 
     @property
@@ -73,10 +73,10 @@ def take_turns(
     compressed: Callable[[], T],
     tell: Callable[[int], object] = lambda _: None,
 ) -> list[tuple[T, T]]:
-    """Call both once a round; who goes first changes, as the second may find warmer caches.
+    """Call both once a round; the order changes, because the second may find warmer caches.
 
     Args:
-        rounds: How many.
+        rounds: Number of rounds.
         plain: Measures plain vLLM.
         compressed: Measures the other engine.
         tell: Called with the number of each round, from 1, before it begins.
@@ -86,13 +86,11 @@ def take_turns(
 
     """
     pairs = []
-    for index in range(rounds):
-        tell(index + 1)
-        if index % 2:
-            second = compressed()
-            first = plain()
+    for number in range(1, rounds + 1):
+        tell(number)
+        if number % 2:
+            pairs.append((plain(), compressed()))
         else:
-            first = plain()
             second = compressed()
-        pairs.append((first, second))
+            pairs.append((plain(), second))
     return pairs

@@ -1,4 +1,4 @@
-"""The rows on disk, as they come, and on the terminal."""
+"""The rows in files, as they come, and on the terminal."""
 
 import csv
 import textwrap
@@ -9,7 +9,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from vllm_kvcompress.tools.bench.rows import COLUMNS, HEADINGS, Row
+from vllm_kvcompress.tools.bench.rows import COLUMNS, HEADINGS, BenchRow
 
 PIPED_WIDTH = 160
 """Columns where the output is no terminal."""
@@ -23,27 +23,27 @@ LEGEND = (
 )
 
 
-class Report:
-    """A table that is whole on disk after each row.
+class BenchReport:
+    """A table whose files are complete after each row.
 
-    The first row makes PREFIX.csv and PREFIX.md, in place of what was there.
+    The first row writes PREFIX.csv and PREFIX.md; existing files are replaced.
 
     Args:
-        prefix: Of the files' names.
-        facts: The same for all rows: columns of the CSV, lines above the Markdown table.
+        prefix: What the files' names begin with.
+        facts: What is the same for all rows: columns of the CSV, lines above the Markdown table.
 
     Attributes:
-        rows: So far.
+        rows: The rows so far.
 
     """
 
     def __init__(self, prefix: Path, facts: Mapping[str, str]) -> None:
-        self.rows: list[Row] = []
+        self.rows: list[BenchRow] = []
         self._facts = dict(facts)
         self.csv = prefix.with_name(prefix.name + ".csv")
         self.markdown = prefix.with_name(prefix.name + ".md")
 
-    def add(self, row: Row) -> None:
+    def add(self, row: BenchRow) -> None:
         """Write a row. Mutates both files.
 
         Raises:
@@ -73,7 +73,7 @@ class Report:
             console.print(f"* {note}", soft_wrap=True)
 
     def _write(self) -> None:
-        # Written anew each time: a run that is cut off between two rows leaves whole files.
+        # Written as a whole each time: a run that ends between two rows leaves complete files.
         with self.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [*COLUMNS, *self._facts], lineterminator="\n")
             writer.writeheader()
@@ -81,12 +81,12 @@ class Report:
         self.markdown.write_text(as_markdown(self.rows, self._facts), encoding="utf-8")
 
 
-def as_markdown(rows: list[Row], facts: Mapping[str, str]) -> str:
-    """Return the table with what it was measured on.
+def as_markdown(rows: list[BenchRow], facts: Mapping[str, str]) -> str:
+    """Return the table, and above it where it was measured.
 
     Args:
-        rows: Of the table.
-        facts: Lines above it.
+        rows: Rows of the table.
+        facts: Lines above the table.
 
     """
     lines = ["# Compressed against plain vLLM", ""]
@@ -105,8 +105,8 @@ def as_markdown(rows: list[Row], facts: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _notes(rows: list[Row]) -> list[str]:
-    """Each note once, behind all rows that it belongs to."""
+def _notes(rows: list[BenchRow]) -> list[str]:
+    """Return each note once, after the titles of all rows that it belongs to."""
     titles: dict[str, list[str]] = {}
     for row in rows:
         for note in row.notes:

@@ -5,9 +5,6 @@ from typing import Any
 
 from vllm_kvcompress.tools.bench.pairs import Paired
 
-Two = tuple[float, float]
-"""A figure of plain vLLM and one of the compressed engine."""
-
 NOTHING = "-"
 HEADINGS = (
     *("case", "plain", "compressed", "ratio (spread)", "byte bound", "blocks held"),
@@ -22,23 +19,23 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """One case.
 
     Attributes:
         case: What was measured, without the sizes.
-        unit: Of the figures.
+        unit: Unit of the figures.
         paired: The figures.
         prompt: Tokens of each prompt; None: not known.
-        requests: How many at a time, or in all where they queue; None: not known.
-        generated: Answer tokens of each; None: does not matter.
+        requests: Requests at one time, or all of them where they queue; None: not known.
+        generated: Tokens that each generates; None: does not matter.
         pool: Name of the pool, or nothing.
         pool_blocks: Blocks that can be handed out in each engine.
         bound: Ratio if a step cost only the bytes that it reads; None: not known.
-        blocks: Most blocks that requests held at one time.
-        running: Most requests past their prefill in one step.
-        preemptions: Requests thrown out and computed again, over all rounds.
-        notes: What a reader should know, each without a capital and a full stop.
+        blocks: Most blocks that requests held at one time, plain and compressed.
+        running: Most requests past their prefill in one step, plain and compressed.
+        preemptions: Preemptions over all rounds, plain and compressed.
+        notes: What a reader should know, each without a capital letter and a full stop.
 
     """
 

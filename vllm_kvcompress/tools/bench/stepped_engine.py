@@ -1,4 +1,4 @@
-"""An engine that is stepped by hand, and its books. Written against vLLM 0.32."""
+"""An engine that is stepped by hand, and what it holds. Written against vLLM 0.32."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ class SteppedEngine:
     Args:
         llm: A ``vllm.LLM`` whose engine core runs in this process.
 
+    Attributes:
+        llm_engine: vLLM's engine.
+        core: Its core.
+        scheduler: The core's scheduler.
+
     """
 
     def __init__(self, llm: Any) -> None:
-        self.engine = llm.llm_engine
-        self.core = self.engine.engine_core.engine_core
+        self.llm_engine = llm.llm_engine
+        self.core = self.llm_engine.engine_core.engine_core
         self.scheduler = self.core.scheduler
         self._pool = self.scheduler.kv_cache_manager.block_pool
 
@@ -29,7 +34,7 @@ class SteppedEngine:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block, as vLLM has laid them out."""
+        """Bytes of a block in the pool as it was allocated."""
         config = self.scheduler.kv_cache_config
         return sum(int(tensor.size) for tensor in config.kv_cache_tensors) // int(config.num_blocks)
 
@@ -45,7 +50,16 @@ class SteppedEngine:
         return {} if session is None else session.seconds
 
     def add(self, prompts: Prompts, generate: int) -> list[Any]:
-        """Queue requests that generate exactly so many tokens; returns the scheduler's."""
+        """Queue requests.
+
+        Args:
+            prompts: Token ids of each.
+            generate: Tokens that each generates, whatever they are.
+
+        Returns:
+            The scheduler's requests.
+
+        """
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -53,16 +67,20 @@ class SteppedEngine:
         )
         before = set(self.scheduler.requests)
         for index, prompt in enumerate(prompts):
-            self.engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
+            self.llm_engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
         requests = self.scheduler.requests
         return [requests[name] for name in requests if name not in before]
 
+    def step(self) -> None:
+        """Run one step."""
+        self.llm_engine.step()
+
     def stop(self, prompts: Prompts) -> None:
-        """Abort the requests of the last :meth:`add` and let the last steps run out."""
-        self.engine.abort_request([str(index) for index in range(len(prompts))])
-        while self.engine.has_unfinished_requests() or self.scheduler.has_requests():
-            self.engine.step()
+        """Abort the requests of the last :meth:`add` and finish the steps that have begun."""
+        self.llm_engine.abort_request([str(index) for index in range(len(prompts))])
+        while self.llm_engine.has_unfinished_requests() or self.scheduler.has_requests():
+            self.step()
 
     def close(self) -> None:
         """Shut the engine down."""
-        self.engine.engine_core.shutdown()
+        self.llm_engine.engine_core.shutdown()

@@ -1,17 +1,17 @@
-"""vLLM's own ``vllm bench``, plain and compressed, and its own figures side by side."""
+"""``vllm bench``, plain and compressed, and its own figures side by side."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.tools.arguments import CommandError
+from vllm_kvcompress.tools.bench.block_watch import BlockWatch
 from vllm_kvcompress.tools.bench.pairs import Paired, take_turns
-from vllm_kvcompress.tools.bench.rows import Row
-from vllm_kvcompress.tools.bench.server import HOST, VLLM, Watch, free_port, run, serve
+from vllm_kvcompress.tools.bench.rows import BenchRow
+from vllm_kvcompress.tools.serving import HOST, run, serve
 
 SERVE = "serve"
 METRICS: dict[str, tuple[tuple[str, str, str, bool], ...]] = {
@@ -52,7 +52,7 @@ class VllmJob:
         engine_flags: Words for both engines.
         extra: Words for ``vllm bench``.
         rounds: Turns of each.
-        prefix: Of the files written: vLLM's JSON and logs.
+        prefix: What the names of vLLM's JSON files and logs begin with.
         timeout: Seconds that a benchmark, or the start of a server, may take.
 
     """
@@ -68,8 +68,8 @@ class VllmJob:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one benchmark said.
+class VllmResult:
+    """What one benchmark measured.
 
     Attributes:
         figures: vLLM's JSON.
@@ -97,10 +97,10 @@ def flags_of(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def check_extra(extra: Sequence[str]) -> None:
-    """Refuse words that this command puts in itself.
+    """Refuse words that this command adds itself.
 
     Raises:
-        CommandError: The first of them.
+        CommandError: There is one; the message names the first.
 
     """
     for word in extra:
@@ -111,9 +111,8 @@ def check_extra(extra: Sequence[str]) -> None:
 
 
 def engine_words(job: VllmJob, *, compressed: bool) -> list[str]:
-    """Words that start one of the engines, model and all."""
-    words = ["--model", job.model] if job.kind != SERVE else [job.model]
-    words += job.engine_flags
+    """Words that start one of the engines, without the model."""
+    words = [*job.engine_flags]
     if compressed:
         settings = job.config.as_dict()
         words += ["--kv-compression", settings.pop("method")]
@@ -123,12 +122,12 @@ def engine_words(job: VllmJob, *, compressed: bool) -> list[str]:
     return words
 
 
-def measure(job: VllmJob, tell: Callable[[str], object]) -> Iterator[Row]:
+def measure(job: VllmJob, tell: Callable[[str], object]) -> Iterator[BenchRow]:
     """Run vLLM's benchmark on both engines.
 
     Args:
         job: What to run.
-        tell: Called with what is being done.
+        tell: Called with a line of progress.
 
     Yields:
         A row for each of :data:`METRICS`, once all rounds are over.
@@ -137,35 +136,36 @@ def measure(job: VllmJob, tell: Callable[[str], object]) -> Iterator[Row]:
         CommandError: A benchmark fails, or takes too long.
 
     """
-    count = [0]
-
-    def one(compressed: bool) -> Result:
-        which = "compressed" if compressed else "plain"
-        tell(f"vllm bench {job.kind}, {which}, round {count[0]} of {job.rounds}")
-        return _one(job, compressed, f"{which}-{count[0]}")
+    begun = 0
 
     def begin(number: int) -> None:
-        count[0] = number
+        nonlocal begun
+        begun = number
+
+    def one(compressed: bool) -> VllmResult:
+        which = "compressed" if compressed else "plain"
+        tell(f"vllm bench {job.kind}, {which}, round {begun} of {job.rounds}")
+        return _one(job, compressed, f"{which}-{begun}")
 
     pairs = take_turns(job.rounds, lambda: one(False), lambda: one(True), begin)
     yield from rows_of(job.kind, pairs)
 
 
-def rows_of(kind: str, pairs: Sequence[tuple[Result, Result]]) -> Iterator[Row]:
-    """Vllm's figures as rows.
+def rows_of(kind: str, pairs: Sequence[tuple[VllmResult, VllmResult]]) -> Iterator[BenchRow]:
+    """Turn vLLM's figures into rows.
 
     Args:
         kind: A key of :data:`METRICS`.
         pairs: Results of both engines, plain first, by round.
 
     Raises:
-        CommandError: A figure is not there or is nothing.
+        CommandError: A figure is missing or not above 0.
 
     """
     plain, compressed = [p for p, _ in pairs], [c for _, c in pairs]
     blocks = (max(r.blocks for r in plain), max(r.blocks for r in compressed))
     for path, name, unit, more in METRICS[kind]:
-        yield Row(
+        yield BenchRow(
             case=f"vllm bench {kind}: {name}",
             unit=unit,
             paired=Paired(
@@ -178,7 +178,7 @@ def rows_of(kind: str, pairs: Sequence[tuple[Result, Result]]) -> Iterator[Row]:
         )
 
 
-def _figure(result: Result, kind: str, path: str) -> float:
+def _figure(result: VllmResult, kind: str, path: str) -> float:
     value: Any = result.figures
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None
@@ -189,41 +189,29 @@ def _figure(result: Result, kind: str, path: str) -> float:
     return float(value)
 
 
-def _one(job: VllmJob, compressed: bool, name: str) -> Result:
+def _one(job: VllmJob, compressed: bool, name: str) -> VllmResult:
     out = job.prefix.with_name(f"{job.prefix.name}.{name}.json")
     log = out.with_suffix(".log")
-    # What an earlier run left would otherwise pass for this one's.
+    # A file of an earlier run would otherwise be taken for this one's.
     out.unlink(missing_ok=True)
-    words = engine_words(job, compressed=compressed)
-    bench = [str(VLLM), "bench", job.kind]
-    watched: Any = nullcontext(None)
-    if job.kind == SERVE:
-        port = free_port()
-        where = ["--host", HOST, "--port", str(port)]
-        watched = serve(
-            [str(VLLM), "serve", *words, *where],
-            port,
-            out.with_suffix(".server.log"),
-            job.timeout,
-        )
-        bench += ["--model", job.model, *where, *job.extra]
-        bench += ["--save-result", "--result-dir", str(out.parent), "--result-filename", out.name]
-    else:
-        bench += [*words, *job.extra, "--output-json", str(out)]
-    with watched as watch:
-        run(bench, log, job.timeout)
+    flags = engine_words(job, compressed=compressed)
+    bench = ["bench", job.kind, "--model", job.model]
+    if job.kind != SERVE:
+        run([*bench, *flags, *job.extra, "--output-json", str(out)], log, job.timeout)
+        return VllmResult(_read(out, log))
+    bench += ["--save-result", "--result-dir", str(out.parent), "--result-filename", out.name]
+    server_log = out.with_suffix(".server.log")
+    with serve(job.model, flags, server_log, job.timeout) as server, BlockWatch(server) as watch:
+        where = ["--host", HOST, "--port", str(server.port)]
+        run([*bench, *where, *job.extra], log, job.timeout)
     figures = _read(out, log)
-    failed = figures.get("failed")
-    if failed:
+    if failed := figures.get("failed"):
         raise CommandError(f"{failed} requests of vllm bench serve failed, see {log}")
-    if isinstance(watch, Watch):
-        return Result(figures, watch.blocks, watch.pool_blocks)
-    return Result(figures)
+    return VllmResult(figures, watch.blocks, watch.pool_blocks)
 
 
 def _read(out: Path, log: Path) -> Mapping[str, Any]:
     try:
-        figures: Any = json.loads(out.read_text(encoding="utf-8"))
+        return dict(json.loads(out.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise CommandError(f"vllm bench wrote no {out}, see {log}") from None
-    return dict(figures)

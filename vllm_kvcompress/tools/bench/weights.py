@@ -7,16 +7,16 @@ from vllm_kvcompress.tools.plan.weights import weight_bytes
 
 
 def read_bytes(facts: ModelFacts, config: Any) -> int:
-    """Bytes of all weights but an input embedding of which a step reads only some rows.
+    """Return the bytes of the weights without an input embedding of which a step reads some rows.
 
-    A mixture of experts is counted whole, although a small batch reads only some of its experts.
+    All experts of a mixture are counted, although a small batch reads only some of them.
 
     Args:
-        facts: Of the model.
-        config: Its configuration.
+        facts: What the model's configuration says.
+        config: The configuration itself.
 
     Raises:
-        CommandError: The size of the weights cannot be found.
+        CommandError: The size of the weights is not known.
 
     """
     size, _ = weight_bytes(facts, config)

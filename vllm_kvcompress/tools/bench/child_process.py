@@ -1,7 +1,7 @@
-"""A setup in a process of its own.
+"""Measuring one setup in a child process.
 
-All memory of its engines is given back with the process, on a GPU as well, and the next setup's
-plain engine starts on vLLM's own attention classes.
+With the process all memory of its engines is freed, on a GPU as well, and the next setup's plain
+engine starts with vLLM's own attention classes.
 """
 
 import multiprocessing
@@ -11,26 +11,26 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from vllm_kvcompress.tools.arguments import CommandError
-from vllm_kvcompress.tools.bench.job import Job, Setup
-from vllm_kvcompress.tools.bench.rows import Row
+from vllm_kvcompress.tools.bench.job import BenchJob, Setup
+from vllm_kvcompress.tools.bench.rows import BenchRow
 
 PATIENCE = 10.0
-"""Seconds that a process is given to end, each time that it is told to."""
+"""Seconds that a process has to end, each time that it is told to."""
 
 
-def rows_of(job: Job, setup: Setup) -> Iterator[Row]:
-    """Measure a setup; what is being done goes to stderr.
+def rows_of(job: BenchJob, setup: Setup) -> Iterator[BenchRow]:
+    """Measure a setup; progress goes to stderr.
 
     Args:
-        job: What is measured.
-        setup: On which engines.
+        job: The run.
+        setup: Its engines and cases.
 
     Yields:
         Rows, each when it is complete.
 
     Raises:
-        CommandError: The process met one.
-        RuntimeError: It ended otherwise than it should; what it wrote to stderr says why.
+        CommandError: As in the process.
+        RuntimeError: The process ended before its last row; its stderr says why.
 
     """
     context = multiprocessing.get_context("spawn")
@@ -42,7 +42,7 @@ def rows_of(job: Job, setup: Setup) -> Iterator[Row]:
         yield from _received(here)
     finally:
         here.close()
-        # After Ctrl-C it has had the signal as well, and takes its engines down.
+        # After Ctrl-C the process has had the signal as well, and stops its engines.
         process.join(PATIENCE)
         for end in (process.terminate, process.kill):
             if process.is_alive():
@@ -51,11 +51,11 @@ def rows_of(job: Job, setup: Setup) -> Iterator[Row]:
 
 
 def say(text: str) -> None:
-    """Tell the user what is being done."""
+    """Print a line of progress."""
     print(f"kvcompress bench: {text}", file=sys.stderr, flush=True)
 
 
-def _received(here: Connection) -> Iterator[Row]:
+def _received(here: Connection) -> Iterator[BenchRow]:
     while True:
         try:
             message: Any = here.recv()
@@ -68,7 +68,7 @@ def _received(here: Connection) -> Iterator[Row]:
         yield message
 
 
-def _measure(job: Job, setup: Setup, there: Connection) -> None:
+def _measure(job: BenchJob, setup: Setup, there: Connection) -> None:
     from vllm_kvcompress.tools.bench.cases import measure
 
     try:
