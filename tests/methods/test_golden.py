@@ -4,8 +4,6 @@ Run with ``--golden-dir DIR`` for another set of vectors. What is checked is dec
 parameters and arrays each file holds, so that cases unknown to this file are covered as well.
 """
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -16,10 +14,16 @@ import torch
 from torch import Tensor
 
 from tests.support.golden_files import Golden, kind, load
+from tests.support.layers import score_layers
+from tests.support.released_pipelines import (
+    CakePrefill,
+    DynamicPrefill,
+    ReleasedCake,
+    ReleasedDynamicKV,
+)
 from vllm_kvcompress.eviction.layer_budgets import token_budgets
-from vllm_kvcompress.methods import Cake, DynamicKV, LayerInput, LayerScores, Method
-from vllm_kvcompress.methods.released_cake import CakePrefill, ReleasedCake, adjust_budgets
-from vllm_kvcompress.methods.released_dynamickv import DynamicPrefill, ReleasedDynamicKV
+from vllm_kvcompress.methods import Cake, DynamicKV, LayerScores, Method
+from vllm_kvcompress.methods.released_cake import adjust_budgets
 
 # Relative tolerance of statistics and of ranks by score. Half precision is for reference only.
 RTOL = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
@@ -299,23 +303,8 @@ def method_for(golden: Golden, *, faithful: bool) -> Method:
 
 
 def score_all(golden: Golden, method: Method, row: int = 0) -> list[LayerScores]:
-    queries, keys = golden.real("q_window"), golden.prompt_keys
-    meta = golden.meta
-    return [
-        method.score(
-            LayerInput(
-                layer=layer,
-                num_layers=meta["L"],
-                num_tokens=meta["S"],
-                num_kv_heads=meta["Hkv"],
-                base=golden.base,
-                queries=queries[layer, row],
-                keys=keys[layer, row],
-                scale=meta["D"] ** -0.5,
-            )
-        )
-        for layer in range(meta["L"])
-    ]
+    queries, keys = golden.real("q_window")[:, row], golden.prompt_keys[:, row]
+    return score_layers(method, queries, keys, golden.base)
 
 
 def test_corrected_cake_statistics(cake_file):
