@@ -17,8 +17,6 @@ from vllm_kvcompress.methods import (
     DynamicKV,
     LayerScores,
     MethodSpec,
-    Random,
-    Uniform,
 )
 from vllm_kvcompress.methods.cake import CakeAllocator, CakeScorer
 from vllm_kvcompress.methods.random import RandomScorer
@@ -255,14 +253,6 @@ def test_minimum_tokens_are_honoured():
         lengths=508,
     )
     assert pages.tolist() == [2, 2, 2, 10]
-
-
-@pytest.mark.parametrize("method", [Uniform(window=8), Random(window=8)], ids=lambda m: m.name)
-def test_equal_budgets(method):
-    layers = blank(5, 392)
-    assert token_budgets(method, layers, base=56, num_layers=5).tolist() == [56] * 5
-    found = page_budgets(method, layers, pages_per_layer=4, block_size=16, lengths=400)
-    assert found.tolist() == [4] * 5
 
 
 def test_a_cap_too_small_for_the_pool_is_raised_just_enough():

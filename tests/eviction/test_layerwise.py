@@ -221,9 +221,9 @@ def test_a_window_that_fills_the_arena_is_all_that_is_kept(method: Method) -> No
 def test_tokens_of_equal_worth_are_given_up_from_the_last_one_on(method: Method) -> None:
     world = World(method, geometry_of(6, 4, "block"), 90, 4)
     layers = score(2, 6, 90 - method.window, ties=False)
+    heads = torch.ones(4, 90 - method.window)
     layers = [
-        LayerScores(torch.ones_like(s.tokens), s.stats, torch.ones(4, 90 - method.window))
-        for s in layers
+        LayerScores(torch.ones_like(s.tokens), {**s.stats, "query_heads": heads}) for s in layers
     ]
     check_against_one_cut(method, world, layers)
     for layer, kept in enumerate(world.cascade.kept):

@@ -11,7 +11,13 @@ HEADS, KV_HEADS, DIM = 6, 2, 16
 
 
 def random_layer(
-    method: Method, index: int = 0, *, seed: int = 0, tokens: int = 100, **facts: Any
+    method: Method,
+    index: int = 0,
+    *,
+    seed: int = 0,
+    tokens: int = 100,
+    dtype: torch.dtype = torch.float32,
+    **facts: Any,
 ) -> LayerInput:
     """Draw a layer with as many queries as the method's window; layers differ in their sharpness.
 
@@ -20,6 +26,7 @@ def random_layer(
         index: Of the layer, of 6.
         seed: Of the numbers.
         tokens: S.
+        dtype: Of queries and keys.
         facts: Other fields.
 
     """
@@ -33,8 +40,8 @@ def random_layer(
             "window": method.window,
             "num_kv_heads": KV_HEADS,
             "base": 24,
-            "queries": queries if Need.WINDOW_QUERIES in method.needs else None,
-            "keys": torch.randn(KV_HEADS, tokens, DIM, generator=generator),
+            "queries": queries.to(dtype) if Need.WINDOW_QUERIES in method.needs else None,
+            "keys": torch.randn(KV_HEADS, tokens, DIM, generator=generator).to(dtype),
             "scale": DIM**-0.5,
             **facts,
         }

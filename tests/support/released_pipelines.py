@@ -48,18 +48,7 @@ class CakePrefill:
 
 @dataclass(frozen=True)
 class ReleasedCake:
-    """The released pipeline over all layers.
-
-    Attributes:
-        window: Protected tokens.
-        capacity: C in tokens, window included.
-        tau1: Temperature of the dispersion.
-        tau2: Temperature of the shift.
-        gamma: Weight of the variance.
-        kernel: Width of the pooling.
-        cascading: Whether layers are cut after each layer, or after the last one only.
-
-    """
+    """The release over all layers, cut after each of them or, not ``cascading``, after the last."""
 
     window: int
     capacity: int
@@ -165,17 +154,7 @@ class DynamicPrefill:
 
 @dataclass(frozen=True)
 class ReleasedDynamicKV:
-    """The released pipeline over all layers.
-
-    Attributes:
-        window: Protected tokens.
-        capacity: Tokens per layer, window included.
-        kernel: Width of the pooling.
-        pooling: How neighbouring tokens are pooled.
-        r_max: Most history tokens of a layer, in units of the average.
-        every: Layers between two updates.
-
-    """
+    """The release over all layers; ``capacity`` is in tokens, window included."""
 
     window: int
     capacity: int
@@ -223,19 +202,7 @@ class ReleasedDynamicKV:
     def decode(
         self, kept: Tensor, query: Tensor, keys: Tensor, values: Tensor, token: int
     ) -> tuple[Tensor, Tensor]:
-        """Run one decode step of one layer; nothing is evicted.
-
-        Args:
-            kept: int64 [B, H, n].
-            query: [B, H, D].
-            keys: [B, N, S + T, D], rows by position.
-            values: The same.
-            token: Position of the new token.
-
-        Returns:
-            Positions kept, and the attention output, fp32 [B, H, D].
-
-        """
+        """As :meth:`ReleasedCake.decode` with positions [B, H, n], but nothing is evicted."""
         ids = torch.cat((kept, torch.full_like(kept[..., :1], token)), dim=-1)
         group = query.shape[1] // keys.shape[1]
         k = rows_of(keys.repeat_interleave(group, dim=1), ids)
@@ -244,15 +211,10 @@ class ReleasedDynamicKV:
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return the attention output [B, H, D] of one decode query per head, in fp32.
+    """Return the attention output of one decode query per head, fp32 [B, H, D].
 
-    It stands for the flash-attention call of the releases, on which no score depends.
-
-    Args:
-        queries: [B, H, D].
-        keys: [B, heads, n, D], with heads dividing H.
-        values: The same.
-
+    It stands for the flash-attention call of the releases, on which no score depends. Keys and
+    values are [B, heads, n, D], with heads dividing H.
     """
     group = queries.shape[1] // keys.shape[1]
     k = keys.float().repeat_interleave(group, dim=1)

@@ -34,20 +34,9 @@ It is raised when a method written for the version before could no longer work.
 ENTRY_POINT_GROUP = "vllm_kvcompress.methods"
 
 BUILT_IN = (
-    Cake,
-    DynamicKV,
-    H2O,
-    KeyDiff,
-    Knorm,
-    NoCompression,
-    PyramidKV,
-    Random,
-    Scatter,
-    SnapKV,
-    StreamingLLM,
-    Tova,
-    Uniform,
-)
+    Cake, DynamicKV, H2O, KeyDiff, Knorm, NoCompression, PyramidKV, Random, Scatter, SnapKV,
+    StreamingLLM, Tova, Uniform,
+)  # fmt: skip
 
 _methods: dict[str, MethodSpec] = {spec.name: spec for spec in BUILT_IN}
 
@@ -152,7 +141,7 @@ def get_method(name: str, params: Mapping[str, object]) -> Method:
     spec = get_spec(name)
     own = {key: value for key, value in params.items() if key not in ROLES}
     whole = spec.build(own)
-    replaced = [key for key in params if key in ROLES]
+    replaced = [role for role in ROLES if role in params]
     if not replaced:
         return whole
     _check_separable(whole)
