@@ -135,6 +135,13 @@ def test_an_entry_point_that_is_no_method(package: Package, code: str, shown: st
         ("def score", "def rank", "guess: its scorer must be a complete sub-class of Scorer, got"),
         ("scorer=Latest", "scorer=int", "guess: its scorer must be a complete sub-class of Scorer"),
         ("api=1", "api=1, allocator=Latest", "its allocator must be a complete sub-class of Alloc"),
+        ('"guess"', "3", "the name of a method must be a string, got 3"),
+        (
+            "luck: int",
+            "needs = 3; luck: int",
+            "needs of its scorer must be a frozenset, got 3",
+        ),
+        (" = 1\n", "\n", "guess: the parameter luck needs a default"),
         ("luck", "scorer", "guess: the parameter name scorer is reserved"),
         (", api=1", "", "guess is written for method API None, and here it is 1: adapt it as docs"),
         ("api=1", "api=2", "guess is written for method API 2, and here it is 1"),

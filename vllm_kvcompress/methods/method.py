@@ -20,7 +20,7 @@ ROLES = ("scorer", "allocator")
 
 @dataclass(frozen=True)
 class Method:
-    """What the engine compresses with; everything but ``score`` is one part's, see there.
+    """What the engine compresses with. All but ``score`` is documented with the parts.
 
     Attributes:
         name: As it is logged; "scorer+allocator" if the parts come from two methods.

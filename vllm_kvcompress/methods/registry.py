@@ -6,6 +6,7 @@ Entry points are read at the first question only, so importing this module stays
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import MISSING
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
@@ -26,9 +27,9 @@ from vllm_kvcompress.methods.tova import Tova
 from vllm_kvcompress.methods.uniform import Uniform
 
 METHOD_API = 1
-"""Version of what methods of other packages build on: all that ``vllm_kvcompress.methods`` exports.
+"""Version of what ``vllm_kvcompress.methods`` exports for methods of other packages.
 
-It is raised when a method written for the version before could no longer work.
+It goes up when a method written for the version before may no longer work.
 """
 
 ENTRY_POINT_GROUP = "vllm_kvcompress.methods"
@@ -52,6 +53,8 @@ def register(spec: MethodSpec) -> MethodSpec:
             method itself has a name that is taken.
 
     """
+    if not isinstance(spec.name, str):
+        raise ValueError(f"the name of a method must be a string, got {spec.name!r}")
     if spec.api != METHOD_API:
         raise ValueError(
             f"{spec.name} is written for method API {spec.api}, and here it is {METHOD_API}: "
@@ -65,9 +68,15 @@ def register(spec: MethodSpec) -> MethodSpec:
                 f"{spec.name}: its {role} must be a complete sub-class of {base.__name__}, "
                 f"got {part!r}"
             )
-    for role in ROLES:
-        if role in spec.parameters:
-            raise ValueError(f"{spec.name}: the parameter name {role} is reserved")
+        if not isinstance(part.needs, frozenset):
+            raise ValueError(
+                f"{spec.name}: needs of its {role} must be a frozenset, got {part.needs!r}"
+            )
+    for param, default in spec.parameters.items():
+        if param in ROLES:
+            raise ValueError(f"{spec.name}: the parameter name {param} is reserved")
+        if default is MISSING:
+            raise ValueError(f"{spec.name}: the parameter {param} needs a default")
     known = _methods.setdefault(spec.name, spec)
     if known is not spec:
         raise ValueError(
