@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_kvcompress.methods import Cake, LayerInput, LayerScores
+from vllm_kvcompress.methods import LayerInput, LayerScores, Method, Scorer
 from vllm_kvcompress.tools.evaluation.tasks.haystack import niah_single_2
 
 pytestmark = pytest.mark.engine
@@ -81,14 +81,14 @@ def engine(prompt: list[int]) -> Engine:
     from vllm_kvcompress import LLM
 
     seen = Engine()
-    score, select = Cake.score, Cake.select
+    score, select = Method.score, Scorer.select
 
-    def recorded_score(self: Cake, layer: LayerInput) -> LayerScores:
+    def recorded_score(self: Method, layer: LayerInput) -> LayerScores:
         seen.scores.append(score(self, layer))
         return seen.scores[-1]
 
-    def recorded_select(self: Cake, scores: LayerScores, count: int) -> Tensor:
-        seen.kept.append(select(self, scores, count))
+    def recorded_select(self: Scorer, tokens: Tensor, count: int) -> Tensor:
+        seen.kept.append(select(self, tokens, count))
         return seen.kept[-1]
 
     llm = LLM(
@@ -103,8 +103,8 @@ def engine(prompt: list[int]) -> Engine:
         kv_cache_memory_bytes=256 << 20,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Cake, "score", recorded_score)
-        patch.setattr(Cake, "select", recorded_select)
+        patch.setattr(Method, "score", recorded_score)
+        patch.setattr(Scorer, "select", recorded_select)
         (output,) = llm.generate(
             [{"prompt_token_ids": prompt}],
             SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.e2e.harness import Engine, Engines
+from tests.support.released_pipelines import ReleasedCake
 from vllm_kvcompress.eviction.selection import select_survivors
-from vllm_kvcompress.methods.released_cake import ReleasedCake
 
 pytestmark = pytest.mark.engine
 

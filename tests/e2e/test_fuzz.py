@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests.e2e.cut_model import cut_model
 from tests.e2e.harness import MODELS, SMALL
 from tests.e2e.server import NAME, Server, serve
-from vllm_kvcompress.methods import get_method
+from vllm_kvcompress.methods import ROLES, get_spec
 
 pytestmark = pytest.mark.engine
 
@@ -106,12 +106,8 @@ OWN_WINDOW = {"tova": 1}
 
 def read_by(name: str, roles: Sequence[str]) -> dict[str, st.SearchStrategy[Any]]:
     """Parameters of a method of which only some parts are used."""
-    whole = get_method(name, {})
-    idle: set[str] = set()
-    if "scorer" not in roles:
-        idle |= whole.scorer_params
-    if "allocator" not in roles:
-        idle |= whole.allocator_params
+    spec = get_spec(name)
+    idle = {key for role in ROLES if role not in roles for key in spec.parameters_of(role)}
     return {key: value for key, value in PARAMS[name].items() if key not in idle}
 
 

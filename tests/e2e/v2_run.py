@@ -36,14 +36,14 @@ def _offer_gpu_attention(name: str) -> None:
 
     from kvcompress_kernels import selection
     from tests.e2e import flash_stand_in
-    from vllm_kvcompress.methods import base
+    from vllm_kvcompress.methods import parts
 
     def backend(*_: Any, **__: Any) -> str:
         return str(AttentionBackendEnum[name].get_path())
 
     CpuPlatform.get_attn_backend_cls = staticmethod(backend)
     # Methods leave the choice of kernels to the tensors' device.
-    for module in (selection, base):
+    for module in (selection, parts):
         vars(module)["use_triton"] = lambda tensor, implementation: implementation != "torch"
     if name == "FLASH_ATTN":
         flash_stand_in.install()

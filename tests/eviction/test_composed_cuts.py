@@ -1,15 +1,11 @@
 """What compositions say about their cuts."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.methods import Cake, Composed, LayerScores, Method, Tova, Uniform, get_method
+from vllm_kvcompress.methods import Cake, LayerScores, Method, MethodSpec, Tova, get_method
+from vllm_kvcompress.methods.uniform import UniformScorer
 from vllm_kvcompress.planning.block_planner import layers_between_cuts
 
 COMPOSITIONS: dict[str, Method] = {
@@ -44,24 +40,24 @@ def test_layers_held_at_one_time_follow_the_allocator(method: Method, expected: 
     assert layers_between_cuts(method, 10) == expected
 
 
+class LatestScorer(UniformScorer):
+    """Chooses tokens in a way of its own, so a smaller budget need not be part of a larger."""
+
+    stores_by_worth = True
+
+    def select(self, tokens: Tensor, count: int) -> Tensor:
+        history = tokens.shape[-1]
+        return torch.arange(history - count, history).expand(len(tokens), -1)
+
+
 def test_how_tokens_are_chosen_is_the_scorers_business() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Latest(Uniform):
-        name: ClassVar[str] = "latest"
-
-        @property
-        def stores_by_worth(self) -> bool:
-            return True
-
-        def select(self, scores: LayerScores, count: int) -> Tensor:
-            history = scores.tokens.shape[-1]
-            return torch.arange(history - count, history).expand(len(scores.tokens), -1)
-
-    method = Composed(window=8, scorer=Latest(window=8), allocator=Cake(window=8))
+    cake = Cake(window=8)
+    method = Method("latest+cake", LatestScorer(window=8), cake.allocator)
     assert not method.budgets_are_nested
     assert method.stores_by_worth
-    assert method.select_layers([LayerScores(torch.rand(2, 20))], [3])[0].tolist() == (
-        [[17, 18, 19]] * 2
-    )
+    layers = [LayerScores(torch.rand(2, 20))] * 2
+    chosen = [found.tolist() for found in method.select_layers(layers, [3, 5])]
+    assert chosen == [[list(range(20 - count, 20))] * 2 for count in (3, 5)]
     assert layers_between_cuts(method, 10) == 10
-    assert Composed(window=8, scorer=Cake(window=8), allocator=Latest(window=8)).budgets_are_nested
+    latest = MethodSpec(name="latest", scorer=LatestScorer)(window=8)
+    assert Method("cake+latest", cake.scorer, latest.allocator).budgets_are_nested

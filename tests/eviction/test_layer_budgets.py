@@ -1,11 +1,8 @@
 """Budgets of a request: a cascade of cuts ends where one cut at the end would."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,38 +12,28 @@ from hypothesis import strategies as st
 
 from vllm_kvcompress.eviction.layer_budgets import BudgetDivision, page_budgets, token_budgets
 from vllm_kvcompress.methods import (
-    END,
+    Allocator,
     Cake,
     DynamicKV,
-    Every,
-    LayerInput,
     LayerScores,
-    Method,
-    Need,
-    Random,
-    Schedule,
-    Uniform,
+    MethodSpec,
 )
+from vllm_kvcompress.methods.cake import CakeAllocator, CakeScorer
+from vllm_kvcompress.methods.random import RandomScorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Given(Method):
-    """Weights as told, one per layer whatever else is seen; own cap, floor and schedule."""
-
-    name: ClassVar[str] = "given"
-    needs: ClassVar[frozenset[Need]] = frozenset()
+class GivenAllocator(Allocator):
+    """Weights as told, one per layer whatever else is seen; own cap, floor and divisions."""
 
     told: Sequence[float] = ()
     most: int | None = None
     least: int = 0
-    plan: Schedule = field(default=END)
+    every: int = 0
 
     @property
-    def schedule(self) -> Schedule:
-        return self.plan
-
-    def score(self, layer: LayerInput) -> LayerScores:
-        raise NotImplementedError
+    def layers_per_division(self) -> int:
+        return self.every
 
     def weights(self, seen, *, base, num_layers):
         return np.array(self.told[: len(seen)], dtype=np.float64)
@@ -58,19 +45,14 @@ class Given(Method):
         return self.least
 
 
-@dataclass(frozen=True, kw_only=True)
-class CakeAt(Cake):
-    """CAKE with any schedule, every cut of which is made."""
+class RestlessCakeAllocator(CakeAllocator):
+    """CAKE's, every division of which is made."""
 
-    plan: Schedule = field(default=END)
+    ratios_are_fixed = False
 
-    @property
-    def ratios_are_fixed(self) -> bool:
-        return False
 
-    @property
-    def schedule(self) -> Schedule:
-        return self.plan
+Given = MethodSpec(name="given", scorer=RandomScorer, allocator=GivenAllocator)
+CakeAt = MethodSpec(name="cake-at", scorer=CakeScorer, allocator=RestlessCakeAllocator)
 
 
 def blank(count: int, history: int) -> list[LayerScores]:
@@ -81,7 +63,7 @@ few = st.sampled_from([0.0, 1.0, 2.0, 3.0, 0.1, 7.5, 1e-300, 1e300, 5e-324, 123.
 any_weight = st.one_of(few, st.floats(0, 1e300, allow_nan=False))
 
 
-schedules = st.one_of(st.just(END), st.integers(1, 6).map(Every))
+divisions = st.integers(0, 6)
 log_p = st.one_of(
     st.floats(-300, 300), st.just(-math.inf), st.sampled_from([0.0, 1.0, math.log(3)])
 )
@@ -98,14 +80,14 @@ def cake_layers(logs, history: int) -> list[LayerScores]:
     logs=st.lists(st.tuples(log_p, log_p), min_size=1, max_size=10),
     history=st.integers(1, 600),
     base=st.integers(0, 400),
-    plan=schedules,
+    every=divisions,
 )
-def test_cascade_equals_one_shot_for_cake_in_tokens(logs, history, base, plan):
+def test_cascade_equals_one_shot_for_cake_in_tokens(logs, history, base, every):
     layers = cake_layers(logs, history)
     count = len(layers)
     at_end, staged, direct = (
         token_budgets(method, layers, base=base, num_layers=count)
-        for method in (CakeAt(window=2), CakeAt(window=2, plan=plan), Cake(window=2))
+        for method in (CakeAt(window=2, every=0), CakeAt(window=2, every=every), Cake(window=2))
     )
     assert Cake(window=2).ratios_are_fixed
     assert staged.tolist() == at_end.tolist() == direct.tolist()
@@ -120,9 +102,9 @@ def test_cascade_equals_one_shot_for_cake_in_tokens(logs, history, base, plan):
     block=st.sampled_from([1, 16, 32, 128]),
     window=st.integers(2, 32),
     extra=st.integers(1, 5000),
-    plan=schedules,
+    every=divisions,
 )
-def test_cascade_equals_one_shot_for_cake_in_pages(logs, pages, block, window, extra, plan):
+def test_cascade_equals_one_shot_for_cake_in_pages(logs, pages, block, window, extra, every):
     reserved = -(-window // block)
     pages = max(pages, reserved)
     prompt = pages * block + extra
@@ -135,7 +117,11 @@ def test_cascade_equals_one_shot_for_cake_in_pages(logs, pages, block, window, e
             block_size=block,
             lengths=prompt,
         )
-        for method in (CakeAt(window=window), CakeAt(window=window, plan=plan), Cake(window=window))
+        for method in (
+            CakeAt(window=window, every=0),
+            CakeAt(window=window, every=every),
+            Cake(window=window),
+        )
     )
     assert staged.tolist() == at_end.tolist() == direct.tolist()
     assert staged.sum() == pages * len(layers)
@@ -151,10 +137,10 @@ def test_cascade_equals_one_shot_for_cake_in_pages(logs, pages, block, window, e
     block=st.sampled_from([1, 4, 16]),
     window=st.integers(2, 32),
     rest=st.integers(0, 60),
-    plan=schedules,
+    every=divisions,
 )
 def test_layers_of_unequal_lengths_are_cut_within_what_they_hold(
-    logs, data, pages, block, window, rest, plan
+    logs, data, pages, block, window, rest, every
 ):
     """As an earlier cut left them: whole pages, and as many tokens more in each."""
     reserved = -(-window // block)
@@ -169,7 +155,7 @@ def test_layers_of_unequal_lengths_are_cut_within_what_they_hold(
     ]
     at_end, staged = (
         page_budgets(method, layers, pages_per_layer=pages, block_size=block, lengths=lengths)
-        for method in (Cake(window=window), CakeAt(window=window, plan=plan))
+        for method in (Cake(window=window), CakeAt(window=window, every=every))
     )
     assert staged.tolist() == at_end.tolist()
     assert staged.sum() == pages * count
@@ -209,17 +195,17 @@ def test_a_layer_that_holds_little_leaves_its_share_to_the_others():
     base=st.integers(0, 200),
     most=st.integers(0, 300),
     least=st.integers(0, 50),
-    plan=schedules,
+    every=divisions,
 )
-def test_a_layer_never_grows_whatever_the_weights_do(told, history, base, most, least, plan):
+def test_a_layer_never_grows_whatever_the_weights_do(told, history, base, most, least, every):
     """Weights that change at every cut: still exact at the end, never growing on the way."""
 
-    @dataclass(frozen=True, kw_only=True)
-    class Fickle(Given):
+    class Fickle(GivenAllocator):
         def weights(self, seen, *, base, num_layers):
             return np.array(told[len(seen) - 1][: len(seen)])
 
-    method = Fickle(most=most, least=least, plan=plan)
+    spec = MethodSpec(name="fickle", scorer=RandomScorer, allocator=Fickle)
+    method = spec(most=most, least=least, every=every)
     pool, cap = base * 8, min(history, max(most, base))
     cascade = BudgetDivision(method, pool=pool, cap=cap, floor=least, base=base, num_layers=8)
     before = np.zeros(0, dtype=np.int64)
@@ -269,14 +255,6 @@ def test_minimum_tokens_are_honoured():
     assert pages.tolist() == [2, 2, 2, 10]
 
 
-@pytest.mark.parametrize("method", [Uniform(window=8), Random(window=8)], ids=lambda m: m.name)
-def test_equal_budgets(method):
-    layers = blank(5, 392)
-    assert token_budgets(method, layers, base=56, num_layers=5).tolist() == [56] * 5
-    found = page_budgets(method, layers, pages_per_layer=4, block_size=16, lengths=400)
-    assert found.tolist() == [4] * 5
-
-
 def test_a_cap_too_small_for_the_pool_is_raised_just_enough():
     method = Given(told=[1.0, 2.0, 3.0], most=10, window=8)
     layers = blank(3, 192)
@@ -291,13 +269,13 @@ def test_short_prompts_keep_everything():
 
 
 def test_part_of_the_layers_shares_the_whole_pool():
-    method = Given(told=[1.0, 3.0, 5.0, 7.0], window=8, plan=Every(3))
+    method = Given(told=[1.0, 3.0, 5.0, 7.0], window=8, every=3)
     found = token_budgets(method, blank(2, 1000), base=50, num_layers=4)
     assert found.tolist() == [50, 150]
 
 
 def test_between_cuts_nothing_is_returned():
-    method = Given(told=[1.0] * 5, plan=Every(2))
+    method = Given(told=[1.0] * 5, every=2)
     cascade = BudgetDivision(method, pool=50, cap=30, floor=0, base=10, num_layers=5)
     steps = [cascade.add(layer) for layer in blank(5, 30)]
     assert [None if s is None else s.tolist() for s in steps] == [
@@ -342,5 +320,3 @@ def test_token_budgets_refuses():
         token_budgets(method, blank(2, 30), base=-1, num_layers=2)
     with pytest.raises(ValueError, match="expected 1 to 2 layers, got 3"):
         token_budgets(method, blank(3, 30), base=4, num_layers=2)
-    with pytest.raises(ValueError, match="every 1 or more"):
-        replace(method, plan=Every(0))

@@ -7,8 +7,6 @@ placement copies them, so that a page reused too early shows as a wrong token.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -63,8 +61,8 @@ def score(seed: int, layers: int, history: int, *, ties: bool) -> list[LayerScor
                     # Statistics may still be on their way from the device.
                     "log_shift": torch.tensor(shift),
                     "preference": float(np.exp(entropy + shift)),
+                    "query_heads": heads,
                 },
-                query_heads=heads,
             )
         )
     return found
@@ -226,9 +224,9 @@ def test_a_window_that_fills_the_arena_is_all_that_is_kept(method: Method) -> No
 def test_tokens_of_equal_worth_are_given_up_from_the_last_one_on(method: Method) -> None:
     world = World(method, geometry_of(6, 4, "block"), 90, 4)
     layers = score(2, 6, 90 - method.window, ties=False)
+    heads = torch.ones(4, 90 - method.window)
     layers = [
-        LayerScores(torch.ones_like(s.tokens), s.stats, torch.ones(4, 90 - method.window))
-        for s in layers
+        LayerScores(torch.ones_like(s.tokens), {**s.stats, "query_heads": heads}) for s in layers
     ]
     check_against_one_cut(method, world, layers)
     for layer, kept in enumerate(world.cascade.kept):
@@ -321,19 +319,3 @@ def test_with_a_smaller_budget_a_layer_keeps_the_best_of_what_it_kept(method: Me
     for fewer, more in itertools.pairwise(kept):
         for head in range(HEADS):
             assert set(fewer[head].tolist()) <= set(more[head].tolist())
-
-
-def test_a_choice_of_tokens_of_ones_own_is_not_taken_for_nested() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Latest(Uniform):
-        name: ClassVar[str] = "latest"
-
-        def select(self, scores: LayerScores, count: int) -> Tensor:
-            history = scores.tokens.shape[-1]
-            return torch.arange(history - count, history).expand(len(scores.tokens), -1)
-
-    method = Latest(window=8)
-    assert not method.budgets_are_nested
-    layers = score(0, 2, 112, ties=False)
-    for found, count in zip(method.select_layers(layers, [3, 5]), [3, 5], strict=True):
-        assert found[0].tolist() == list(range(112 - count, 112))

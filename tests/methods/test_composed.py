@@ -1,23 +1,19 @@
 """One method's tokens with another's budgets: how it is asked for and what is computed."""
 
-from __future__ import annotations
-
 import json
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from kvcompress_kernels.scoring import WindowStatistics, window_statistics
+from tests.support.layers import DIM, HEADS, KV_HEADS, random_layer, score_random
 from vllm_kvcompress.eviction.layer_budgets import page_budgets, token_budgets
 from vllm_kvcompress.methods import (
     Cake,
-    Composed,
     DynamicKV,
     KeyDiff,
-    LayerInput,
-    LayerScores,
     Method,
     Need,
     PyramidKV,
@@ -25,42 +21,19 @@ from vllm_kvcompress.methods import (
     SnapKV,
     StreamingLLM,
     Tova,
-    Uniform,
     available,
     get_method,
-    register,
-    registry,
     to_numbers,
-    window,
 )
+from vllm_kvcompress.methods.released_attention import window_attention
 from vllm_kvcompress.planning.config import KVCompressionConfig
 
-PARTS = [name for name in available() if get_method(name, {}).composable]
+PARTS = [name for name in available() if not get_method(name, {}).keeps_all]
 BOTH = frozenset({Need.WINDOW_QUERIES, Need.KEYS})
-HEADS, KV_HEADS, DIM, TOKENS, LAYERS = 4, 2, 16, 100, 6
 
 
-def compose(scorer: Method, allocator: Method) -> Composed:
-    return Composed(window=scorer.window, scorer=scorer, allocator=allocator)
-
-
-def layer_of(method: Method, index: int = 0) -> LayerInput:
-    generator = torch.Generator().manual_seed(index)
-    width = 1.0 + index
-    return LayerInput(
-        layer=index,
-        num_layers=LAYERS,
-        num_tokens=TOKENS,
-        num_kv_heads=KV_HEADS,
-        base=24,
-        queries=width * torch.randn(HEADS, method.window, DIM, generator=generator),
-        keys=torch.randn(KV_HEADS, TOKENS, DIM, generator=generator),
-        scale=DIM**-0.5,
-    )
-
-
-def score_all(method: Method) -> list[LayerScores]:
-    return [method.score(layer_of(method, index)) for index in range(LAYERS)]
+def compose(scorer: Method, allocator: Method) -> Method:
+    return Method(f"{scorer.name}+{allocator.name}", scorer.scorer, allocator.allocator)
 
 
 # ------------------------------------------------------------------------------ how it is asked for
@@ -165,30 +138,9 @@ def test_what_cannot_be_combined_is_refused(
         get_method(name, params)
 
 
-def test_scatter_does_not_offer_to_be_combined() -> None:
-    with pytest.raises(ValueError, match=r'scatter: unknown parameter "x", accepted are window$'):
-        get_method("scatter", {"x": 1})
-
-
 def test_parts_of_different_windows_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"tova\+cake: all parts share the window of 1, got 32"):
-        Composed(window=1, scorer=Tova(), allocator=Cake())
-
-
-def test_a_composition_is_no_part_of_another() -> None:
-    with pytest.raises(ValueError, match=r"tova\+uniform: it cannot be combined"):
-        compose(compose(Tova(), Uniform(window=1)), Uniform(window=1))
-
-
-def test_the_names_of_the_parts_are_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Taker(Uniform):
-        name: ClassVar[str] = "taker"
-        scorer: int = 0
-
-    monkeypatch.setattr(registry, "_methods", {})
-    with pytest.raises(ValueError, match="taker: the parameter name scorer is reserved"):
-        register(Taker)
+    with pytest.raises(ValueError, match=r"tova\+cake: both parts share one window, got 1 for the"):
+        compose(Tova(), Cake())
 
 
 def test_settings_of_an_engine_carry_compositions() -> None:
@@ -212,35 +164,22 @@ def test_settings_of_an_engine_carry_compositions() -> None:
 def test_tokens_are_the_scorers_and_budgets_the_allocators(scorer: str, allocator: str) -> None:
     first, second = (get_method(name, {"window": 8}) for name in (scorer, allocator))
     method = compose(first, second)
-    found = score_all(method)
-    expected = [
-        replace(alone, stats=second.layer_stats(layer_of(method, index)))
-        for index, alone in enumerate(score_all(first))
-    ]
-    for mine, theirs in zip(found, expected, strict=True):
+    found = score_random(method)
+    for index, (mine, theirs) in enumerate(zip(found, score_random(first), strict=True)):
         assert torch.equal(mine.tokens, theirs.tokens)
-        assert dict(mine.stats) == dict(theirs.stats)
+        assert dict(mine.stats) == dict(second.allocator.stats(random_layer(method, index)))
+    numbers = to_numbers(found)
     for budgets in (
-        lambda m: token_budgets(m, to_numbers(found), base=24, num_layers=LAYERS),
-        lambda m: page_budgets(
-            m, to_numbers(found), pages_per_layer=4, block_size=8, lengths=TOKENS
-        ),
+        lambda m: token_budgets(m, numbers, base=24, num_layers=6),
+        lambda m: page_budgets(m, numbers, pages_per_layer=4, block_size=8, lengths=100),
     ):
         assert budgets(method).tolist() == budgets(second).tolist()
     assert torch.equal(method.select(found[0], 9), first.select(found[0], 9))
-    assert method.needs == first.needs | second.allocator_needs
+    assert method.needs == first.scorer.needs | second.allocator.needs
     assert method.budgets_are_nested
-    assert (method.budgets_ignore_scores, method.ratios_are_fixed, method.schedule) == (
-        (second.budgets_ignore_scores, second.ratios_are_fixed, second.schedule)
-    )
-
-
-def test_a_method_composed_with_itself_is_that_method() -> None:
-    for name in PARTS:
-        alone = get_method(name, {"window": 8})
-        for mine, theirs in zip(score_all(compose(alone, alone)), score_all(alone), strict=True):
-            assert torch.equal(mine.tokens, theirs.tokens)
-            assert dict(mine.stats) == dict(theirs.stats)
+    assert method.budgets_ignore_scores == second.budgets_ignore_scores
+    assert method.ratios_are_fixed == second.ratios_are_fixed
+    assert method.layers_per_division == second.layers_per_division
 
 
 def test_only_what_is_used_is_collected() -> None:
@@ -293,7 +232,7 @@ def test_nothing_is_computed_twice(
     reads_observed: int,
 ) -> None:
     method = compose(*(get_method(name, {"window": 8}) for name in (scorer, allocator)))
-    layer = layer_of(method, 3)
+    layer = random_layer(method, 3, queries=torch.randn(HEADS, 8, DIM))
     expected = method.score(layer)
     made = []
 
@@ -301,7 +240,7 @@ def test_nothing_is_computed_twice(
         made.append(True)
         return window_statistics(*args, **kwargs)
 
-    monkeypatch.setattr(window, "window_statistics", counted)
+    monkeypatch.setattr("vllm_kvcompress.methods.reads.window_statistics", counted)
     keys = Counter(layer.keys)
     found = method.score(replace(layer, keys=None, read_keys=keys))
     assert (len(made), keys.calls) == (sweeps, reads)
@@ -318,23 +257,32 @@ def test_nothing_is_computed_twice(
     assert dict(found.stats) == dict(expected.stats)
 
 
-def test_what_is_missing_is_named_after_the_part_or_the_composition() -> None:
-    layer = replace(layer_of(Uniform(window=8)), queries=None, keys=None)
-    for name, params, message in (
-        ("cake", {"scorer": "keydiff"}, "keydiff: scoring needs all keys"),
-        ("cake", {"scorer": "snapkv"}, r"snapkv\+cake: scoring needs the window's queries"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            get_method(name, {"window": 8, **params}).score(layer)
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [("cake", "cake.window_attention"), ("dynamickv", "released_dynamickv.window_attention")],
+)
+def test_faithful_parts_share_one_look(
+    monkeypatch: pytest.MonkeyPatch, name: str, function: str
+) -> None:
+    made = []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made.append(True)
+        return window_attention(*args, **kwargs)
+
+    monkeypatch.setattr(f"vllm_kvcompress.methods.{function}", counted)
+    method = get_method(name, {"window": 8, "faithful": True})
+    assert method.score(random_layer(method)).stats
+    assert len(made) == 1
 
 
 def test_dynamickv_counts_winners_among_the_scorers_tokens() -> None:
     method = get_method(
         "dynamickv", {"window": 8, "scorer": "knorm", "every": 2, "compare": "mass"}
     )
-    found = score_all(method)
+    found = score_random(method)
     entries = torch.stack([layer.tokens for layer in found])
-    limit = entries.flatten().topk(24 * KV_HEADS * LAYERS).values[-1]
+    limit = entries.flatten().topk(24 * KV_HEADS * 6).values[-1]
     winners = (entries >= limit).sum(dim=(1, 2))
-    weights = method.weights(found, base=24, num_layers=LAYERS)
+    weights = method.weights(found, base=24, num_layers=6)
     assert weights.tolist() == winners.tolist()

@@ -4,11 +4,10 @@ Run with ``--golden-dir DIR`` for another set of vectors. What is checked is dec
 parameters and arrays each file holds, so that cases unknown to this file are covered as well.
 """
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +15,16 @@ import torch
 from torch import Tensor
 
 from tests.support.golden_files import Golden, kind, load
+from tests.support.layers import score_layers
+from tests.support.released_pipelines import (
+    CakePrefill,
+    DynamicPrefill,
+    ReleasedCake,
+    ReleasedDynamicKV,
+)
 from vllm_kvcompress.eviction.layer_budgets import token_budgets
-from vllm_kvcompress.methods import Cake, DynamicKV, LayerInput, LayerScores, Method
-from vllm_kvcompress.methods.released_cake import CakePrefill, ReleasedCake, adjust_budgets
-from vllm_kvcompress.methods.released_dynamickv import DynamicPrefill, ReleasedDynamicKV
+from vllm_kvcompress.methods import Cake, DynamicKV, LayerScores, Method
+from vllm_kvcompress.methods.released_cake import adjust_budgets
 
 # Relative tolerance of statistics and of ranks by score. Half precision is for reference only.
 RTOL = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 4e-2}
@@ -66,17 +71,15 @@ def test_adjust_budgets(adjust_file):
 # ------------------------------------------------------------------------------------------ CAKE
 
 
-def cake_pipeline(golden: Golden, *, cascading: bool) -> ReleasedCake:
+def cake_params(golden: Golden) -> dict[str, Any]:
     meta = golden.meta
-    return ReleasedCake(
-        window=meta["window"],
-        capacity=meta["cache_size"],
-        tau1=meta["tau1"],
-        tau2=meta["tau2"],
-        gamma=meta["gamma"],
-        kernel=meta["pool_kernel"],
-        cascading=cascading,
-    )
+    names = {"kernel": "pool_kernel"} | {n: n for n in ("window", "tau1", "tau2", "gamma")}
+    return {ours: meta[theirs] for ours, theirs in names.items()}
+
+
+def cake_pipeline(golden: Golden, *, cascading: bool) -> ReleasedCake:
+    capacity = golden.meta["cache_size"]
+    return ReleasedCake(**cake_params(golden), capacity=capacity, cascading=cascading)
 
 
 @lru_cache(maxsize=32)
@@ -214,16 +217,19 @@ def dynamic_run(path: Path) -> DynamicPrefill:
     return dynamic_pipeline(golden).prefill(golden.real("q_window"), golden.prompt_keys)
 
 
-def dynamic_pipeline(golden: Golden) -> ReleasedDynamicKV:
+def dynamic_params(golden: Golden) -> dict[str, Any]:
     meta = golden.meta
-    return ReleasedDynamicKV(
-        window=meta["window"],
-        capacity=meta["max_capacity_prompt"],
-        kernel=meta["kernel"],
-        pooling="max" if meta["pooling"].startswith("max") else "avg",
-        r_max=meta["radio_max"],
-        every=meta["update_every"],
-    )
+    return {
+        "window": meta["window"],
+        "kernel": meta["kernel"],
+        "pooling": "max" if meta["pooling"].startswith("max") else "avg",
+        "r_max": meta["radio_max"],
+        "every": meta["update_every"],
+    }
+
+
+def dynamic_pipeline(golden: Golden) -> ReleasedDynamicKV:
+    return ReleasedDynamicKV(**dynamic_params(golden), capacity=golden.meta["max_capacity_prompt"])
 
 
 def test_dynamickv_scores(dynamickv_file):
@@ -278,44 +284,14 @@ def test_dynamickv_decode(dynamickv_file):
 
 
 def method_for(golden: Golden, *, faithful: bool) -> Method:
-    meta = golden.meta
-    if meta["method"] == "cake":
-        return Cake(
-            window=meta["window"],
-            tau1=meta["tau1"],
-            tau2=meta["tau2"],
-            gamma=meta["gamma"],
-            kernel=meta["pool_kernel"],
-            faithful=faithful,
-        )
-    return DynamicKV(
-        window=meta["window"],
-        kernel=meta["kernel"],
-        pooling="max" if meta["pooling"].startswith("max") else "avg",
-        r_max=meta["radio_max"],
-        every=meta["update_every"],
-        faithful=faithful,
-    )
+    if golden.meta["method"] == "cake":
+        return Cake(**cake_params(golden), faithful=faithful)
+    return DynamicKV(**dynamic_params(golden), faithful=faithful)
 
 
 def score_all(golden: Golden, method: Method, row: int = 0) -> list[LayerScores]:
-    queries, keys = golden.real("q_window"), golden.prompt_keys
-    meta = golden.meta
-    return [
-        method.score(
-            LayerInput(
-                layer=layer,
-                num_layers=meta["L"],
-                num_tokens=meta["S"],
-                num_kv_heads=meta["Hkv"],
-                base=golden.base,
-                queries=queries[layer, row],
-                keys=keys[layer, row],
-                scale=meta["D"] ** -0.5,
-            )
-        )
-        for layer in range(meta["L"])
-    ]
+    queries, keys = golden.real("q_window")[:, row], golden.prompt_keys[:, row]
+    return score_layers(method, queries, keys, golden.base)
 
 
 def test_corrected_cake_statistics(cake_file):

@@ -4,8 +4,6 @@ The vectors were recorded from kvpress by scripts/make_kvpress_vectors.py. Conve
 are translated here and listed in docs/methods/README.md.
 """
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path
@@ -16,11 +14,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from tests.support.layers import score_layers
 from vllm_kvcompress.eviction.layer_budgets import token_budgets
 from vllm_kvcompress.methods import (
     KeyDiff,
     Knorm,
-    LayerInput,
     LayerScores,
     Method,
     PyramidKV,
@@ -81,27 +79,12 @@ def ours(recorded: Case) -> Method:
 
 
 def score_all(method: Method) -> list[LayerScores]:
-    queries, keys = inputs()
-    return [
-        method.score(
-            LayerInput(
-                layer=layer,
-                num_layers=len(keys),
-                num_tokens=keys.shape[2],
-                num_kv_heads=keys.shape[1],
-                base=0,
-                queries=queries[layer, :, -method.window :],
-                keys=keys[layer],
-                scale=keys.shape[-1] ** -0.5,
-            )
-        )
-        for layer in range(len(keys))
-    ]
+    return score_layers(method, *inputs(), base=0)
 
 
 def test_every_baseline_that_kvpress_has_is_compared() -> None:
-    found = {type(ours(case(name))) for name in CASES}
-    assert found == {SnapKV, PyramidKV, StreamingLLM, Tova, KeyDiff, Knorm}
+    found = {ours(case(name)).name for name in CASES}
+    assert found == {"snapkv", "pyramidkv", "streamingllm", "tova", "keydiff", "knorm"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -117,10 +100,17 @@ def test_the_same_tokens_are_kept(name: str) -> None:
             assert chosen.tolist() == theirs.tolist()
 
 
-@pytest.mark.parametrize("name", [n for n in CASES if case(n).press != "StreamingLLMPress"])
-def test_the_same_scores_are_given(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        *((n, ours(case(n))) for n in CASES if case(n).press != "StreamingLLMPress"),
+        ("snapkv_w32_k7", Uniform(window=32, kernel=7)),
+    ],
+    ids=lambda given: getattr(given, "name", given),
+)
+def test_the_same_scores_are_given(name: str, method: Method) -> None:
     recorded = case(name)
-    for layer, scores in enumerate(score_all(ours(recorded))):
+    for layer, scores in enumerate(score_all(method)):
         expected = torch.from_numpy(recorded.scores[layer])[:, : scores.tokens.shape[1]]
         torch.testing.assert_close(scores.tokens, expected, rtol=2e-5, atol=1e-6)
 
@@ -150,10 +140,3 @@ def test_the_window_is_protected_on_both_sides(name: str) -> None:
     """Not by kvpress where keys alone decide: there we keep at least the last token as well."""
     recorded = case(name)
     assert recorded.kept[..., -ours(recorded).window :].all()
-
-
-def test_uniform_is_kvpress_snapkv_too() -> None:
-    recorded = case("snapkv_w32_k7")
-    for layer, scores in enumerate(score_all(Uniform(window=32, kernel=7))):
-        expected = torch.from_numpy(recorded.scores[layer])[:, : scores.tokens.shape[1]]
-        torch.testing.assert_close(scores.tokens, expected, rtol=2e-5, atol=1e-6)

@@ -1,13 +1,11 @@
 """Methods and their registry: parameters, scores, weights, and independence of requests."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,24 +13,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvcompress_kernels.scoring import window_statistics
+from kvcompress_kernels.selection import top_tokens
+from tests.support.layers import random_layer, score_random
 from vllm_kvcompress.eviction.layer_budgets import page_budgets, token_budgets
 from vllm_kvcompress.methods import (
-    END,
     Cake,
     DynamicKV,
-    Every,
-    LayerInput,
     LayerScores,
-    Method,
-    Need,
     Random,
     Scatter,
     Uniform,
     available,
     get_method,
-    register,
-    registry,
+    get_spec,
+    to_numbers,
 )
+from vllm_kvcompress.methods.cake import CakeAllocator, FaithfulCake
 
 SCORING = [
     "cake",
@@ -47,32 +44,6 @@ SCORING = [
     "tova",
     "uniform",
 ]
-
-
-def layer_input(
-    layer: int = 0,
-    *,
-    tokens: int = 120,
-    window: int = 8,
-    seed: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> LayerInput:
-    generator = torch.Generator().manual_seed(1000 * seed + layer)
-    width = 1.0 + layer
-    return LayerInput(
-        layer=layer,
-        num_layers=6,
-        num_tokens=tokens,
-        num_kv_heads=2,
-        base=24,
-        queries=(torch.randn(6, window, 16, generator=generator) * width).to(dtype),
-        keys=torch.randn(2, tokens, 16, generator=generator).to(dtype),
-        scale=0.25,
-    )
-
-
-def score_all(method: Method, seed: int = 0, **kwargs) -> list[LayerScores]:
-    return [method.score(layer_input(i, seed=seed, **kwargs)) for i in range(6)]
 
 
 # -------------------------------------------------------------------------------------- registry
@@ -90,7 +61,9 @@ def test_all_methods_are_known():
 
 def test_parameters_arrive():
     method = get_method("cake", {"window": 16, "tau1": 2, "gamma": 0.5, "faithful": True})
-    assert method == Cake(window=16, tau1=2, gamma=0.5, faithful=True)
+    whole = FaithfulCake(window=16, tau1=2, gamma=0.5)
+    assert (method.scorer, method.allocator) == (whole, whole)
+    assert get_method("cake", {"tau2": 3, "kernel": 3}) == Cake(tau2=3, kernel=3)
 
 
 def test_unknown_method_names_the_known_ones():
@@ -102,6 +75,8 @@ def test_unknown_parameter_names_the_accepted_ones():
     message = 'random: unknown parameter "gamma", accepted are allocator, scorer, seed, window'
     with pytest.raises(ValueError, match=message):
         get_method("random", {"gamma": 1.0})
+    with pytest.raises(ValueError, match=r'scatter: unknown parameter "x", accepted are window$'):
+        get_method("scatter", {"x": 1})
 
 
 BAD = [
@@ -155,65 +130,9 @@ def test_bad_values_are_refused_in_one_sentence(name, param, value, expected):
 def test_every_parameter_has_a_bad_value_that_is_refused():
     """A new field without a check fails here, not in a user's server."""
     for name in SCORING:
-        for field in fields(get_method(name, {})):
-            with pytest.raises(ValueError, match=f"{name}: {field.name} must be"):
-                get_method(name, {field.name: object()})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latest(Method):
-    name: ClassVar[str] = "latest"
-    needs: ClassVar[frozenset[Need]] = frozenset()
-
-    def score(self, layer: LayerInput) -> LayerScores:
-        history = layer.num_tokens - self.window
-        return LayerScores(torch.arange(history).float().expand(layer.num_kv_heads, -1))
-
-
-class FakeEntry:
-    name = "latest"
-    value = "elsewhere:Latest"
-    dist = None
-
-    def __init__(self, loaded: object) -> None:
-        self._loaded = loaded
-
-    def load(self) -> object:
-        return self._loaded
-
-
-@pytest.fixture
-def entry(monkeypatch):
-    """Let one third-party entry point be found, with a registry of its own."""
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
-
-    def install(loaded: object) -> None:
-        found = {registry.ENTRY_POINT_GROUP: [FakeEntry(loaded)]}
-        monkeypatch.setattr(registry, "entry_points", lambda group: found.get(group, []))
-        registry._load_third_party.cache_clear()
-
-    yield install
-    registry._load_third_party.cache_clear()
-
-
-def test_third_party_methods_are_found_by_entry_point(entry):
-    assert "latest" not in available()
-    entry(Latest)
-    assert "latest" in available()
-    method = get_method("latest", {"window": 8})
-    assert method.select(method.score(layer_input()), 2).tolist() == [[110, 111]] * 2
-    assert method.schedule is END
-    assert method.weights([], base=1, num_layers=1).shape == (0,)
-
-
-def test_names_cannot_be_taken_over(entry):
-    @dataclass(frozen=True, kw_only=True)
-    class Impostor(Latest):
-        name: ClassVar[str] = "cake"
-
-    with pytest.raises(ValueError, match='"cake" is taken by'):
-        register(Impostor)
-    assert register(Cake) is Cake
+        for field in get_spec(name).parameters:
+            with pytest.raises(ValueError, match=f"{name}: {field} must be"):
+                get_method(name, {field: object()})
 
 
 def test_importing_the_methods_does_not_import_vllm():
@@ -232,31 +151,12 @@ def test_importing_the_methods_does_not_import_vllm():
 
 
 @pytest.mark.parametrize("name", SCORING)
-def test_scores_have_the_promised_shape(name):
-    method = get_method(name, {"window": 8})
-    scores = method.score(layer_input())
-    assert scores.tokens.shape == (2, 112)
-    assert scores.tokens.dtype == torch.float32
-    assert bool(scores.tokens.isfinite().all())
-    assert method.needs <= {Need.WINDOW_QUERIES, Need.KEYS}
-
-
-@pytest.mark.parametrize("name", ["cake", "dynamickv"])
-@pytest.mark.parametrize("faithful", [False, True])
-def test_missing_tensors_are_named(name, faithful):
-    method = get_method(name, {"window": 8, "faithful": faithful})
-    empty = LayerInput(0, 6, 120, 2, 24, None, None, 0.25)
-    with pytest.raises(ValueError, match=f"{name}: scoring needs"):
-        method.score(empty)
-
-
-@pytest.mark.parametrize("name", SCORING)
 def test_a_request_does_not_see_its_neighbours(name):
     """Scored alone, or after another request: the same budgets and the same tokens, bit by bit."""
     method = get_method(name, {"window": 8})
-    alone = score_all(method)
-    other = score_all(method, seed=1)
-    after = score_all(method)
+    alone = score_random(method)
+    other = score_random(method, seed=1)
+    after = score_random(method)
     for first, again in zip(alone, after, strict=True):
         assert torch.equal(first.tokens, again.tokens)
         assert first.stats == again.stats
@@ -283,10 +183,9 @@ def test_cakes_temperatures_are_the_authors_where_none_are_given():
     restless = LayerScores(torch.zeros(1, 50), {"log_entropy": 3.0, "log_shift": 1.2})
     weights = Cake().weights([calm, restless], base=9, num_layers=2)
     assert weights[1] / weights[0] == pytest.approx(math.exp(3.0 / 1.5 + 1.2 / 0.6), rel=1e-12)
-    assert Cake().temperatures == (1.5, 0.6)
-    assert Cake(faithful=True).temperatures == (1.0, 1.0)
-    assert Cake(faithful=True, tau1=0.4, tau2=0.6).temperatures == (0.4, 0.6)
-    assert Cake(tau2=1.0).temperatures == (1.5, 1.0)
+    assert CakeAllocator(window=8, tau2=1.0).temperatures == (1.5, 1.0)
+    assert FaithfulCake(window=8).temperatures == (1.0, 1.0)
+    assert FaithfulCake(window=8, tau1=0.4, tau2=0.6).temperatures == (0.4, 0.6)
 
 
 def test_cake_weights_survive_what_overflows_outside_the_log_domain():
@@ -300,27 +199,33 @@ def test_cake_weights_survive_what_overflows_outside_the_log_domain():
 
 
 def test_cake_gamma_rewards_variance():
-    flat = Cake(window=8, gamma=0.0).score(layer_input()).tokens
-    sharp = Cake(window=8, gamma=50.0).score(layer_input()).tokens
+    flat, sharp, same = (
+        method.score(random_layer(method)).tokens
+        for method in (Cake(window=8, gamma=0.0), Cake(window=8, gamma=50.0), Uniform(window=8))
+    )
     assert bool((sharp >= flat).all())
     assert float((sharp - flat).max()) > 0.0
-    same = Uniform(window=8).score(layer_input()).tokens
     torch.testing.assert_close(flat, same, atol=0, rtol=0)
 
 
 def test_dynamickv_reductions():
-    by_mean = DynamicKV(window=8).score(layer_input()).tokens
-    by_max = DynamicKV(window=8, reduce="max").score(layer_input()).tokens
+    by_mean, by_max, mean = (
+        method.score(random_layer(method)).tokens
+        for method in (
+            DynamicKV(window=8),
+            DynamicKV(window=8, reduce="max"),
+            Uniform(window=8, kernel=7),
+        )
+    )
     assert bool((by_max >= by_mean).all())
     assert not torch.equal(by_max, by_mean)
     # The window's sum is its mean times the number of queries.
-    mean = Uniform(window=8, kernel=7).score(layer_input()).tokens
     torch.testing.assert_close(by_mean, mean * 8, atol=1e-7, rtol=1e-5)
 
 
 def test_dynamickv_counts_as_many_entries_as_the_layers_seen_may_keep():
     method = DynamicKV(window=8, compare="mass")
-    seen = score_all(method)[:4]
+    seen = score_random(method)[:4]
     weights = method.weights(seen, base=24, num_layers=6)
     entries = torch.stack([layer.tokens for layer in seen]).flatten()
     threshold = entries.topk(24 * 2 * 4).values[-1]
@@ -329,7 +234,7 @@ def test_dynamickv_counts_as_many_entries_as_the_layers_seen_may_keep():
 
 
 def test_dynamickv_counts_entries_by_how_far_they_stand_out():
-    seen = score_all(DynamicKV(window=8))[:4]
+    seen = score_random(DynamicKV(window=8))[:4]
     for share in (0.1, 0.5):
         method = DynamicKV(window=8, background=share)
         weights = method.weights(seen, base=24, num_layers=6)
@@ -377,30 +282,65 @@ def test_dynamickv_caps_a_dominant_layer():
 
 
 def test_random_is_seeded_by_parameter_and_layer():
-    first = Random(window=8, seed=1).score(layer_input(0)).tokens
-    assert torch.equal(first, Random(window=8, seed=1).score(layer_input(0, seed=5)).tokens)
-    assert not torch.equal(first, Random(window=8, seed=1).score(layer_input(1)).tokens)
-    assert not torch.equal(first, Random(window=8, seed=2).score(layer_input(0)).tokens)
-    blind = LayerInput(0, 6, 120, 2, 24, None, None, 0.25)
-    assert torch.equal(first, Random(window=8, seed=1).score(blind).tokens)
+    def tokens(parameter: int, layer: int, **drawn: Any) -> torch.Tensor:
+        method = Random(window=8, seed=parameter)
+        return method.score(random_layer(method, layer, **drawn)).tokens
+
+    first = tokens(1, 0)
+    assert torch.equal(first, tokens(1, 0, seed=5, keys=None))
+    assert not torch.equal(first, tokens(1, 1))
+    assert not torch.equal(first, tokens(2, 0))
 
 
 def test_scatter_keeps_all_and_has_no_scores():
-    assert Scatter().keeps_all
-    assert not any(get_method(name, {}).keeps_all for name in SCORING)
+    method = Scatter()
     with pytest.raises(RuntimeError, match="no scores"):
-        Scatter().score(layer_input())
+        method.score(random_layer(method))
+    with pytest.raises(RuntimeError, match="no weights"):
+        method.weights([], base=1, num_layers=1)
 
 
-def test_schedules():
-    assert Cake().schedule == Every(1)
-    assert Cake(every=0).schedule is END
-    assert DynamicKV(every=3).schedule == Every(3)
-    assert [n for n in range(1, 8) if Every(3).cuts_after(n, 7)] == [3, 6, 7]
-    assert [n for n in range(1, 8) if END.cuts_after(n, 7)] == [7]
+def test_scalars_left_on_a_device_become_numbers_in_one_go():
+    tokens, heads = torch.zeros(1, 5), torch.rand(3, 5)
+    waiting = [
+        LayerScores(
+            tokens, {"log_entropy": torch.tensor(0.1 * i), "log_shift": -math.inf, "heads": heads}
+        )
+        for i in range(3)
+    ]
+    found = to_numbers(waiting)
+    assert [type(s.stats["log_entropy"]) for s in found] == [float] * 3
+    assert [s.stat("log_entropy") for s in found] == pytest.approx([0.0, 0.1, 0.2])
+    assert all(s.stat("log_shift") == -math.inf and s.stats["heads"] is heads for s in found)
+    assert to_numbers(found) == found
+
+
+def test_cake_takes_statistics_from_a_kernel_that_leaves_scalars_on_its_device():
+    method = Cake(window=8)
+    layer = random_layer(method)
+    direct = method.score(layer)
+    assert layer.queries is not None
+    assert layer.keys is not None
+    stats = window_statistics(layer.queries, layer.keys, window=8, scale=layer.scale)
+    on_device = replace(
+        stats,
+        entropy=torch.tensor(stats.entropy, dtype=torch.float64),
+        shift=torch.tensor(stats.shift, dtype=torch.float64),
+    )
+    observed = method.score(replace(layer, keys=None, observe=lambda: on_device))
+    assert torch.equal(observed.tokens, direct.tokens)
+    (numbers,) = to_numbers([observed])
+    assert numbers.stats == pytest.approx(dict(direct.stats), rel=1e-12)
 
 
 # ----------------------------------------------------------------------- from scores to tokens
+
+
+def test_selecting_for_all_layers_is_selecting_for_each():
+    scores = [LayerScores(torch.rand(2, 40)) for _ in range(3)]
+    chosen = Cake().select_layers(scores, [7, 0, 40])
+    for ids, score, count in zip(chosen, scores, [7, 0, 40], strict=True):
+        assert torch.equal(ids, top_tokens(score.tokens, count))
 
 
 @settings(max_examples=30, deadline=None)
@@ -415,7 +355,7 @@ def test_schedules():
 def test_protected_tokens_are_kept_exactly_once(name, seed, window, pages, block, extra):
     tokens = pages * block + extra
     method = get_method(name, {"window": window})
-    scores = score_all(method, seed, tokens=tokens, window=window)
+    scores = score_random(method, seed=seed, tokens=tokens)
     found = page_budgets(method, scores, pages_per_layer=pages, block_size=block, lengths=tokens)
     assert found.sum() == pages * 6
     own_window = torch.arange(tokens - window, tokens).expand(2, -1)
@@ -431,7 +371,7 @@ def test_protected_tokens_are_kept_exactly_once(name, seed, window, pages, block
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_faithful_mode_works_in_pages(name, dtype):
     method = get_method(name, {"window": 8, "faithful": True})
-    scores = score_all(method, tokens=400, dtype=dtype)
+    scores = score_random(method, tokens=400, dtype=dtype)
     found = page_budgets(method, scores, pages_per_layer=4, block_size=16, lengths=400)
     assert found.sum() == 24
     assert (found >= 1).all()
@@ -439,8 +379,8 @@ def test_faithful_mode_works_in_pages(name, dtype):
 
 
 def test_faithful_differs_from_corrected_in_half_precision():
-    plain = score_all(Cake(window=8), tokens=400, dtype=torch.bfloat16)
-    faithful = score_all(Cake(window=8, faithful=True), tokens=400, dtype=torch.bfloat16)
+    plain = score_random(Cake(window=8), tokens=400, dtype=torch.bfloat16)
+    faithful = score_random(Cake(window=8, faithful=True), tokens=400, dtype=torch.bfloat16)
     distinct = [len(scores[0].tokens.unique()) for scores in (plain, faithful)]
     assert distinct[1] < distinct[0] == 2 * 392
     torch.testing.assert_close(faithful[0].tokens, plain[0].tokens, rtol=0.1, atol=1e-3)

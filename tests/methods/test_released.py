@@ -1,22 +1,16 @@
 """The simulated releases show the behaviour, and the bugs, that are on record for them."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from tests.support.layers import score_layers
+from tests.support.released_pipelines import ReleasedCake, ReleasedDynamicKV
 from vllm_kvcompress.eviction.layer_budgets import token_budgets
-from vllm_kvcompress.methods import Cake, DynamicKV, LayerInput, LayerScores, Method
+from vllm_kvcompress.methods import Cake, DynamicKV, LayerScores, Method
 from vllm_kvcompress.methods.released_attention import window_attention
-from vllm_kvcompress.methods.released_cake import (
-    ReleasedCake,
-    adjust_budgets,
-    layer_budgets,
-    preference,
-)
-from vllm_kvcompress.methods.released_dynamickv import ReleasedDynamicKV
+from vllm_kvcompress.methods.released_cake import adjust_budgets, layer_budgets, preference
 from vllm_kvcompress.methods.released_dynamickv import layer_budgets as dynamic_budgets
 
 
@@ -43,22 +37,7 @@ def inputs(
 
 
 def scores_of(method: Method, queries: Tensor, keys: Tensor, base: int) -> list[LayerScores]:
-    layers, _, kv_heads, tokens, dim = keys.shape
-    return [
-        method.score(
-            LayerInput(
-                layer=i,
-                num_layers=layers,
-                num_tokens=tokens,
-                num_kv_heads=kv_heads,
-                base=base,
-                queries=queries[i, 0],
-                keys=keys[i, 0],
-                scale=dim**-0.5,
-            )
-        )
-        for i in range(layers)
-    ]
+    return score_layers(method, queries[:, 0], keys[:, 0], base)
 
 
 def history_kept(kept: list[Tensor], window: int = 8) -> list[int]:

@@ -1,7 +1,5 @@
 """Methods of other packages: what is wrong with an entry point is said in one sentence."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,23 +9,26 @@ from typing import Any
 
 import pytest
 
+from tests.support.layers import random_layer
 from vllm_kvcompress.methods import available, get_method, registry
 
 GOOD = """
 from dataclasses import dataclass
-from typing import ClassVar
 
-from vllm_kvcompress.methods import LayerInput, LayerScores, Method
+import torch
+
+from vllm_kvcompress.methods import EqualShares, MethodSpec, Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guess(Method):
-    name: ClassVar[str] = "guess"
-    needs: ClassVar[frozenset] = frozenset()
+class Latest(Scorer):
     luck: int = 1
 
     def score(self, layer):
-        raise NotImplementedError
+        return torch.arange(layer.history).float().expand(layer.num_kv_heads, -1)
+
+
+Guess = MethodSpec(name="guess", scorer=Latest, api=1)
 """
 METADATA = "Metadata-Version: 2.1\nName: kvc-guess\nVersion: 1.0\n"
 
@@ -75,17 +76,23 @@ def refusal(*names: str) -> str:
 
 
 def test_a_method_is_found_by_its_own_name(package: Package) -> None:
+    assert "guess" not in available()
     package.write(GOOD, "called-otherwise = kvc_guess:Guess")
+    registry._load_third_party.cache_clear()
     assert "guess" in available()
     assert "called-otherwise" not in available()
-    assert get_method("guess", {"luck": 2}).name == "guess"
+    method = get_method("guess", {"luck": 2, "window": 8})
+    assert method.name == "guess"
+    scores = method.score(random_layer(method, tokens=120))
+    assert method.select(scores, 2).tolist() == [[110, 111]] * 2
+    assert method.layers_per_division == 0
+    assert method.weights([], base=1, num_layers=1).shape == (0,)
     with pytest.raises(ValueError, match=r'^guess: unknown parameter "lucky", accepted are .*luck'):
         get_method("guess", {"lucky": 2})
 
 
 def test_registering_in_the_module_too_is_harmless(package: Package) -> None:
-    code = GOOD.replace("@dataclass", "@register\n@dataclass")
-    package.write("from vllm_kvcompress.methods import register\n" + code)
+    package.write(GOOD + "\nfrom vllm_kvcompress.methods import register\nregister(Guess)\n")
     assert "guess" in available()
 
 
@@ -113,29 +120,36 @@ def test_a_module_that_is_not_there(package: Package) -> None:
     [
         ("Guess = 3", "got 3"),
         ("class Guess: pass", "got <class 'kvc_guess.Guess'>"),
-        (GOOD + "\nGuess = Guess()", "got Guess(window=32, luck=1)"),
-        (GOOD.replace("def score", "def rank"), "that has a score"),
+        (GOOD + "\nGuess = Guess()", "got Method(name='guess', scorer=Latest(window=32, luck=1)"),
     ],
-    ids=["number", "class", "object", "abstract"],
+    ids=["number", "class", "built"],
 )
 def test_an_entry_point_that_is_no_method(package: Package, code: str, shown: str) -> None:
     package.write(code)
-    refusal("must be a sub-class of vllm_kvcompress.methods.Method", shown)
+    refusal("must be a vllm_kvcompress.methods.MethodSpec (method API 1)", shown)
 
 
 @pytest.mark.parametrize(
-    ("line", "shown"),
+    ("old", "new", "shown"),
     [
-        ('name: ClassVar[str] = "guess"', "class attribute name of type str, got None"),
+        ("def score", "def rank", "guess: its scorer must be a complete sub-class of Scorer, got"),
+        ("scorer=Latest", "scorer=int", "guess: its scorer must be a complete sub-class of Scorer"),
+        ("api=1", "api=1, allocator=Latest", "its allocator must be a complete sub-class of Alloc"),
+        ('"guess"', "3", "the name of a method must be a string, got 3"),
         (
-            "needs: ClassVar[frozenset] = frozenset()",
-            "class attribute needs of type frozenset, got None",
+            "luck: int",
+            "needs = 3; luck: int",
+            "needs of its scorer must be a frozenset, got 3",
         ),
+        (" = 1\n", "\n", "guess: the parameter luck needs a default"),
+        ("luck", "scorer", "guess: the parameter name scorer is reserved"),
+        (", api=1", "", "guess is written for method API None, and here it is 1: adapt it as docs"),
+        ("api=1", "api=2", "guess is written for method API 2, and here it is 1"),
     ],
 )
-def test_a_method_that_lacks_an_attribute(package: Package, line: str, shown: str) -> None:
-    package.write(GOOD.replace(line, "pass"))
-    refusal(shown)
+def test_a_method_that_is_not_usable(package: Package, old: str, new: str, shown: str) -> None:
+    package.write(GOOD.replace(old, new))
+    refusal("is refused", shown)
 
 
 @pytest.mark.parametrize("taken", ["cake", "none", "scatter"])
@@ -143,12 +157,7 @@ def test_a_built_in_name_cannot_be_taken_over(package: Package, taken: str) -> N
     package.write(GOOD.replace('"guess"', f'"{taken}"'))
     text = refusal(f'the method name "{taken}" is taken by vllm_kvcompress.methods.')
     assert '"guess = kvc_guess:Guess"' in text
-    assert type(registry._methods[taken]).__name__ != "Guess"
-
-
-def test_parameters_that_compositions_use_are_reserved(package: Package) -> None:
-    package.write(GOOD.replace("luck", "scorer"))
-    refusal("guess: the parameter name scorer is reserved")
+    assert registry._methods[taken].scorer.__name__ != "Latest"
 
 
 def test_an_entry_point_without_a_package_is_named_all_the_same(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -88,16 +87,6 @@ def test_evicting_plans_keep_less_than_the_prompt_and_leave_no_slack(
 # --- cascades ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class Picky(Uniform):
-    """Chooses tokens in a way of its own, so a smaller budget need not be part of a larger."""
-
-    name: ClassVar[str] = "picky"
-
-    def select(self, scores: Any, count: int) -> Any:
-        return super().select(scores, count)
-
-
 @pytest.mark.parametrize(
     ("method", "layers", "expected"),
     [
@@ -112,7 +101,6 @@ class Picky(Uniform):
         (Uniform(), 10, 1),
         (Random(), 10, 1),
         (Scatter(), 10, 10),
-        (Picky(), 10, 10),
     ],
 )
 def test_layers_whose_whole_cache_is_held_at_one_time(

@@ -114,6 +114,7 @@ def test_a_methods_record_becomes_a_run() -> None:
                 layer=layer,
                 num_layers=layers,
                 num_tokens=tokens,
+                window=8,
                 num_kv_heads=2,
                 base=24,
                 queries=torch.randn(4, 8, 16, generator=generator),

@@ -80,7 +80,8 @@ class BudgetDivision:
         if count > self._num_layers:
             raise ValueError(f"all {self._num_layers} layers have been seen already")
         self._see([scores])
-        if not self._method.schedule.cuts_after(count, self._num_layers):
+        every = self._method.layers_per_division
+        if count < self._num_layers and (not every or count % every):
             return None
         self._divide()
         return self.held

@@ -80,6 +80,8 @@ def make_record(
         kept=tuple(
             np.asarray(tokens.sort(dim=1).values.cpu().numpy(), np.int64) for tokens in kept
         ),
-        stats=tuple({k: s.stat(k) for k in s.stats} for s in found),
+        stats=tuple(
+            {k: v for k, v in s.stats.items() if isinstance(v, int | float)} for s in found
+        ),
         weights=None if weights is None else weights / weights.sum(),
     )

@@ -94,6 +94,7 @@ class LayerScorer:
             layer=layer,
             num_layers=len(self._layers),
             num_tokens=held.lengths[layer],
+            window=self._method.window,
             num_kv_heads=self._codec.num_kv_heads,
             base=held.capacity - self._method.window,
             queries=None if held.windows is None else held.windows[layer].transpose(0, 1),

@@ -1,50 +1,43 @@
-"""PyramidKV: SnapKV's tokens, and budgets that fall from the first layer to the last."""
+"""PyramidKV (arXiv 2406.02069): SnapKV's tokens, and budgets that fall from layer to layer.
 
-from __future__ import annotations
+Differences from the released code (KVCache-Factory pyramidkv_utils.py) besides those of SnapKV: the
+line is real, where the release rounds its step down and so gives later layers up to L - 1 tokens
+more than the pool holds. The pool is then divided in proportion, in whole pages in an engine.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from vllm_kvcompress.methods.base import LayerScores
-from vllm_kvcompress.methods.registry import register
-from vllm_kvcompress.methods.snapkv import SnapKV
+from vllm_kvcompress.methods.checks import check_int
+from vllm_kvcompress.methods.layer import LayerScores
+from vllm_kvcompress.methods.method import MethodSpec
+from vllm_kvcompress.methods.parts import Allocator
+from vllm_kvcompress.methods.snapkv import SnapKVScorer
 
 
-@register
 @dataclass(frozen=True, kw_only=True)
-class PyramidKV(SnapKV):
-    """PyramidKV (arXiv 2406.02069): SnapKV's scores, linear budgets.
+class PyramidKVAllocator(Allocator):
+    """Budgets on a straight line from the first layer to the last.
 
     With base = C - w history tokens on average, the last layer gets min = base // ``beta``, the
-    first max = 2 base - min, and those between them lie on a straight line. If max reaches S', the
-    first layer keeps all and min = 2 base - S'. Prompts shorter than 2 base tokens get equal
-    budgets.
+    first max = 2 base - min. If max reaches S', the first layer keeps all and min = 2 base - S'.
+    Prompts shorter than 2 base tokens get equal budgets.
 
-    ``beta``: at least 1, which means equal budgets; the larger, the steeper. Other parameters as
-    for SnapKV.
+    Attributes:
+        beta: At least 1, which means equal budgets; the larger, the steeper.
 
-    Differences from the released code (KVCache-Factory pyramidkv_utils.py) besides those of
-    SnapKV: the line is real, where the release rounds its step down and so gives later layers up
-    to L - 1 tokens more than the pool holds. The allocator then divides the pool in proportion, in
-    whole pages in an engine.
     """
 
-    name: ClassVar[str] = "pyramidkv"
-    allocator_params: ClassVar[frozenset[str]] = frozenset({"beta"})
+    budgets_ignore_scores = True
 
     beta: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_int("beta", 1)
-
-    def cap(self, history: int, base: int) -> int:
-        """Some layers get more than the average."""
-        return history
+        check_int("beta", self.beta, 1)
 
     def weights(
         self, seen: Sequence[LayerScores], *, base: int, num_layers: int
@@ -58,3 +51,6 @@ class PyramidKV(SnapKV):
             most, least = history, 2 * base - history
         line = np.linspace(most, least, num_layers, dtype=np.float64)
         return line[: len(seen)]
+
+
+PyramidKV = MethodSpec(name="pyramidkv", scorer=SnapKVScorer, allocator=PyramidKVAllocator)

@@ -1,47 +1,89 @@
 """Methods by name: the built-in ones, those of other packages, and compositions of their parts.
 
 Another package adds a method by an entry point in the group ``vllm_kvcompress.methods`` whose
-object is a ``Method`` sub-class; its ``name`` counts, and a built-in name cannot be taken over.
-WorkerRequest points are read at the first question only, so importing this module stays cheap.
+object is a :class:`MethodSpec`; its ``name`` counts, and a built-in name cannot be taken over.
+Entry points are read at the first question only, so importing this module stays cheap.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from inspect import isabstract
-from typing import TypeVar
 
-from vllm_kvcompress.methods.base import Method
-from vllm_kvcompress.methods.composed import Composed, check_composable
+from vllm_kvcompress.methods.cake import Cake
+from vllm_kvcompress.methods.dynamickv import DynamicKV
+from vllm_kvcompress.methods.h2o import H2O
+from vllm_kvcompress.methods.keep_all import NoCompression, Scatter
+from vllm_kvcompress.methods.keydiff import KeyDiff
+from vllm_kvcompress.methods.knorm import Knorm
+from vllm_kvcompress.methods.method import ROLES, Method, MethodSpec
+from vllm_kvcompress.methods.parts import Allocator, Inseparable, Scorer
+from vllm_kvcompress.methods.pyramidkv import PyramidKV
+from vllm_kvcompress.methods.random import Random
+from vllm_kvcompress.methods.snapkv import SnapKV
+from vllm_kvcompress.methods.streamingllm import StreamingLLM
+from vllm_kvcompress.methods.tova import Tova
+from vllm_kvcompress.methods.uniform import Uniform
+
+METHOD_API = 1
+"""Version of what ``vllm_kvcompress.methods`` exports for methods of other packages.
+
+It goes up when a method written for the version before may no longer work.
+"""
 
 ENTRY_POINT_GROUP = "vllm_kvcompress.methods"
 
-ROLES = ("scorer", "allocator")
-"""Parameters of every method that can be composed: whose part replaces its own."""
+BUILT_IN = (
+    Cake, DynamicKV, H2O, KeyDiff, Knorm, NoCompression, PyramidKV, Random, Scatter, SnapKV,
+    StreamingLLM, Tova, Uniform,
+)  # fmt: skip
 
-_methods: dict[str, type[Method]] = {}
-
-M = TypeVar("M", bound=type[Method])
+_methods: dict[str, MethodSpec] = {spec.name: spec for spec in BUILT_IN}
 
 
-def register(method: M) -> M:
-    """Class decorator: make a method known by its ``name``.
+def register(spec: MethodSpec) -> MethodSpec:
+    """Make a method of another package known by its name; harmless the second time.
 
-    Registering the same class again is harmless. Raises ValueError if another class has the name,
-    or if a field is called like one of ``ROLES``.
+    Args:
+        spec: Its ``api`` says which :data:`METHOD_API` it was written for.
+
+    Raises:
+        ValueError: It was written for another version, has no usable parts, or a parameter or the
+            method itself has a name that is taken.
+
     """
-    for role in ROLES:
-        if role in _parameters(method):
-            raise ValueError(f"{method.name}: the parameter name {role} is reserved")
-    known = _methods.setdefault(method.name, method)
-    if known is not method:
+    if not isinstance(spec.name, str):
+        raise ValueError(f"the name of a method must be a string, got {spec.name!r}")
+    if spec.api != METHOD_API:
         raise ValueError(
-            f'the method name "{method.name}" is taken by {known.__module__}.{known.__qualname__}'
+            f"{spec.name} is written for method API {spec.api}, and here it is {METHOD_API}: "
+            f"adapt it as docs/adding-a-method.md describes and give its MethodSpec "
+            f"api={METHOD_API}"
         )
-    return method
+    for role, base in (("scorer", Scorer), ("allocator", Allocator)):
+        part = getattr(spec, role)
+        if not (isinstance(part, type) and issubclass(part, base)) or isabstract(part):
+            raise ValueError(
+                f"{spec.name}: its {role} must be a complete sub-class of {base.__name__}, "
+                f"got {part!r}"
+            )
+        if not isinstance(part.needs, frozenset):
+            raise ValueError(
+                f"{spec.name}: needs of its {role} must be a frozenset, got {part.needs!r}"
+            )
+    for param, default in spec.parameters.items():
+        if param in ROLES:
+            raise ValueError(f"{spec.name}: the parameter name {param} is reserved")
+        if default is MISSING:
+            raise ValueError(f"{spec.name}: the parameter {param} needs a default")
+    known = _methods.setdefault(spec.name, spec)
+    if known is not spec:
+        raise ValueError(
+            f'the method name "{spec.name}" is taken by {known.scorer.__module__}.'
+            f"{known.scorer.__qualname__}"
+        )
+    return spec
 
 
 @cache
@@ -53,31 +95,27 @@ def _load_third_party() -> None:
 def register_entry(entry: EntryPoint) -> None:
     """Load and register the method that an entry point of another package names.
 
-    Raises ValueError, one sentence that names the entry point and its package, if it cannot be
-    loaded, is no usable method, or has a name that is taken.
+    Raises:
+        ValueError: One sentence that names the entry point and its package, if it cannot be loaded
+            or :func:`register` refuses it.
+
     """
     package = entry.dist.name if entry.dist else "its package"
     where = f'entry point "{entry.name} = {entry.value}" of {package}'
     try:
-        method = entry.load()
+        spec = entry.load()
     except Exception as error:  # whatever a foreign module raises while it is imported
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"{where} cannot be loaded ({cause}); repair or uninstall {package}"
         ) from error
-    if not (isinstance(method, type) and issubclass(method, Method)) or isabstract(method):
+    if not isinstance(spec, MethodSpec):
         raise ValueError(
-            f"{where} must be a sub-class of vllm_kvcompress.methods.Method that has a score, "
-            f"got {method!r}"
+            f"{where} must be a vllm_kvcompress.methods.MethodSpec (method API {METHOD_API}), "
+            f"got {spec!r}"
         )
-    for name, kind in (("name", str), ("needs", frozenset)):
-        if not isinstance(getattr(method, name, None), kind):
-            raise ValueError(
-                f"{where} must have a class attribute {name} of type {kind.__name__}, "
-                f"got {getattr(method, name, None)!r}"
-            )
     try:
-        register(method)
+        register(spec)
     except ValueError as error:
         raise ValueError(f"{where} is refused: {error}") from None
 
@@ -88,40 +126,46 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(_methods))
 
 
+def get_spec(name: str) -> MethodSpec:
+    """Return what users call ``name``; raises ValueError if there is no such method."""
+    if name not in available():
+        raise ValueError(f'unknown method "{name}", known are {", ".join(available())}')
+    return _methods[name]
+
+
 def get_method(name: str, params: Mapping[str, object]) -> Method:
-    """Build the method ``name`` with ``params`` (field name to value; the rest keep defaults).
+    """Build a method.
 
-    ``scorer`` and ``allocator`` among the ``params`` replace that part of the method by another
-    method's: a name, or a mapping ``{"method": name, **its parameters}``. The parts share the
-    window of the method ``name``, and the result is a :class:`Composed`.
+    Args:
+        name: Of the method.
+        params: Its parameters; the rest keep their defaults. ``scorer`` and ``allocator`` among
+            them replace that part by another method's: a name, or a mapping ``{"method": name,
+            **its parameters}``. Both parts have the window of the method ``name``.
 
-    Raises ValueError, one sentence each, for an unknown method, an unknown parameter, a value of
-    the wrong type or out of range, and parts that cannot be combined.
+    Raises:
+        ValueError: One sentence for an unknown method, an unknown parameter, a value of the wrong
+            type or out of range, and parts that cannot be combined.
+
     """
+    spec = get_spec(name)
     own = {key: value for key, value in params.items() if key not in ROLES}
-    whole = _build(name, own)
-    replaced = {role: params[role] for role in ROLES if role in params}
+    whole = spec.build(own)
+    replaced = [role for role in ROLES if role in params]
     if not replaced:
         return whole
-    check_composable(whole)
-    idle = sorted(own.keys() - {"window"})
-    if len(replaced) == len(ROLES) and idle:
-        raise ValueError(
-            f"{name}: {idle[0]} has no effect, as scorer and allocator are both replaced and only "
-            f"the window is shared, got {own[idle[0]]!r}"
-        )
-    parts = {}
-    for role, given in replaced.items():
-        _check_idle(whole, own, role, f"the {role} is replaced")
-        parts[role] = _part(whole, role, given)
-    return Composed(
-        window=whole.window,
-        scorer=parts.get("scorer", whole),
-        allocator=parts.get("allocator", whole),
-    )
+    _check_separable(whole)
+    if len(replaced) == len(ROLES):
+        reason = "scorer and allocator are both replaced and only the window is shared"
+        _refuse(name, own, own.keys() - {"window"}, reason)
+    parts = dict.fromkeys(ROLES, whole)
+    for role in replaced:
+        _refuse(name, own, spec.parameters_of(role), f"the {role} is replaced")
+        parts[role] = _build_part(whole, role, params[role])
+    scorer, allocator = (parts[role] for role in ROLES)
+    return Method(f"{scorer.name}+{allocator.name}", scorer.scorer, allocator.allocator)
 
 
-def _part(whole: Method, role: str, given: object) -> Method:
+def _build_part(whole: Method, role: str, given: object) -> Method:
     """The method whose part replaces one of ``whole``, with the window of ``whole``."""
     own = dict(given) if isinstance(given, Mapping) else {"method": given}
     name = own.pop("method", None)
@@ -135,35 +179,24 @@ def _part(whole: Method, role: str, given: object) -> Method:
             f"{whole.name}: {role} must not have a window, as all parts share the method's window "
             f"of {whole.window}, got {own['window']!r}"
         )
-    part = _build(name, {"window": whole.window, **own}, part=True)
+    spec = get_spec(name)
+    spec.check_names(own, part=True)
+    method = spec.build({"window": whole.window, **own})
+    _check_separable(method)
     (other,) = set(ROLES) - {role}
-    _check_idle(part, own, other, f"only its {role} is used")
-    return part
+    _refuse(name, own, spec.parameters_of(other), f"only its {role} is used")
+    return method
 
 
-def _check_idle(method: Method, given: Mapping[str, object], role: str, reason: str) -> None:
-    """ValueError if a parameter is given that only an unused part of the method reads."""
-    idle = method.scorer_params if role == "scorer" else method.allocator_params
-    for name in sorted(idle & given.keys()):
-        raise ValueError(f"{method.name}: {name} has no effect, as {reason}, got {given[name]!r}")
+def _refuse(name: str, given: Mapping[str, object], idle: Collection[str], reason: str) -> None:
+    """ValueError if a parameter is given that nobody reads."""
+    for param in sorted(given.keys() & idle):
+        raise ValueError(f"{name}: {param} has no effect, as {reason}, got {given[param]!r}")
 
 
-def _build(name: str, params: Mapping[str, object], *, part: bool = False) -> Method:
-    if name not in available():
-        raise ValueError(f'unknown method "{name}", known are {", ".join(available())}')
-    method = _methods[name]
-    parameters = _parameters(method)
-    for param in params:
-        if param not in parameters:
-            known = set(parameters)
-            known = known - {"window"} if part else known.union(() if method.keeps_all else ROLES)
-            raise ValueError(
-                f'{name}: unknown parameter "{param}", '
-                f"accepted are {', '.join(sorted(known)) or 'none'}"
-            )
-    # The dataclass checks every value in __post_init__, so the untyped mapping is safe here.
-    return method(**dict(params))  # type: ignore[arg-type]
-
-
-def _parameters(method: type[Method]) -> list[str]:
-    return [field.name for field in fields(method) if field.init]
+def _check_separable(method: Method) -> None:
+    if isinstance(method.scorer, Inseparable):
+        raise ValueError(
+            f"{method.name}: it cannot be combined with the scorer or allocator of another method, "
+            "as it keeps everything, evicts token by token or is faithful to released code"
+        )

@@ -1,20 +1,17 @@
-"""DynamicKV's released arithmetic, duplicates and rounding included: faithful mode's yardstick.
+"""DynamicKV's released arithmetic, rounding included, for the faithful mode.
 
-As in the CAKE module a cache is the list of positions it holds. The release caches one copy per
-query head, so here heads are always H.
+The release caches one copy per query head, so here heads are always H. Source: DynamicKV
+dynamic_v11.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_kvcompress.methods.released_attention import attend, rows_of, window_attention
+from vllm_kvcompress.methods.released_attention import window_attention
 
 
 def window_scores(
@@ -28,10 +25,18 @@ def window_scores(
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Summed and pooled window attention [B, H, S'], in the dtype of the inputs.
+    """Return the summed and pooled window attention [B, H, S'], in the dtype of the inputs.
 
-    ``queries``: [B, H, m, D]; ``keys``: [B, N, S, D]; ``history``: S', columns that can be evicted.
-    Source: DynamicKV dynamic_v11.py.
+    Args:
+        queries: [B, H, m, D].
+        keys: [B, N, S, D].
+        history: S', columns that can be evicted.
+        kernel: Width of the pooling, odd.
+        pooling: How neighbouring tokens are pooled.
+        scale: As for :func:`window_attention`.
+        soft_cap: As for :func:`window_attention`.
+        sinks: As for :func:`window_attention`.
+
     """
     attention = window_attention(queries, keys, scale=scale, soft_cap=soft_cap, sinks=sinks)
     total = attention[..., :history].sum(dim=-2)
@@ -42,12 +47,21 @@ def window_scores(
 def layer_budgets(
     scores: Sequence[Tensor], *, base: int, r_max: float, num_layers: int
 ) -> list[int]:
-    """The release's budgets, in history tokens, of the layers seen so far.
+    """Return the budgets of the layers seen so far, from the periodic update.
 
-    ``scores``: [B, H, S'] per layer. Counts of the global top are divided by the number of layers
-    and rounded down twice; the last layer seen gets the residue. Returns zeros if no layer has a
-    count left after the rounding (the release stops with a division by zero).
-    Source: DynamicKV dynamic_v11.py, the periodic update.
+    Counts of the global top are divided by the number of layers and rounded down twice; the last
+    layer seen gets the residue.
+
+    Args:
+        scores: [B, H, S'] per layer.
+        base: History tokens of an average layer.
+        r_max: Most history tokens of a layer, in units of ``base``.
+        num_layers: Number of all layers.
+
+    Returns:
+        History tokens per layer; zeros if no layer has a count left after the rounding, where the
+        release stops with a division by zero.
+
     """
     seen = len(scores)
     batch, heads, history = scores[0].shape
@@ -72,87 +86,3 @@ def layer_budgets(
     budgets = [int(value // shrink) for value in rough]
     budgets[-1] += base * num_layers - sum(budgets)
     return budgets
-
-
-@dataclass
-class DynamicPrefill:
-    """What the released prefill leaves behind.
-
-    ``scores``: [L, B, H, S'] in the model's dtype. ``update_budget``: one list per update, history
-    tokens of the layers seen. ``update_cache_len``: likewise, tokens held, window included.
-    ``kept``: per layer int64 [B, H, n], positions in storage order, duplicates as they are.
-    """
-
-    scores: Tensor
-    update_budget: list[list[int]] = field(default_factory=list)
-    update_cache_len: list[list[int]] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)
-
-    def duplicates(self) -> list[int]:
-        """Per layer, the most surplus copies of positions in one head's list."""
-        return [
-            max(head.numel() - head.unique().numel() for row in layer for head in row)
-            for layer in self.kept
-        ]
-
-
-@dataclass(frozen=True)
-class ReleasedDynamicKV:
-    """The released pipeline over all layers. ``capacity``: tokens per layer, window included."""
-
-    window: int
-    capacity: int
-    kernel: int = 7
-    pooling: Literal["avg", "max"] = "avg"
-    r_max: float = 10.0
-    every: int = 4
-
-    def prefill(self, queries: Tensor, keys: Tensor) -> DynamicPrefill:
-        """Run all layers. ``queries``: [L, B, H, w, D]; ``keys``: [L, B, N, S, D]; one dtype."""
-        layers, batch, heads = queries.shape[:3]
-        tokens = keys.shape[3]
-        history = tokens - self.window
-        base = self.capacity - self.window
-        first = min(int(self.r_max * base), history)
-        window_ids = torch.arange(history, tokens).expand(batch, heads, -1)
-        scores: list[Tensor] = []
-        result = DynamicPrefill(torch.empty(0))
-        kept = result.kept
-        for layer in range(layers):
-            scores.append(
-                window_scores(
-                    queries[layer],
-                    keys[layer],
-                    history=history,
-                    kernel=self.kernel,
-                    pooling=self.pooling,
-                    scale=queries.shape[-1] ** -0.5,
-                )
-            )
-            best = scores[-1].topk(first, dim=-1).indices
-            kept.append(torch.cat((best, window_ids), dim=-1))
-            if (layer + 1) % self.every == 0:
-                budgets = layer_budgets(scores, base=base, r_max=self.r_max, num_layers=layers)
-                for i, budget in enumerate(budgets):
-                    # Where the budget exceeds the rows held, the first slice already reaches into
-                    # the window, and the window is then appended once more.
-                    head = kept[i][..., : min(budget, history)]
-                    kept[i] = torch.cat((head, kept[i][..., -self.window :]), dim=-1)
-                result.update_budget.append(budgets)
-                result.update_cache_len.append([rows.shape[-1] for rows in kept])
-        result.scores = torch.stack(scores)
-        return result
-
-    def decode(
-        self, kept: Tensor, query: Tensor, keys: Tensor, values: Tensor, token: int
-    ) -> tuple[Tensor, Tensor]:
-        """One decode step of one layer: (positions kept, attention output fp32 [B, H, D]).
-
-        ``kept``: int64 [B, H, n]. ``query``: [B, H, D]. ``keys``, ``values``: [B, N, S + T, D],
-        rows by position. Nothing is evicted.
-        """
-        ids = torch.cat((kept, torch.full_like(kept[..., :1], token)), dim=-1)
-        group = query.shape[1] // keys.shape[1]
-        k = rows_of(keys.repeat_interleave(group, dim=1), ids)
-        v = rows_of(values.repeat_interleave(group, dim=1), ids)
-        return ids, attend(query, k, v)

@@ -1,59 +1,42 @@
-"""SnapKV: the tokens that the prompt's last queries look at, with their neighbours."""
+"""SnapKV (arXiv 2404.14469): the tokens that the prompt's last queries look at, with neighbours.
 
-from __future__ import annotations
+Differences from the released code (SnapKV snapkv_utils.py): one choice per KV head instead of one
+per query head on an expanded cache, the mean over queries instead of the sum (the same ranking),
+fp32, ties to the lower id.
+"""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
-from vllm_kvcompress.methods.base import LayerInput, LayerScores, Need
-from vllm_kvcompress.methods.equal import EqualShares
-from vllm_kvcompress.methods.registry import register
-from vllm_kvcompress.methods.window import WINDOW_NEEDS, window_votes
+from torch import Tensor
+
+from vllm_kvcompress.methods.checks import check_choice
+from vllm_kvcompress.methods.layer import LayerInput
+from vllm_kvcompress.methods.method import MethodSpec
+from vllm_kvcompress.methods.reads import window_votes
+from vllm_kvcompress.methods.uniform import UniformScorer
 
 
-@register
 @dataclass(frozen=True, kw_only=True)
-class SnapKV(EqualShares):
-    """SnapKV (arXiv 2404.14469).
+class SnapKVScorer(UniformScorer):
+    """A token is worth the attention that it and its neighbours receive from the last queries.
 
-    A token is worth the attention it receives from the last queries, pooled along tokens so that
-    it brings its neighbours, and reduced to KV heads. Every layer keeps equally many.
+    Attributes:
+        pooling: How neighbouring tokens are pooled, "avg" or "max".
+        reduce: How the query heads of a KV group vote, "mean" or "max".
 
-    ``window``: protected tokens, and the queries that vote. ``kernel``: width of the pooling, odd.
-    ``pooling``: "avg" or "max". ``reduce``: how the query heads of a KV group vote, "mean" or
-    "max".
-
-    Differences from the released code (SnapKV snapkv_utils.py): one choice per KV head instead of
-    one per query head on an expanded cache, the mean over queries instead of the sum (the same
-    ranking), fp32, ties to the lower id.
     """
 
-    name: ClassVar[str] = "snapkv"
-    needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
-    scorer_params: ClassVar[frozenset[str]] = frozenset({"kernel", "pooling", "reduce"})
-
-    kernel: int = 5
     pooling: Literal["avg", "max"] = "avg"
     reduce: Literal["mean", "max"] = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_odd("kernel")
-        self._check_choice("pooling", ("avg", "max"))
-        self._check_choice("reduce", ("mean", "max"))
+        check_choice("pooling", self.pooling, ("avg", "max"))
+        check_choice("reduce", self.reduce, ("mean", "max"))
 
-    @property
-    def uses_window_statistics(self) -> bool:
-        return True
+    def score(self, layer: LayerInput) -> Tensor:
+        return window_votes(layer, kernel=self.kernel, pooling=self.pooling, reduce=self.reduce)
 
-    def score(self, layer: LayerInput) -> LayerScores:
-        return LayerScores(
-            window_votes(
-                layer,
-                self.window,
-                self.name,
-                kernel=self.kernel,
-                pooling=self.pooling,
-                reduce=self.reduce,
-            )
-        )
+
+SnapKV = MethodSpec(name="snapkv", scorer=SnapKVScorer)

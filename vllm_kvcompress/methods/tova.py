@@ -1,40 +1,43 @@
-"""TOVA: the tokens that the very last query looks at, the same for all heads."""
+"""TOVA (arXiv 2401.06104): the tokens that the very last query looks at, the same for all heads.
 
-from __future__ import annotations
+Differences from the paper: the last token is always kept, and a prompt is cut once at its end
+instead of token by token while it is computed and while the model answers.
+"""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from torch import Tensor
 
-from vllm_kvcompress.methods.base import LayerInput, LayerScores, Need
-from vllm_kvcompress.methods.equal import EqualShares
-from vllm_kvcompress.methods.registry import register
-from vllm_kvcompress.methods.window import WINDOW_NEEDS, observe
+from vllm_kvcompress.methods.layer import LayerInput
+from vllm_kvcompress.methods.method import MethodSpec
+from vllm_kvcompress.methods.parts import Scorer
+from vllm_kvcompress.methods.reads import (
+    WINDOW_NEEDS,
+    attention_statistics,
+    observe,
+    queries_and_keys,
+)
 
 
-@register
-@dataclass(frozen=True, kw_only=True)
-class Tova(EqualShares):
-    """TOVA (arXiv 2401.06104).
+class TovaScorer(Scorer):
+    """A token is worth the attention of the last query, averaged over all query heads of a layer.
 
-    A token is worth the attention it receives from the last query, averaged over all query heads
-    of the layer, so that all KV heads keep the same tokens. Every layer keeps equally many.
-
-    ``window``: protected tokens. Beyond 1 it protects more, and the last query alone still judges.
-
-    Differences from the paper: the last token is always kept, and a prompt is cut once at its end
-    instead of token by token while it is read and while the model answers.
+    All KV heads keep the same tokens. A ``window`` beyond 1 protects more tokens, and the last
+    query alone still judges.
     """
 
-    name: ClassVar[str] = "tova"
-    needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
-
-    window: int = 1
+    needs = WINDOW_NEEDS
 
     @property
     def uses_window_statistics(self) -> bool:
         # Statistics of a longer window do not tell its last query from the others.
         return self.window == 1
 
-    def score(self, layer: LayerInput) -> LayerScores:
-        last = observe(layer, self.window, self.name, last_query_only=True).mean
-        return LayerScores(last.mean(dim=0).repeat(layer.num_kv_heads, 1))
+    def score(self, layer: LayerInput) -> Tensor:
+        if self.window == 1:
+            statistics = observe(layer)
+        else:
+            queries, keys = queries_and_keys(layer)
+            statistics = attention_statistics(layer, queries[:, -1:], keys)
+        return statistics.mean.mean(dim=0).repeat(layer.num_kv_heads, 1)
+
+
+Tova = MethodSpec(name="tova", scorer=TovaScorer, window=1)

@@ -1,42 +1,43 @@
-"""CAKE's scores without its variance, and equal budgets: the neutral baseline."""
+"""CAKE's scores without the variance, and equal budgets: the neutral baseline.
 
-from __future__ import annotations
+Source: SnapKV (arXiv 2404.14469), in the per-KV-head form of kvpress; ``snapkv`` with its default
+parameters scores alike.
+"""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from vllm_kvcompress.methods.base import LayerInput, LayerScores, Need
-from vllm_kvcompress.methods.equal import EqualShares
-from vllm_kvcompress.methods.registry import register
-from vllm_kvcompress.methods.window import WINDOW_NEEDS, window_votes
+from torch import Tensor
+
+from vllm_kvcompress.methods.checks import check_odd
+from vllm_kvcompress.methods.layer import LayerInput
+from vllm_kvcompress.methods.method import MethodSpec
+from vllm_kvcompress.methods.parts import Scorer
+from vllm_kvcompress.methods.reads import WINDOW_NEEDS, window_votes
 
 
-@register
 @dataclass(frozen=True, kw_only=True)
-class Uniform(EqualShares):
-    """Equal budgets, tokens by the mean attention they receive from the last queries.
+class UniformScorer(Scorer):
+    """A token is worth the mean attention that it receives from the window's queries.
 
-    ``window``: protected tokens, and the queries that vote. ``kernel``: width of the average
-    pooling along tokens, odd. Heads of a KV group vote by their mean, as in CAKE, so that a
-    comparison with CAKE shows the effect of layer budgets and the variance term and nothing else.
+    The heads of a KV group vote by their mean, as in CAKE, so that a comparison with CAKE shows the
+    effect of layer budgets and the variance term and nothing else.
 
-    Source: SnapKV (arXiv 2404.14469), in the per-KV-head form of kvpress; ``snapkv`` with its
-    default parameters scores alike.
+    Attributes:
+        kernel: Width of the average pooling along tokens, odd.
+
     """
 
-    name: ClassVar[str] = "uniform"
-    needs: ClassVar[frozenset[Need]] = WINDOW_NEEDS
-    scorer_params: ClassVar[frozenset[str]] = frozenset({"kernel"})
+    needs = WINDOW_NEEDS
+    uses_window_statistics = True
 
     kernel: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_odd("kernel")
+        check_odd("kernel", self.kernel)
 
-    @property
-    def uses_window_statistics(self) -> bool:
-        return True
+    def score(self, layer: LayerInput) -> Tensor:
+        return window_votes(layer, kernel=self.kernel)
 
-    def score(self, layer: LayerInput) -> LayerScores:
-        return LayerScores(window_votes(layer, self.window, self.name, kernel=self.kernel))
+
+Uniform = MethodSpec(name="uniform", scorer=UniformScorer)

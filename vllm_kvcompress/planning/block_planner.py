@@ -320,10 +320,4 @@ def layers_between_cuts(method: Method, num_layers: int) -> int:
         return num_layers
     if method.budgets_ignore_scores:
         return 1
-    longest, since = 0, 0
-    for count in range(1, num_layers + 1):
-        since += 1
-        longest = max(longest, since)
-        if method.schedule.cuts_after(count, num_layers):
-            since = 0
-    return longest
+    return min(method.layers_per_division or num_layers, num_layers)

@@ -13,7 +13,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from vllm_kvcompress.methods import available, get_method
+from vllm_kvcompress.methods import ROLES, available, get_method, get_spec
 from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
 from vllm_kvcompress.planning.config import KVCompressionConfig, check_budget
@@ -175,12 +175,8 @@ class SettingsResolver:
         own = self.default_planner.config
         if method != own.method:
             return {}
-        whole = get_method(method, {})
-        idle: frozenset[str] = frozenset()
-        if "scorer" in params:
-            idle |= whole.scorer_params
-        if "allocator" in params:
-            idle |= whole.allocator_params
+        spec = get_spec(method)
+        idle = {name for role in ROLES if role in params for name in spec.parameters_of(role)}
         return {name: value for name, value in own.params.items() if name not in idle}
 
     @property
