@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.bench.job import BenchCase, BenchJob, Setup, check_memory
 from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
+from vllm_kvcompress.tools.engine_arguments import (
+    check_engine_arguments,
+    llm_arguments,
+    user_errors,
+)
 
 ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -47,23 +49,12 @@ def two_engines(job: BenchJob, setup: Setup) -> Iterator[tuple[SteppedEngine, St
     free, total = _memory(job)
     check_memory([setup], job.weights, free)
     common = _arguments(job, setup, total)
-    settings = job.config.as_dict()
-    ours = {
-        "kv_compression": settings.pop("method"),
-        "kv_compression_budget": settings.pop("budget"),
-        "kv_compression_config": settings,
-    }
     # The plain one first: until the other one starts, vLLM's own classes are in place.
-    plain = _start(common)
-    try:
-        compressed = _start({**common, **ours})
-        try:
-            yield plain, compressed
-        finally:
-            compressed.close()
-    finally:
-        plain.close()
-        gc.collect()
+    with (
+        closing(_start(common)) as plain,
+        closing(_start({**common, **llm_arguments(job.config)})) as compressed,
+    ):
+        yield plain, compressed
 
 
 def prompts_of(job: BenchJob, engine: SteppedEngine, case: BenchCase) -> list[list[int]]:
@@ -82,12 +73,7 @@ def prompts_of(job: BenchJob, engine: SteppedEngine, case: BenchCase) -> list[li
 
 
 def _arguments(job: BenchJob, setup: Setup, total: int | None) -> dict[str, Any]:
-    from vllm.engine.arg_utils import EngineArgs
-
-    known = {field.name for field in fields(EngineArgs)}
-    for name in job.engine_args:
-        if name not in known:
-            raise CommandError(f"--engine-args: vLLM has no argument {name!r}")
+    check_engine_arguments(job.engine_args)
     arguments: dict[str, Any] = {
         "model": job.model,
         "dtype": job.dtype,
@@ -109,21 +95,11 @@ def _arguments(job: BenchJob, setup: Setup, total: int | None) -> dict[str, Any]
     return {**arguments, **job.engine_args}
 
 
+@user_errors()
 def _start(arguments: dict[str, Any]) -> SteppedEngine:
     from vllm_kvcompress import LLM
 
-    try:
-        return SteppedEngine(LLM(**arguments))
-    except ValueError as error:  # how vLLM and the plugin refuse a setting
-        raise CommandError(_sentence(error)) from error
-
-
-def _sentence(error: ValueError) -> str:
-    """Return the message; of an error of pydantic, which has many lines, the first check's."""
-    details = getattr(error, "errors", None)
-    if not callable(details):
-        return str(error)
-    return str(details()[0]["msg"]).removeprefix("Value error, ")
+    return SteppedEngine(LLM(**arguments))
 
 
 def _memory(job: BenchJob) -> tuple[int, int | None]:

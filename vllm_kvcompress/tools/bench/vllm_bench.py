@@ -11,6 +11,7 @@ from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.bench.block_watch import BlockWatch
 from vllm_kvcompress.tools.bench.pairs import Paired, take_turns
 from vllm_kvcompress.tools.bench.rows import BenchRow
+from vllm_kvcompress.tools.engine_arguments import llm_arguments
 from vllm_kvcompress.tools.serving import HOST, run, serve
 
 SERVE = "serve"
@@ -112,14 +113,7 @@ def check_extra(extra: Sequence[str]) -> None:
 
 def engine_words(job: VllmJob, *, compressed: bool) -> list[str]:
     """Words that start one of the engines, without the model."""
-    words = [*job.engine_flags]
-    if compressed:
-        settings = job.config.as_dict()
-        words += ["--kv-compression", settings.pop("method")]
-        words += ["--kv-compression-budget", str(settings.pop("budget"))]
-        if settings:
-            words += ["--kv-compression-config", json.dumps(settings)]
-    return words
+    return [*job.engine_flags, *(flags_of(llm_arguments(job.config)) if compressed else ())]
 
 
 def measure(job: VllmJob, tell: Callable[[str], object]) -> Iterator[BenchRow]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,11 @@ from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.planning.request_settings import METHOD_KEY, PARAMS_KEY
 from vllm_kvcompress.tools.arguments import CommandError
+from vllm_kvcompress.tools.engine_arguments import (
+    check_engine_arguments,
+    llm_arguments,
+    user_errors,
+)
 from vllm_kvcompress.tools.inspection import Inspection, Run, split_text
 from vllm_kvcompress.tools.plan.figures import block_bytes
 from vllm_kvcompress.tools.plan.model import ModelFacts, load_config, model_facts
@@ -30,7 +35,7 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Job:
+class InspectionJob:
     """What to run.
 
     Attributes:
@@ -58,14 +63,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """Token ids, and the text that belongs to each."""
 
     token_ids: list[int]
     pieces: tuple[str, ...]
 
 
-def inspect(job: Job) -> Inspection:
+def inspect(job: InspectionJob) -> Inspection:
     """Run the prompt once for each method, in one engine.
 
     Changes the process's environment variables (:data:`ENVIRONMENT`) where they are not set.
@@ -82,10 +87,8 @@ def inspect(job: Job) -> Inspection:
     model = model_facts(str(job.model), load_config(str(job.model)), job.dtype)
     prompt = read_prompt(job)
     length = check_length(job, model, len(prompt.token_ids))
-    try:
+    with user_errors():
         llm = start(job, model, length)
-    except ValueError as error:  # vLLM's and the plugin's word for a setting that cannot be
-        raise CommandError(_sentence(error)) from error
     llm.collective_rpc("kv_compression_record", args=(True,))
     runs = [record(llm, prompt, config, first=config is job.configs[0]) for config in job.configs]
     return Inspection(
@@ -99,7 +102,7 @@ def inspect(job: Job) -> Inspection:
     )
 
 
-def read_prompt(job: Job) -> Prompt:
+def read_prompt(job: InspectionJob) -> TokenizedPrompt:
     """Tokenize the document with its question.
 
     Args:
@@ -125,14 +128,14 @@ def read_prompt(job: Job) -> Prompt:
     # A chat template writes the special tokens itself.
     if not tokenizer.is_fast:
         ids = list(tokenizer(text, add_special_tokens=not job.chat)["input_ids"])
-        return Prompt(ids, tuple(tokenizer.decode([token]) for token in ids))
+        return TokenizedPrompt(ids, tuple(tokenizer.decode([token]) for token in ids))
     encoded = tokenizer(text, add_special_tokens=not job.chat, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
     names = tokenizer.convert_ids_to_tokens(ids)
-    return Prompt(ids, tuple(split_text(text, encoded["offset_mapping"], names)))
+    return TokenizedPrompt(ids, tuple(split_text(text, encoded["offset_mapping"], names)))
 
 
-def check_length(job: Job, model: ModelFacts, tokens: int) -> int:
+def check_length(job: InspectionJob, model: ModelFacts, tokens: int) -> int:
     """Return the context to start the engine with.
 
     Args:
@@ -166,7 +169,7 @@ def check_length(job: Job, model: ModelFacts, tokens: int) -> int:
     return job.max_model_len
 
 
-def cache_bytes(job: Job, model: ModelFacts, max_model_len: int) -> int:
+def cache_bytes(job: InspectionJob, model: ModelFacts, max_model_len: int) -> int:
     """Memory for the cache of one prompt; without being told vLLM takes most of the machine's.
 
     Args:
@@ -184,7 +187,7 @@ def cache_bytes(job: Job, model: ModelFacts, max_model_len: int) -> int:
     return blocks * block_bytes(*shape, job.block_size, model.dtype.itemsize)
 
 
-def start(job: Job, model: ModelFacts, max_model_len: int) -> Any:
+def start(job: InspectionJob, model: ModelFacts, max_model_len: int) -> Any:
     """Start an engine with the first method whose requests may ask for the others.
 
     Args:
@@ -197,25 +200,15 @@ def start(job: Job, model: ModelFacts, max_model_len: int) -> Any:
         ValueError: vLLM or the plugin refuses a setting.
 
     """
-    from vllm.engine.arg_utils import EngineArgs
-
     from vllm_kvcompress import LLM
 
-    known = {field.name for field in fields(EngineArgs)}
-    for name in job.engine_args:
-        if name not in known:
-            raise CommandError(f"--engine-args: vLLM has no argument {name!r}")
+    check_engine_arguments(job.engine_args)
     first, *others = job.configs
-    settings = first.as_dict()
-    method, budget = settings.pop("method"), settings.pop("budget")
-    if others:
-        settings["allow"] = {"method": [config.method for config in others], "params": True}
+    allowed = {"method": [config.method for config in others], "params": True}
     return LLM(
         **{
             "model": str(job.model),
-            "kv_compression": method,
-            "kv_compression_budget": budget,
-            "kv_compression_config": settings,
+            **llm_arguments(first, **({"allow": allowed} if others else {})),
             "block_size": job.block_size,
             "max_model_len": max_model_len,
             "dtype": job.dtype,
@@ -227,7 +220,7 @@ def start(job: Job, model: ModelFacts, max_model_len: int) -> Any:
     )
 
 
-def record(llm: Any, prompt: Prompt, config: KVCompressionConfig, *, first: bool) -> Run:
+def record(llm: Any, prompt: TokenizedPrompt, config: KVCompressionConfig, *, first: bool) -> Run:
     """Run the prompt with one method.
 
     Args:
@@ -247,19 +240,9 @@ def record(llm: Any, prompt: Prompt, config: KVCompressionConfig, *, first: bool
     sampling = SamplingParams(
         temperature=0.0, max_tokens=1, detokenize=False, extra_args=None if first else asked
     )
-    try:
+    with user_errors():
         llm.generate({"prompt_token_ids": prompt.token_ids}, sampling, use_tqdm=False)
-    except ValueError as error:
-        raise CommandError(_sentence(error)) from error
     ranks = [records[-1] for records in llm.collective_rpc("kv_compression_records") if records]
     if not ranks:
         raise RuntimeError(f"{config.method}: the engine recorded nothing of a planned cut")
     return Run.of(ranks)
-
-
-def _sentence(error: ValueError) -> str:
-    """The message; of pydantic's, which go over many lines, what the first check said."""
-    details = getattr(error, "errors", None)
-    if not callable(details):
-        return str(error)
-    return str(details()[0]["msg"]).removeprefix("Value error, ")
