@@ -181,7 +181,7 @@ def make_job(args: argparse.Namespace) -> BenchJob:
 
     from vllm_kvcompress.tools.bench.job import BenchJob
     from vllm_kvcompress.tools.bench.weights import read_bytes
-    from vllm_kvcompress.tools.plan.model import load_config, model_facts
+    from vllm_kvcompress.tools.plan.model import read_model
 
     if args.extra:
         raise CommandError("words after -- are for --vllm-bench, which is not given")
@@ -189,14 +189,13 @@ def make_job(args: argparse.Namespace) -> BenchJob:
         name: default if getattr(args, name) is None else getattr(args, name)
         for name, (default, *_) in OWN.items()
     }
-    loaded = load_config(args.model)
-    facts = model_facts(args.model, loaded, args.dtype)
+    served, loaded = read_model(args.model, args.dtype)
     block_size = args.block_size or DEFAULT_BLOCK_SIZE
     mib = args.kv_cache_mib
     job = BenchJob(
         model=args.model,
-        facts=facts,
-        weights=read_bytes(facts, loaded),
+        served=served,
+        weights=read_bytes(served, loaded),
         settings=_config(args, block_size).as_dict(),
         kinds=own.pop("cases"),
         rounds=args.rounds or 3,
