@@ -26,7 +26,6 @@ from vllm_kvcompress.tools.plan.figures import (
     Pool,
     SlidingWindows,
     Workload,
-    block_bytes,
     compressed_figures,
     plain_figures,
 )
@@ -221,7 +220,7 @@ def test_planned_figures_hang_together(
     )
     windows = SlidingWindows(layers, size, (1 + lag) * one_step, lag)
     work = Workload(context, output, longest=800)
-    unit = block_bytes(6, 2, 8, size, 2)
+    unit = 2 * 6 * 2 * 8 * size * 2
 
     def figures(number: int) -> Any:
         return compressed_figures(Pool(number * unit, unit, size), work, planner, windows)

@@ -8,7 +8,7 @@ from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.byte_sizes import format_bytes
-from vllm_kvcompress.tools.plan.figures import SlidingWindows, block_bytes
+from vllm_kvcompress.tools.plan.figures import SlidingWindows
 from vllm_kvcompress.tools.plan.model import ServedModel
 
 WARM_STEPS = 4
@@ -135,11 +135,8 @@ class BenchJob:
     @property
     def block_bytes(self) -> int:
         """Bytes of a block of the pool."""
-        served = self.served
-        fp8 = str(self.engine_args.get("kv_cache_dtype", "auto")).startswith("fp8")
-        itemsize = 1 if fp8 else served.dtype.itemsize
-        pages = served.groups.pages_of_block(served.layers)
-        return block_bytes(pages, served.kv_heads, served.head_size, self.block_size, itemsize)
+        cache_dtype = str(self.engine_args.get("kv_cache_dtype", "auto"))
+        return self.served.block_bytes(self.block_size, cache_dtype)
 
     def setups(self) -> list[Setup]:
         """Pairs of engines, in the order in which they are started.

@@ -20,7 +20,6 @@ from vllm_kvcompress.tools.engine_arguments import (
     user_errors,
 )
 from vllm_kvcompress.tools.inspection import Inspection, Run, split_text
-from vllm_kvcompress.tools.plan.figures import block_bytes
 from vllm_kvcompress.tools.plan.model import ServedModel, read_model
 
 if TYPE_CHECKING:
@@ -178,13 +177,11 @@ def cache_bytes(job: InspectionJob, model: ServedModel, max_model_len: int) -> i
         max_model_len: Tokens of the context.
 
     """
-    pages = model.groups.pages_of_block(model.layers)
-    shape = (pages, model.kv_heads, model.head_size)
     whole = cdiv(max_model_len, job.block_size)
     # A prompt holds its own blocks and those that it is compressed into, which are fewer; of each
     # group of sliding-window layers vLLM wants one more at most.
     blocks = 2 * whole + 8 + model.groups.window_groups * (whole + 1)
-    return blocks * block_bytes(*shape, job.block_size, model.dtype.itemsize)
+    return blocks * model.block_bytes(job.block_size)
 
 
 def start(job: InspectionJob, model: ServedModel, max_model_len: int) -> Any:

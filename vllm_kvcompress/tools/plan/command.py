@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.tools.arguments import CommandError, count, json_object
+from vllm_kvcompress.tools.arguments import DTYPES, CommandError, compression, count, json_object
 from vllm_kvcompress.tools.byte_sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from vllm_kvcompress.tools.plan.server import ServerSettings
 
 DEFAULT_OUTPUT = 256
-DTYPE_NAMES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 UNKNOWN_LENGTH = 2048
 """What vLLM takes for the longest context where a configuration states none."""
 
@@ -88,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
     server.add_argument(
         "--block-size", type=count, metavar="TOKENS", help="(default: vLLM's, GPU 16, CPU 128)"
     )
-    server.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="of the model")
+    server.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
     server.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     server.add_argument(
         "--max-num-batched-tokens", type=count, metavar="TOKENS", help="(default: vLLM's)"
@@ -137,7 +136,6 @@ def make_report(args: argparse.Namespace) -> PlanReport:
     from vllm_kvcompress.tools.plan.figures import (
         Pool,
         SlidingWindows,
-        block_bytes,
         compressed_figures,
         plain_figures,
     )
@@ -146,7 +144,7 @@ def make_report(args: argparse.Namespace) -> PlanReport:
     from vllm_kvcompress.tools.plan.report import PlanReport
 
     _check_combinations(args)
-    settings = _settings(args)
+    settings = compression(args.method, args.budget, args.config)
     model, loaded = read_model(args.model, args.dtype)
     work = _workload(args, model)
     server = _server(args, work.context)
@@ -157,10 +155,8 @@ def make_report(args: argparse.Namespace) -> PlanReport:
     beside = _beside_bytes(resolver, server, model)
     if args.gpu_memory is not None:
         memory = _left_of_gpu(args, model, loaded, assumed)
-    itemsize = 1 if args.kv_cache_dtype == "fp8" else model.dtype.itemsize
     size = server.block_size
-    page = block_bytes(1, model.kv_heads, model.head_size, size, itemsize)
-    block = page * model.groups.pages_of_block(model.layers)
+    block = model.block_bytes(size, args.kv_cache_dtype)
     windows = SlidingWindows(model.groups, size, server.in_flight, server.lag)
     pool = Pool(memory, block, size)
     # A pool sized by hand keeps its size; else the worker sets its own needs aside.
@@ -175,7 +171,7 @@ def make_report(args: argparse.Namespace) -> PlanReport:
         work=work,
         config=settings,
         cache_dtype=args.kv_cache_dtype,
-        token_bytes=page * model.layers // size,
+        token_bytes=model.page_bytes(size, args.kv_cache_dtype) * model.layers // size,
         plain=plain,
         compressed=compressed,
         beside=beside,
@@ -215,18 +211,6 @@ def _check_combinations(args: argparse.Namespace) -> None:
         raise CommandError(str(checks.unsupported(*checks.QUANTIZED_ON_CPU)))
     if args.device == "gpu" and args.block_size is not None and args.block_size % 16:
         raise CommandError(f"--block-size must be a multiple of 16 on a GPU, got {args.block_size}")
-
-
-def _settings(args: argparse.Namespace) -> KVCompressionConfig:
-    from vllm_kvcompress.engine.plugin import merge_settings
-    from vllm_kvcompress.planning.config import CONFIG_KEY, KVCompressionConfig, parse_budget
-
-    try:
-        budget = None if args.budget is None else parse_budget(args.budget)
-        merged = merge_settings(None, args.method, budget, args.config)
-        return KVCompressionConfig.parse(merged[CONFIG_KEY])
-    except ValueError as error:
-        raise CommandError(str(error)) from None
 
 
 def _workload(args: argparse.Namespace, model: ServedModel) -> Any:

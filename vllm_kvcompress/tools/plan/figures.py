@@ -117,20 +117,6 @@ class Figures:
     least_memory: int
 
 
-def block_bytes(layers: int, kv_heads: int, head_size: int, block_size: int, itemsize: int) -> int:
-    """Bytes of one block: keys and values of block_size tokens in all layers.
-
-    Args:
-        layers: L.
-        kv_heads: N.
-        head_size: D.
-        block_size: Tokens per block.
-        itemsize: Bytes of an element of the cache.
-
-    """
-    return 2 * layers * kv_heads * head_size * block_size * itemsize
-
-
 def plain_figures(pool: Pool, work: Workload, windows: SlidingWindows) -> Figures:
     """What vLLM serves without compression, by its own rules (kv_cache_utils.py)."""
     size = pool.block_size

@@ -57,6 +57,21 @@ class ServedModel:
         layers, itemsize = self.groups.compressed, self.dtype.itemsize
         return ModelShape(layers, self.heads, self.kv_heads, self.head_size, itemsize)
 
+    def page_bytes(self, block_size: int, cache_dtype: str = "auto") -> int:
+        """Bytes of one layer's keys and values in a block.
+
+        Args:
+            block_size: Tokens per block.
+            cache_dtype: vLLM's kv_cache_dtype.
+
+        """
+        itemsize = 1 if cache_dtype.startswith("fp8") else self.dtype.itemsize
+        return 2 * self.kv_heads * self.head_size * block_size * itemsize
+
+    def block_bytes(self, block_size: int, cache_dtype: str = "auto") -> int:
+        """Bytes of a block; arguments as for :meth:`page_bytes`."""
+        return self.groups.pages_of_block(self.layers) * self.page_bytes(block_size, cache_dtype)
+
 
 def read_model(name: str, dtype: str) -> tuple[ServedModel, Any]:
     """Read a model's configuration. Imports vLLM.
