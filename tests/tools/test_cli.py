@@ -77,7 +77,7 @@ def test_any_other_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_help_waits_for_nothing_heavy() -> None:
     script = (
-        "import sys; from vllm_kvcompress import cli; cli.build_parser().format_help(); "
+        "import sys; from vllm_kvcompress.tools import cli; cli.build_parser().format_help(); "
         "heavy = {'torch', 'transformers', 'vllm', 'numpy'} & set(sys.modules); "
         "assert not heavy, heavy"
     )
