@@ -1,4 +1,4 @@
-"""What ``kvcompress plan`` foretells is what vLLM and the engine then have."""
+"""``kvcompress plan`` predicts what vLLM and the engine then have."""
 
 import json
 import shlex
@@ -11,18 +11,17 @@ import pytest
 from tests.e2e.harness import HYBRID, MODELS, SMALL, Engines
 from vllm_kvcompress.tools.cli import build_parser
 from vllm_kvcompress.tools.plan.command import make_report
-from vllm_kvcompress.tools.plan.engine import (
+from vllm_kvcompress.tools.plan.report import PlanReport
+from vllm_kvcompress.tools.plan.server import (
     BLOCK_SIZES,
     GPU_MEMORY_UTILIZATION,
-    STATISTICS_BYTES,
     batch_defaults,
 )
-from vllm_kvcompress.tools.plan.report import Report
 
 GIB = 1 << 30
 
 
-def plan(model: Path, *words: str) -> Report:
+def plan(model: Path, *words: str) -> PlanReport:
     return make_report(build_parser().parse_args(["plan", "--model", str(model), *words]))
 
 
@@ -36,8 +35,8 @@ def test_an_engine_has_the_blocks_and_the_concurrency_of_its_plan(engines: Engin
     report = plan(MODELS / SMALL, *words.split())
     assert report.plain.blocks == report.compressed.blocks == engine.total_blocks() + 1
     config = engine.llm.llm_engine.vllm_config
-    assert config.scheduler_config.max_num_batched_tokens == report.engine.max_num_batched_tokens
-    assert bool(config.scheduler_config.async_scheduling) == bool(report.engine.lag)
+    assert config.scheduler_config.max_num_batched_tokens == report.server.max_num_batched_tokens
+    assert bool(config.scheduler_config.async_scheduling) == bool(report.server.lag)
     cache = engine.scheduler.kv_cache_config
     concurrency = kv_cache_utils.get_max_concurrency_for_kv_cache_config
     assert concurrency(config, cache) == report.compressed.concurrency
@@ -74,7 +73,7 @@ def test_vllm_makes_of_a_hybrid_what_is_planned(device: str) -> None:
             kv_cache_utils.get_kv_cache_configs(config, [specs], [figures.memory])
 
 
-def hybrid_specs(report: Report, *, compressed: bool) -> tuple[Any, dict[str, Any]]:
+def hybrid_specs(report: PlanReport, *, compressed: bool) -> tuple[Any, dict[str, Any]]:
     """The planned server's configuration, and what its layers ask vLLM for."""
     import torch
     from vllm.engine.arg_utils import EngineArgs
@@ -91,16 +90,16 @@ def hybrid_specs(report: Report, *, compressed: bool) -> tuple[Any, dict[str, An
         load_format="dummy",
         dtype="float32",
         max_model_len=report.work.context,
-        block_size=report.engine.block_size,
-        max_num_batched_tokens=report.engine.max_num_batched_tokens,
+        block_size=report.server.block_size,
+        max_num_batched_tokens=report.server.max_num_batched_tokens,
         additional_config=settings,
     ).create_engine_config()
     # The CPU platform turns asynchronous scheduling off, and leaves the layout to its backend.
-    config.scheduler_config.async_scheduling = bool(report.engine.lag)
+    config.scheduler_config.async_scheduling = bool(report.server.lag)
     config.cache_config.kv_cache_layout = "LBHNC"
     model = config.model_config
     shape: dict[str, Any] = {
-        "block_size": report.engine.block_size,
+        "block_size": report.server.block_size,
         "num_kv_heads": model.get_num_kv_heads(config.parallel_config),
         "head_size": model.get_head_size(),
         "dtype": torch.float32,
@@ -175,9 +174,7 @@ def test_vllm_takes_both_command_lines() -> None:
 
 def test_what_lies_beside_the_pool_is_what_the_gpu_worker_sets_aside(tmp_path: Path) -> None:
     from tests.engine.test_gpu_worker import make_worker
-    from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES
 
-    assert STATISTICS_BYTES == OBSERVED_BYTES
     given = {"method": "cake", "budget": 512, "decode_budget": 512}
     worker = make_worker(tmp_path, additional_config={"kv_compression": given})
     scheduler = worker.vllm_config.scheduler_config

@@ -1,11 +1,13 @@
-"""docs/compatibility.md: tests that it names exist, and the code says the sentences it quotes."""
+"""docs/compatibility.md: tests that it names exist, and the code says the sentences it quotes.
+
+Every refusal of the page is proved here, and nowhere else.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,65 +18,34 @@ import torch
 import vllm
 from vllm.config import CUDAGraphMode, KVTransferConfig, ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 
+from tests.support.compatibility_page import REFUSED, ROOT, UNTESTED, WORKS, Row, refusals, rows
 from tests.support.refusals import (
-    BERT,
-    CHUNKED,
     GEMMA3,
-    GEMMA3N,
-    JAMBA,
-    MAMBA,
-    MLA,
-    MOSTLY_FULL,
+    REFUSED_MODELS,
     SHAPE,
-    WHISPER,
     Layer,
     gpu_config,
+    models_folder,
     plain_config,
     refused_layer,
     start,
 )
 from vllm_kvcompress.engine import checks
 from vllm_kvcompress.engine.attention.cpu_attn import ArenaCPUImpl
-from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.requests import check_request
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "compatibility.md"
-WORKS, REFUSED, UNTESTED = "✅", "❌", "⬜"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the page's tables."""
-
-    feature: str
-    state: str
-    evidence: str
-
-    @property
-    def tests(self) -> list[tuple[str, str]]:
-        """File and name of every test that is named."""
-        return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", self.evidence)
-
-    @property
-    def quote(self) -> str:
-        """What the evidence begins with, if that is in backticks."""
-        found = re.match(r"`([^`]+)`", self.evidence)
-        return found[1] if found else ""
-
-
-def rows() -> list[Row]:
-    lines = PAGE.read_text(encoding="utf-8").splitlines()
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in lines
-        if line.startswith("|") and not line.startswith(("| feature |", "| --- |"))
-    ]
-    assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
-    return [Row(*row) for row in cells]
+Cases = Iterator[tuple[str, Callable[[], object]]]
+"""A refused feature of the page, and a call that is refused because of it."""
 
 
 @cache
@@ -100,131 +71,196 @@ def test_no_feature_is_listed_twice() -> None:
     assert len(features) == len(set(features))
 
 
+def test_a_refusal_is_one_sentence() -> None:
+    for sentence in refusals().values():
+        assert 20 < len(sentence) < 300, sentence
+        assert "Error" not in sentence, sentence
+    assert len(set(refusals().values())) == len(refusals())
+
+
 # --- sentences -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    register()
-    return tmp_path_factory.mktemp("models")
+    return models_folder(tmp_path_factory)
 
 
-class Said:
-    """Sentences that were said, and which of the rules for whole configurations said them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.sentences: set[str] = set()
-        self.rules: set[int] = set()
-        self.all_rules = 0
-        original = checks._rules
-
-        def recording(config: VllmConfig) -> list[tuple[bool, str, str]]:
-            found = original(config)
-            self.all_rules = max(self.all_rules, len(found))
-            self.rules.update([i for i, (applies, _, _) in enumerate(found) if applies][:1])
-            return found
-
-        monkeypatch.setattr(checks, "_rules", recording)
-
-    def note(self, call: Callable[[], object]) -> None:
-        """Call what refuses."""
-        with pytest.raises((ValueError, VLLMValidationError)) as caught:
-            call()
-        self.sentences.add(str(caught.value))
-
-
-def say_of_configs(said: Said, root: Path, patch: pytest.MonkeyPatch) -> None:
+def configs(root: Path, patch: pytest.MonkeyPatch) -> Cases:
     """Models and options, as a user gives them."""
-    for model in (MLA, MAMBA, JAMBA, WHISPER, GEMMA3N, MOSTLY_FULL, CHUNKED, BERT):
-        said.note(partial(start, root, model=model))
-    options: list[dict[str, Any]] = [
-        {
-            "kv_transfer_config": KVTransferConfig(
-                kv_connector="ExampleConnector", kv_role="kv_both"
-            )
-        },
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-        {"tensor_parallel_size": 2},
-        {"kv_cache_dtype": "fp8"},
-        {"kv_cache_dtype": "fp8_e5m2"},
-        {"attention_backend": "FLASHINFER"},
-        {"worker_cls": "my.Worker"},
-        {"scheduler_cls": "my.Scheduler"},
-        {"model": GEMMA3, "disable_hybrid_kv_cache_manager": True},
-        {"model": GEMMA3, "settings": {"method": "cake", "prefill": "cascade"}},
+    for feature, models in REFUSED_MODELS.items():
+        for model in models:
+            yield feature, partial(start, root, model=model)
+    pooling = "embedding, classification and other pooling models"
+    yield pooling, partial(start, root, runner="pooling", convert="embed")
+    connector = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    options: list[tuple[str, dict[str, Any]]] = [
+        (
+            "KV connectors: offloading, disaggregated prefill, LMCache",
+            {"kv_transfer_config": connector},
+        ),
+        ("KV connectors: offloading, disaggregated prefill, LMCache", {"kv_offloading_size": 1.0}),
+        ("speculative decoding", {"speculative_config": ngram}),
+        ("tensor and pipeline parallelism", {"tensor_parallel_size": 2}),
+        ("tensor and pipeline parallelism", {"pipeline_parallel_size": 2}),
+        ("FP8 KV cache on the CPU", {"kv_cache_dtype": "fp8"}),
+        ("other quantized KV caches", {"kv_cache_dtype": "fp8_e5m2"}),
+        (
+            "FlashInfer, FlexAttention, ROCm's and all other backends",
+            {"attention_backend": "FLASHINFER"},
+        ),
+        ("workers of other platforms, custom workers", {"worker_cls": "my.Worker"}),
+        ("custom scheduler", {"scheduler_cls": "my.Scheduler"}),
+        (
+            "the same without vLLM's hybrid KV cache manager",
+            {"model": GEMMA3, "disable_hybrid_kv_cache_manager": True},
+        ),
+        (
+            "the same, compressed while a prompt runs",
+            {"model": GEMMA3, "settings": {"method": "cake", "prefill": "cascade"}},
+        ),
     ]
-    for given in options:
-        said.note(partial(start, root, **given))
+    for feature, given in options:
+        yield feature, partial(start, root, **given)
     with patch.context() as other:
         other.setattr(vllm, "__version__", "0.31.2")
-        said.note(lambda: start(root))
+        yield "another vLLM", partial(start, root)
     with patch.context() as other:
         other.setattr(ModelConfig, "is_mm_prefix_lm", property(lambda _: True))
-        said.note(lambda: start(root))
+        yield "images that see later tokens", partial(start, root)
 
 
-def say_of_devices(said: Said, root: Path, patch: pytest.MonkeyPatch) -> None:
+def devices(root: Path, patch: pytest.MonkeyPatch) -> Cases:
     """Settings that vLLM itself refuses on this machine, in finished configurations."""
-    config = plain_config(root)
-    config.parallel_config.decode_context_parallel_size = 2
-    said.note(lambda: checks.check_config(config))
+    for field in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        config = plain_config(root)
+        setattr(config.parallel_config, field, 2)
+        yield "context parallelism, of decode or prefill", partial(checks.check_config, config)
     with patch.context() as gpu:
         config = gpu_config(root, gpu)
+        refused = partial(checks.check_config, config)
+        config.attention_config.backend = AttentionBackendEnum.FLASHINFER
+        yield "FlashInfer, FlexAttention, ROCm's and all other backends", refused
+        config.attention_config.backend = None
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
-        said.note(lambda: checks.check_config(config))
+        yield "FULL graphs of mixed batches", refused
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
         config.parallel_config.enable_dbo = True
-        said.note(lambda: checks.check_config(config))
+        yield "dual batch overlap", refused
+        config.parallel_config.enable_dbo = False
         gpu.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-        said.note(lambda: checks.check_config(config))
+        yield "model runner V1 on a GPU", refused
 
 
-def layer_with(**facts: Any) -> Layer:
-    """An attention layer that has these facts."""
+def layer_with(**attributes: Any) -> Layer:
+    """An attention layer that has these attributes."""
     layer = Layer()
-    for name, value in facts.items():
+    for name, value in attributes.items():
         setattr(layer.impl, name, value)
     return layer
 
 
-def say_of_layers(said: Said) -> None:
+def layers() -> Cases:
+    """Layers that are found to be wrong once the model has been made."""
     same = ArenaSpec(**SHAPE)
-    said.sentences |= {
-        str(refused_layer(same, Layer(object))),
-        str(refused_layer(same, layer_with(kv_cache_dtype="fp8"))),
-        str(refused_layer(same, layer_with(alibi_slopes=torch.ones(4)))),
-        str(refused_layer(same, layer_with(num_heads=8))),
-        str(refused_layer(ArenaSpec(**SHAPE, non_causal=True))),
-        str(refused_layer(SlidingWindowSpec(**{**SHAPE, "head_size": 128}, sliding_window=128))),
-        str(refused_layer(ArenaSpec(**{**SHAPE, "head_size": 128}))),
-    }
+    larger = {**SHAPE, "head_size": 128}
+    quantized = "single layers with a quantized KV cache that attention cannot read"
+    yield "a layer with another backend than the rest", refused_layer(same, Layer(object))
+    yield quantized, refused_layer(same, layer_with(kv_cache_dtype="fp8"))
+    yield "ALiBi in a layer", refused_layer(same, layer_with(alibi_slopes=torch.ones(4)))
+    yield (
+        "layers with different numbers of query heads",
+        refused_layer(same, layer_with(num_heads=8)),
+    )
+    yield "layers that see later tokens", refused_layer(ArenaSpec(**SHAPE, non_causal=True))
+    yield (
+        "sliding-window layers with pages of another size",
+        refused_layer(SlidingWindowSpec(**larger, sliding_window=128)),
+    )
+    yield (
+        "layers with different KV heads, head sizes or dtypes",
+        refused_layer(ArenaSpec(**larger)),
+    )
     alone: dict[str, KVCacheSpec] = {"layers.0": SlidingWindowSpec(**SHAPE, sliding_window=128)}
-    said.note(lambda: checks.check_specs(alone, {"layers.0": Layer()}, ArenaCPUImpl))
+    yield (
+        "layers that see neither the whole context nor a sliding window beside it",
+        lambda: checks.check_specs(alone, {"layers.0": Layer()}, ArenaCPUImpl),
+    )
 
 
-def say_of_requests(said: Said, root: Path) -> None:
-    said.note(lambda: check_request(SimpleNamespace(resumable=True), None))
+def requests(root: Path) -> Cases:
+    yield (
+        "input that is streamed into a running request",
+        lambda: check_request(SimpleNamespace(resumable=True), None),
+    )
     config = start(root, settings={"method": "uniform", "budget": 400}, block_size=100)
     config.cache_config.num_gpu_blocks = 9  # one of them is the null block
+    config.model_config.max_model_len = 2000
     request = SimpleNamespace(
         resumable=False,
         prompt_token_ids=[0] * 400,
         sampling_params=SimpleNamespace(extra_args=None, max_tokens=900),
     )
-    config.model_config.max_model_len = 2000
-    said.note(lambda: check_request(request, SimpleNamespace(vllm_config=config)))
+    yield (
+        "answers longer than the pool has room for",
+        lambda: check_request(request, SimpleNamespace(vllm_config=config)),
+    )
 
 
 def test_the_code_says_what_is_quoted_and_nothing_else(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = Said(monkeypatch)
-    say_of_configs(said, root, monkeypatch)
-    say_of_devices(said, root, monkeypatch)
-    say_of_layers(said)
-    say_of_requests(said, root)
-    unheard = set(range(said.all_rules)) - said.rules
+    heard: set[int] = set()
+    all_rules = 0
+    original = checks._rules
+
+    def recording(config: VllmConfig) -> list[checks.Rule]:
+        nonlocal all_rules
+        found = original(config)
+        all_rules = max(all_rules, len(found))
+        heard.update([i for i, (applies, _, _) in enumerate(found) if applies][:1])
+        return found
+
+    monkeypatch.setattr(checks, "_rules", recording)
+    quoted, proved = refusals(), set()
+    for cases in (configs(root, monkeypatch), devices(root, monkeypatch), layers(), requests(root)):
+        for feature, refused in cases:
+            with pytest.raises((ValueError, VLLMValidationError)) as caught:
+                refused()
+            assert str(caught.value) == quoted.get(feature), feature
+            proved.add(feature)
+    assert set(quoted) - proved == set(), "quoted, but nothing says so"
+    unheard = set(range(all_rules)) - heard
     assert unheard == set(), "a rule of checks.py has no line here and none on the page"
-    quoted = {row.quote for row in rows() if row.state == REFUSED}
-    assert quoted - said.sentences == set(), "quoted, but nothing says so"
-    assert said.sentences - quoted == set(), "said, but not on the page"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        ChunkedLocalAttentionSpec(**SHAPE, attention_chunk_size=128),
+        ArenaSpec(**SHAPE, sliding_window=128),
+        ArenaSpec(**SHAPE, attention_chunk_size=128),
+        FullAttentionSpec(**SHAPE),
+        MLAAttentionSpec(**SHAPE),
+    ],
+    ids=lambda spec: type(spec).__name__,
+)
+def test_layers_of_every_other_kind_are_refused(spec: KVCacheSpec) -> None:
+    quote = refusals()["layers that see neither the whole context nor a sliding window beside it"]
+    kind = f"layers.1 does not attend to the whole context ({type(spec).__name__})"
+    sentence = quote.replace(
+        "layers.0 does not attend to the whole context (SlidingWindowSpec)", kind
+    )
+    assert sentence != quote
+    with pytest.raises(checks.Unsupported) as caught:
+        refused_layer(spec)()
+    assert str(caught.value) == sentence
+
+
+def test_the_first_layer_is_checked_too() -> None:
+    specs: dict[str, KVCacheSpec] = {"layers.0": ArenaSpec(**SHAPE, non_causal=True)}
+    with pytest.raises(checks.Unsupported) as caught:
+        checks.check_specs(specs, {"layers.0": Layer()}, ArenaCPUImpl)
+    later = refusals()["layers that see later tokens"]
+    assert str(caught.value) == later.replace("layers.1", "layers.0")

@@ -1,4 +1,4 @@
-"""What cannot be served is refused before anything is loaded, in one sentence naming a remedy."""
+"""What is accepted, and wrong settings; the refusals of features are in test_compatibility."""
 
 from __future__ import annotations
 
@@ -7,62 +7,24 @@ from typing import Any
 
 import pytest
 import vllm
-from vllm.config import CUDAGraphMode, KVTransferConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from tests.support.refusals import (
-    BERT,
-    CHUNKED,
-    GEMMA3,
-    GEMMA3N,
-    JAMBA,
-    MAMBA,
-    MAMBA2,
-    MLA,
-    MOSTLY_FULL,
-    WHISPER,
-    check_sentence,
-    gpu_config,
-    plain_config,
-    refusal,
-    start,
-)
+from tests.support.refusals import GEMMA3, SHAPE, Layer, gpu_config, models_folder, refusal, start
 from vllm_kvcompress.engine import checks
-from vllm_kvcompress.engine.plugin import register
+from vllm_kvcompress.engine.attention.cpu_attn import ArenaCPUImpl
+from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    register()
-    return tmp_path_factory.mktemp("models")
+    return models_folder(tmp_path_factory)
 
 
 def test_a_plain_model_is_accepted(root: Path) -> None:
     config = start(root)
     assert config.parallel_config.worker_cls in checks.WORKERS.values()
     assert config.scheduler_config.scheduler_cls is not None
-
-
-# --- models --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("model", "names"),
-    [
-        (MLA, ["multi-head latent attention", "drop the flag"]),
-        (MAMBA, ["Mamba", "drop the flag"]),
-        (MAMBA2, ["Mamba", "drop the flag"]),
-        (JAMBA, ["Mamba", "drop the flag"]),
-        (WHISPER, ["encoder-decoder", "drop the flag"]),
-        (GEMMA3N, ["share KV caches", "drop the flag"]),
-        (MOSTLY_FULL, ["fill 5 KV-cache groups", "drop the flag"]),
-        (CHUNKED, ["chunked local attention", "drop the flag"]),
-        (BERT, ["generate", "drop the flag"]),
-    ],
-    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
-)
-def test_models_that_cannot_be_served(root: Path, model: dict[str, Any], names: list[str]) -> None:
-    refusal(root, "--kv-compression", *names, model=model)
 
 
 def test_a_sliding_window_hybrid_is_served(root: Path) -> None:
@@ -75,15 +37,19 @@ def test_a_sliding_window_hybrid_is_served(root: Path) -> None:
     assert config.parallel_config.worker_cls.startswith("vllm_kvcompress.")
 
 
-def test_what_a_sliding_window_hybrid_does_not_get(root: Path) -> None:
-    names = ["sliding-window layers", "drop --disable-hybrid-kv-cache-manager"]
-    refusal(root, *names, model=GEMMA3, disable_hybrid_kv_cache_manager=True)
-    names = ["prefill cascade", "sliding-window layers", "set prefill to auto"]
-    refusal(root, *names, model=GEMMA3, settings={"method": "cake", "prefill": "cascade"})
+def test_equal_full_attention_layers_are_accepted() -> None:
+    specs: dict[str, KVCacheSpec] = {f"layers.{i}": ArenaSpec(**SHAPE) for i in range(3)}
+    checks.check_specs(specs, {name: Layer() for name in specs}, ArenaCPUImpl)
 
 
-def test_a_generating_model_used_for_pooling(root: Path) -> None:
-    refusal(root, "generate", "--kv-compression", runner="pooling", convert="embed")
+def test_sliding_windows_beside_full_attention_are_accepted() -> None:
+    specs = {
+        "layers.0": SlidingWindowSpec(**SHAPE, sliding_window=128),
+        "layers.1": ArenaSpec(**SHAPE),
+    }
+    # They stay as they are, so it does not matter what attention they have.
+    layers = {"layers.0": Layer(object), "layers.1": Layer()}
+    checks.check_specs(specs, layers, ArenaCPUImpl)
 
 
 # --- settings ------------------------------------------------------------------------------------
@@ -115,67 +81,6 @@ def test_a_budget_below_window_and_one_block(root: Path) -> None:
     refusal(root, "at least 160", settings={"method": "cake", "budget": 159})
 
 
-# --- combinations --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "names"),
-    [
-        (
-            {
-                "kv_transfer_config": KVTransferConfig(
-                    kv_connector="ExampleConnector", kv_role="kv_both"
-                )
-            },
-            ["KV connectors", "--kv-transfer-config"],
-        ),
-        (
-            {
-                "speculative_config": {
-                    "method": "ngram",
-                    "num_speculative_tokens": 2,
-                    "prompt_lookup_max": 3,
-                }
-            },
-            ["speculative decoding", "--speculative-config"],
-        ),
-        ({"tensor_parallel_size": 2}, ["tensor", "--tensor-parallel-size", "to 1"]),
-        ({"pipeline_parallel_size": 2}, ["pipeline", "--pipeline-parallel-size", "to 1"]),
-        ({"kv_cache_dtype": "fp8"}, ["quantized KV cache", "--kv-cache-dtype"]),
-        ({"kv_cache_dtype": "fp8_e5m2"}, ["KV-cache dtype fp8_e5m2", "--kv-cache-dtype"]),
-        (
-            {"attention_backend": "FLASHINFER"},
-            ["FLASHINFER", "--attention-backend", "FLASH_ATTN or TRITON_ATTN"],
-        ),
-        ({"worker_cls": "my.Worker"}, ["worker my.Worker", "--worker-cls"]),
-        ({"scheduler_cls": "my.Scheduler"}, ["custom scheduler", "--scheduler-cls"]),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_combinations_that_cannot_be_served(
-    root: Path, options: dict[str, Any], names: list[str]
-) -> None:
-    refusal(root, "--kv-compression", *names, **options)
-
-
-@pytest.mark.parametrize("field", ["decode_context_parallel_size", "prefill_context_parallel_size"])
-def test_context_parallelism(root: Path, field: str) -> None:
-    # vLLM itself refuses these on this machine, so a finished configuration is altered.
-    config = plain_config(root)
-    setattr(config.parallel_config, field, 2)
-    with pytest.raises(checks.Unsupported) as caught:
-        checks.check_config(config)
-    check_sentence(caught.value, "context parallelism", f"--{field.replace('_', '-')}", "to 1")
-
-
-def test_a_worker_of_another_platform(root: Path) -> None:
-    config = plain_config(root)
-    config.parallel_config.worker_cls = "vllm.v1.worker.xpu_worker.XPUWorker"
-    with pytest.raises(checks.Unsupported) as caught:
-        checks.check_config(config)
-    check_sentence(caught.value, "xpu_worker.XPUWorker", "GPU", "CPU")
-
-
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "fp8", "fp8_e4m3"])
 @pytest.mark.parametrize("backend", [None, "FLASH_ATTN", "TRITON_ATTN"])
 def test_a_gpu_is_accepted(
@@ -185,32 +90,6 @@ def test_a_gpu_is_accepted(
     config.cache_config.cache_dtype = dtype
     config.attention_config.backend = AttentionBackendEnum[backend] if backend else None
     checks.check_config(config)
-
-
-def test_what_a_gpu_cannot_serve(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = gpu_config(root, monkeypatch)
-    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
-    with pytest.raises(checks.Unsupported) as caught:
-        checks.check_config(config)
-    check_sentence(caught.value, "cudagraph_mode FULL", "FULL_AND_PIECEWISE")
-
-    config = gpu_config(root, monkeypatch)
-    config.parallel_config.enable_dbo = True
-    with pytest.raises(checks.Unsupported) as caught:
-        checks.check_config(config)
-    check_sentence(caught.value, "dual batch overlap", "--enable-dbo")
-
-    config = gpu_config(root, monkeypatch)
-    config.attention_config.backend = AttentionBackendEnum.FLASHINFER
-    with pytest.raises(checks.Unsupported) as caught:
-        checks.check_config(config)
-    check_sentence(caught.value, "FLASHINFER", "FLASH_ATTN or TRITON_ATTN")
-
-    config = gpu_config(root, monkeypatch)
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
-    with pytest.raises(checks.Unsupported) as caught:
-        checks.check_config(config)
-    check_sentence(caught.value, "model runner V1", "VLLM_USE_V2_MODEL_RUNNER=1")
 
 
 @pytest.mark.parametrize(
@@ -247,7 +126,3 @@ def test_a_hook_taken_out_of_vllm_is_noticed(
 ) -> None:
     monkeypatch.delattr(f"vllm.v1.core.sched.scheduler.{name}")
     refusal(root, f"it has no vllm.v1.core.sched.scheduler.{name}", "install vllm 0.32")
-
-
-def test_offloading_is_refused_by_its_own_name(root: Path) -> None:
-    refusal(root, "--kv-offloading-size", kv_offloading_size=1.0)

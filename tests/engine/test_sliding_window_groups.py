@@ -100,7 +100,7 @@ def config_of(kinds: str | None, window: int | None = 128) -> Any:
         parallel_config=None,
         model_config=SimpleNamespace(
             hf_text_config=text,
-            get_num_layers=lambda _: len(kinds) if kinds else 4,
+            get_total_num_hidden_layers=lambda: len(kinds) if kinds else 4,
             get_sliding_window=lambda: window,
         ),
     )

@@ -8,9 +8,9 @@ import torch
 
 from vllm_kvcompress.planning.layer_groups import LayerGroups
 from vllm_kvcompress.tools.cli import build_parser, main
-from vllm_kvcompress.tools.plan.model import ModelFacts
+from vllm_kvcompress.tools.plan.model import ServedModel
 
-FACTS = ModelFacts(
+SERVED = ServedModel(
     name="m",
     architecture="LlamaForCausalLM",
     layers=3,

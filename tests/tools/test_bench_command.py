@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.commands import FACTS, parsed, refusal
+from tests.support.commands import SERVED, parsed, refusal
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.planning.layer_groups import LayerGroups
 from vllm_kvcompress.tools.arguments import CommandError
@@ -16,8 +16,8 @@ from vllm_kvcompress.tools.bench import command as bench
 from vllm_kvcompress.tools.bench.cases import throughput_rows
 from vllm_kvcompress.tools.bench.job import AMPLE, BOUND, DECODE, BenchCase, BenchJob, check_memory
 from vllm_kvcompress.tools.bench.measure import Queue
-from vllm_kvcompress.tools.plan.figures import Pool, Windows, Workload, plain_figures
-from vllm_kvcompress.tools.plan.model import ModelFacts
+from vllm_kvcompress.tools.plan.figures import Pool, SlidingWindows, Workload, plain_figures
+from vllm_kvcompress.tools.plan.model import ServedModel
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -38,7 +38,7 @@ BLOCK_BYTES = 2 * 3 * 2 * 16 * 32 * 2
 def job(**changes: Any) -> BenchJob:
     settings: dict[str, Any] = {
         "model": "m",
-        "facts": FACTS,
+        "served": SERVED,
         "weights": 1_000_000,
         "settings": {"method": "cake", "budget": 256},
         "kinds": ("ttft", "decode", "throughput"),
@@ -88,7 +88,7 @@ def test_pools_hold_what_their_names_say() -> None:
         plain_figures(
             Pool(setup.kv_bytes, BLOCK_BYTES, 32),
             Workload(setup.max_model_len, 128, 8192),
-            Windows(FACTS.groups, 32, setup.batched_tokens, 0),
+            SlidingWindows(SERVED.groups, 32, setup.batched_tokens, 0),
         )
         for setup in (bound, ample)
     ]
@@ -96,8 +96,8 @@ def test_pools_hold_what_their_names_say() -> None:
     assert figures[1].requests >= 10 + 1
     assert bound.blocks == 3 * whole + 2
     # In a hybrid, sliding windows take blocks of the same pool.
-    hybrid = ModelFacts(**{**vars(FACTS), "layers": 6, "groups": LayerGroups(3, 1, 1, 512)})
-    assert job(facts=hybrid).setups()[1].blocks > bound.blocks
+    hybrid = ServedModel(**{**vars(SERVED), "layers": 6, "groups": LayerGroups(3, 1, 1, 512)})
+    assert job(served=hybrid).setups()[1].blocks > bound.blocks
 
 
 def test_a_batch_has_tokens_enough_for_all_its_turns() -> None:

@@ -88,7 +88,7 @@ def test_settings_reach_the_methods(words: list[str]) -> None:
     ]
 
 
-FACTS = replace(commands.FACTS, max_model_len=512, default_model_len=512)
+SERVED = replace(commands.SERVED, max_model_len=512, default_model_len=512)
 
 
 @pytest.mark.parametrize(
@@ -107,25 +107,25 @@ def test_prompts_that_are_kept_whole_or_too_long_are_refused(
     words: list[str], more: list[str], tokens: int, sentence: str
 ) -> None:
     with pytest.raises(CommandError, match=sentence):
-        check_length(make_job(parsed(words, "--budget", "128", *more)), FACTS, tokens)
+        check_length(make_job(parsed(words, "--budget", "128", *more)), SERVED, tokens)
 
 
 def test_engine_gets_what_the_prompt_needs(words: list[str]) -> None:
     job = make_job(parsed(words, "--budget", "128"))
-    assert check_length(job, FACTS, 300) == 301
+    assert check_length(job, SERVED, 300) == 301
     longer = make_job(parsed(words, "--budget", "128", "--max-model-len", "400"))
-    assert check_length(longer, FACTS, 300) == 400
+    assert check_length(longer, SERVED, 300) == 400
     # Keys and values of 2 bytes: at least those of the prompt and of what it is compressed into.
-    token = 2 * 2 * FACTS.layers * FACTS.kv_heads * FACTS.head_size
-    assert (300 + 128) * token < cache_bytes(job, FACTS, 301) < 1000 * token
+    token = 2 * 2 * SERVED.layers * SERVED.kv_heads * SERVED.head_size
+    assert (300 + 128) * token < cache_bytes(job, SERVED, 301) < 1000 * token
 
 
 def test_a_hybrids_cache_has_room_for_its_windows(words: list[str]) -> None:
     job = make_job(parsed(words, "--budget", "128"))
-    hybrid = replace(FACTS, layers=9, groups=LayerGroups(3, 1, 2, 64), compressed=(2, 5, 8))
+    hybrid = replace(SERVED, layers=9, groups=LayerGroups(3, 1, 2, 64), compressed=(2, 5, 8))
     # Of both groups of windows what they would hold without any; a block is as large as before.
-    page = 2 * 2 * job.block_size * FACTS.layers * FACTS.kv_heads * FACTS.head_size
-    more = cache_bytes(job, hybrid, 301) - cache_bytes(job, FACTS, 301)
+    page = 2 * 2 * job.block_size * SERVED.layers * SERVED.kv_heads * SERVED.head_size
+    more = cache_bytes(job, hybrid, 301) - cache_bytes(job, SERVED, 301)
     assert more == 2 * (-(-301 // job.block_size) + 1) * page
 
 

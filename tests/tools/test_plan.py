@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tests.e2e.harness import MODELS, SMALL
+from tests.support.model_classes import inspect_in_process
 from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.planning.layer_groups import LayerGroups
@@ -23,13 +24,14 @@ from vllm_kvcompress.tools.cli import build_parser, main
 from vllm_kvcompress.tools.plan.command import make_report
 from vllm_kvcompress.tools.plan.figures import (
     Pool,
-    Windows,
+    SlidingWindows,
     Workload,
-    block_bytes,
     compressed_figures,
     plain_figures,
 )
-from vllm_kvcompress.tools.plan.report import Report
+from vllm_kvcompress.tools.plan.report import PlanReport
+
+inspect_in_process()
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -55,7 +57,7 @@ def folder(path: Path, **changes: Any) -> str:
     return str(path)
 
 
-def plan(model: str, *words: str, memory: str = "1MiB") -> Report:
+def plan(model: str, *words: str, memory: str = "1MiB") -> PlanReport:
     given = ["plan", "--model", model]
     if "--gpu-memory" not in words:
         given += ["--kv-cache-memory", memory]
@@ -181,10 +183,10 @@ def test_an_index_without_its_files_says_how_large_they_are(tmp_path: Path) -> N
 def test_steps_are_longer_on_a_large_gpu(tmp_path: Path) -> None:
     model = folder(tmp_path)
     for memory, tokens, requests in (("24GiB", 2048, 256), ("80GiB", 8192, 1024)):
-        engine = plan(model, "--gpu-memory", memory).engine
-        assert (engine.max_num_batched_tokens, engine.max_num_seqs) == (tokens, requests)
-    engine = plan(model, "--max-num-batched-tokens", "512", "--max-num-seqs", "7").engine
-    assert (engine.max_num_batched_tokens, engine.max_num_seqs) == (512, 7)
+        server = plan(model, "--gpu-memory", memory).server
+        assert (server.max_num_batched_tokens, server.max_num_seqs) == (tokens, requests)
+    server = plan(model, "--max-num-batched-tokens", "512", "--max-num-seqs", "7").server
+    assert (server.max_num_batched_tokens, server.max_num_seqs) == (512, 7)
 
 
 # --- what does not change, whatever the numbers --------------------------------------------------
@@ -216,9 +218,9 @@ def test_planned_figures_hang_together(
     planner = BlockPlanner(
         config, size, EngineLimits(6, one_step, lag, alone=not layers.window_groups)
     )
-    windows = Windows(layers, size, (1 + lag) * one_step, lag)
+    windows = SlidingWindows(layers, size, (1 + lag) * one_step, lag)
     work = Workload(context, output, longest=800)
-    unit = block_bytes(6, 2, 8, size, 2)
+    unit = 2 * 6 * 2 * 8 * size * 2
 
     def figures(number: int) -> Any:
         return compressed_figures(Pool(number * unit, unit, size), work, planner, windows)

@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from vllm.config import ModelConfig
+from vllm.config.model_arch import ModelArchitectureConfig
+from vllm.platforms.interface import UnspecifiedPlatform
 
-from tests.tools.test_plan import LLAMA, folder
+from tests.support.compatibility_page import refusals
+from tests.support.refusals import REFUSED_MODELS, models_folder
+from tests.tools.test_plan import LLAMA, folder, plan
 from vllm_kvcompress.tools.cli import main
 
 
@@ -19,7 +23,7 @@ from vllm_kvcompress.tools.cli import main
         ("--budget 40", "kv-compression-budget 40 is too small: cake needs at least 48"),
         ("--method cacke", 'unknown method "cacke", known are cake'),
         ('--config {"gama":1}', 'cake: unknown parameter "gama"'),
-        ('--config {"budget":1}', "budget does not belong in"),
+        ('--config {"budget":1}', "budget does not belong"),
         ("--tensor-parallel-size 2", "tensor or pipeline parallelism is not yet supported"),
         ("--device cpu --kv-cache-dtype fp8", "a quantized KV cache on the CPU is not"),
         ("--block-size 24", "--block-size must be a multiple of 16 on a GPU, got 24"),
@@ -37,59 +41,60 @@ def test_settings_that_cannot_be_are_refused(
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "multi-head latent attention (MLA)"),
-        ({"model_type": "mistral", "sliding_window": 128}, "models of sliding windows alone"),
-        (
-            {"model_type": "gemma2", "layer_types": ["sliding_attention"] * 26},
-            "models of sliding windows alone",
-        ),
-        (
-            {
-                "model_type": "gemma2",
-                "layer_types": ["sliding_attention"] * 5 + ["full_attention"] * 21,
-            },
-            "a model whose full-attention layers fill 5 KV-cache groups",
-        ),
-        ({"model_type": "llama4_text"}, "models with chunked local attention"),
-        ({"model_type": "jamba"}, "Mamba and other recurrent models"),
-        ({"model_type": "t5"}, "encoder-decoder models"),
-        ({"model_type": "bloom"}, "models with ALiBi"),
-        ({"architectures": ["BertForMaskedLM"]}, "models that do not generate text"),
-    ],
-)
-def test_models_that_the_engine_refuses_are_refused(
-    changes: dict[str, Any], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models_folder(tmp_path_factory)
+
+
+@pytest.mark.parametrize("feature", [*REFUSED_MODELS, "images that see later tokens"])
+def test_models_that_the_engine_refuses_are_refused_with_its_sentence(
+    feature: str, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "model_type" in changes:
-        kept = {} if changes["model_type"] != "mistral" else LLAMA
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps({**kept, **changes}))
-    else:
-        folder(tmp_path, **changes)
-    assert main(["plan", "--model", str(tmp_path), "--kv-cache-memory", "1MiB"]) == 2
-    out, error = capsys.readouterr()
-    assert not out
-    assert what in error
-    assert "not supported with --kv-compression" in error
-    assert error.count("\n") == 1
+    if feature not in REFUSED_MODELS:
+        monkeypatch.setattr(ModelConfig, "is_mm_prefix_lm", property(lambda _: True))
+    for model in REFUSED_MODELS.get(feature, [LLAMA]):
+        (root / "config.json").write_text(json.dumps(model))
+        assert main(["plan", "--model", str(root), "--kv-cache-memory", "1MiB"]) == 2
+        assert capsys.readouterr() == ("", f"kvcompress plan: {refusals()[feature]}\n")
+
+
+def test_layers_of_several_shapes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = property(lambda _: [{}, {"head_size": 32}])
+    monkeypatch.setattr(ModelArchitectureConfig, "per_layer_overrides", overrides, raising=False)
+    assert main(["plan", "--model", folder(tmp_path), "--kv-cache-memory", "1MiB"]) == 2
+    assert "one shape of KV cache for all layers" in capsys.readouterr().err
+
+
+def test_a_machine_without_a_device_plans_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM's CUDA build does on a machine that has no GPU."""
+    expected = plan(folder(tmp_path))
+    monkeypatch.setattr("vllm.config.model.current_platform", UnspecifiedPlatform())
+    assert plan(folder(tmp_path)) == expected
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("{", "cannot read the configuration"),
-        ('{"hidden_size": 3}', "cannot read the configuration"),
-        ('{"model_type": "perpetuum"}', "cannot read the configuration"),
+        ("{", "cannot use the configuration"),
+        ('{"hidden_size": 3}', "cannot use the configuration"),
+        ('{"model_type": "perpetuum"}', "cannot use the configuration"),
         (json.dumps({**LLAMA, "num_hidden_layers": "five"}), "expected int, got str"),
+        (json.dumps({**LLAMA, "num_attention_heads": 0}), "cannot use the configuration"),
         (None, "is neither a folder with a config.json, nor such a file, nor a model of the hub"),
     ],
 )
 def test_a_configuration_that_cannot_be_read_is_named(
-    text: str | None, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str | None,
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # vLLM tries again after two seconds
     path = tmp_path / "config.json"
     if text is not None:
         path.write_text(text)

@@ -1,16 +1,16 @@
 """What is refused at start: each reason is one sentence that says what to change."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import vllm
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from vllm_kvcompress.engine.attention import BACKENDS, FP8_CACHES, PLAIN_CACHES
 from vllm_kvcompress.engine.hook_table import HOOKS
 from vllm_kvcompress.engine.hooks import HookTable, differences
-from vllm_kvcompress.engine.model_layers import layers_of
+from vllm_kvcompress.engine.model_layers import layer_types, layers_of, layers_of_model
 
 TESTED_VERSION = "0.32"
 
@@ -58,35 +58,55 @@ def check_config(vllm_config: VllmConfig) -> None:
         Unsupported: The first reason found.
 
     """
-    for applies, what, change in _rules(vllm_config):
+    _check(_rules(vllm_config))
+
+
+def check_model(model: ModelConfig) -> None:
+    """Refuse a model that compression cannot serve, as far as its configuration shows it.
+
+    Args:
+        model: vLLM's configuration of the model; settings of an engine are not looked at.
+
+    Raises:
+        Unsupported: The first reason found.
+
+    """
+    _check(_model_rules(model))
+
+
+Rule = tuple[bool, str, str]
+"""Whether a refusal applies, what is not supported, and what to change."""
+
+DROP = "drop the flag for this model"
+PARALLEL = (
+    "tensor or pipeline parallelism is not yet",
+    "set --tensor-parallel-size and --pipeline-parallel-size to 1",
+)
+QUANTIZED_ON_CPU = ("a quantized KV cache on the CPU is not", "drop --kv-cache-dtype")
+
+
+def unsupported(what: str, change: str) -> Unsupported:
+    """Return the sentence of a refusal.
+
+    Args:
+        what: What is not supported, with its verb.
+        change: What the user can do.
+
+    """
+    return Unsupported(f"{what} supported with --kv-compression; {change}")
+
+
+def _check(rules: Iterable[Rule]) -> None:
+    for applies, what, change in rules:
         if applies:
-            raise Unsupported(f"{what} supported with --kv-compression; {change}")
+            raise unsupported(what, change)
 
 
-def _rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
-    """Whether a refusal applies, what is not supported, and what to change."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+def _rules(vllm_config: VllmConfig) -> list[Rule]:
+    parallel = vllm_config.parallel_config
     worker = parallel.worker_cls
-    drop = "drop the flag for this model"
     return [
-        (model.runner_type != "generate", "models that do not generate text are not", drop),
-        (model.is_encoder_decoder, "encoder-decoder models are not", drop),
-        (model.use_mla, "models with multi-head latent attention (MLA) are not", drop),
-        (
-            model.is_attention_free or model.is_hybrid,
-            "Mamba and other recurrent models are not",
-            drop,
-        ),
-        (
-            model.is_mm_prefix_lm,
-            "models whose images see later tokens are not",
-            drop,
-        ),
-        (
-            bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0)),
-            "models whose layers share KV caches are not",
-            drop,
-        ),
+        *_model_rules(vllm_config.model_config),
         (
             vllm_config.kv_transfer_config is not None,
             "KV connectors are not",
@@ -102,11 +122,7 @@ def _rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             "context parallelism is not",
             "set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
         ),
-        (
-            parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1,
-            "tensor or pipeline parallelism is not yet",
-            "set --tensor-parallel-size and --pipeline-parallel-size to 1",
-        ),
+        (parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1, *PARALLEL),
         (
             worker not in WORKERS,
             f"worker {worker} is not",
@@ -117,38 +133,56 @@ def _rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             "a custom scheduler is not",
             "drop --scheduler-cls",
         ),
-        *_layer_rules(vllm_config),
+        (
+            bool(layers_of(vllm_config).window_groups)
+            and bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
+            "a model with sliding-window layers but no hybrid KV cache manager is not",
+            "drop --disable-hybrid-kv-cache-manager",
+        ),
         *_cache_rules(vllm_config),
         *(_gpu_rules(vllm_config) if worker == GPU_WORKER else ()),
     ]
 
 
-def _layer_rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
-    """As :func:`_rules`: layers that do not attend to the whole context."""
-    model, layers = vllm_config.model_config, layers_of(vllm_config)
-    drop = "drop the flag for this model"
+def _model_rules(model: ModelConfig) -> list[Rule]:
+    groups, kinds = layers_of_model(model).full_groups, set(layer_types(model))
     return [
+        (model.runner_type != "generate", "models that do not generate text are not", DROP),
+        (model.is_encoder_decoder, "encoder-decoder models are not", DROP),
+        (model.use_mla, "models with multi-head latent attention (MLA) are not", DROP),
+        (
+            model.is_attention_free or model.is_hybrid,
+            "Mamba and other recurrent models are not",
+            DROP,
+        ),
+        (model.is_mm_prefix_lm, "models whose images see later tokens are not", DROP),
+        (
+            bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0)),
+            "models whose layers share KV caches are not",
+            DROP,
+        ),
         (
             model.attention_chunk_size is not None,
             "models with chunked local attention are not",
-            drop,
+            DROP,
         ),
         (
-            bool(layers.window_groups)
-            and bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
-            "a model with sliding-window layers but no hybrid KV cache manager is not",
-            "drop --disable-hybrid-kv-cache-manager",
+            # vLLM gives every layer the window then (EngineArgs.create_engine_config).
+            kinds <= {"sliding_attention"} and model.get_sliding_window() is not None,
+            "models with a sliding window in every layer are not",
+            DROP,
         ),
+        (bool(model.uses_alibi), "models with ALiBi are not", DROP),
         (
-            layers.full_groups > 1,
-            f"a model whose full-attention layers fill {layers.full_groups} KV-cache groups is not",
-            drop,
+            groups > 1,
+            f"a model whose full-attention layers fill {groups} KV-cache groups is not",
+            DROP,
         ),
     ]
 
 
-def _cache_rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
-    """As :func:`_rules`: the KV cache and the attention that reads it."""
+def _cache_rules(vllm_config: VllmConfig) -> list[Rule]:
+    """The KV cache and the attention that reads it."""
     cache = vllm_config.cache_config
     chosen = vllm_config.attention_config.backend
     on_cpu = vllm_config.parallel_config.worker_cls != GPU_WORKER
@@ -163,8 +197,7 @@ def _cache_rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
             cache.cache_dtype in FP8_CACHES
             and on_cpu
             and (chosen is None or chosen.name == "CPU_ATTN"),
-            "a quantized KV cache on the CPU is not",
-            "drop --kv-cache-dtype",
+            *QUANTIZED_ON_CPU,
         ),
         (
             chosen is not None and chosen.name not in BACKENDS,
@@ -174,8 +207,8 @@ def _cache_rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
     ]
 
 
-def _gpu_rules(vllm_config: VllmConfig) -> list[tuple[bool, str, str]]:
-    """As :func:`_rules`: what only applies to GPUs."""
+def _gpu_rules(vllm_config: VllmConfig) -> list[Rule]:
+    """What only applies to GPUs."""
     compilation = vllm_config.compilation_config
     return [
         (

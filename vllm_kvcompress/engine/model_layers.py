@@ -1,36 +1,49 @@
 """Which layers of an engine's model are compressed, and how vLLM groups the rest.
 
-Read from the config alone; the worker holds it against vLLM's real groups once there are some.
+Read from the config alone; the worker compares it with vLLM's real groups once they exist.
 """
 
-from vllm.config import VllmConfig
+from collections.abc import Sequence
+
+from vllm.config import ModelConfig, VllmConfig
 
 from vllm_kvcompress.planning.layer_groups import LayerGroups, group_layers
 
-__all__ = ["LayerGroups", "layers_of", "pool_for_arena"]
+__all__ = ["LayerGroups", "layer_types", "layers_of", "layers_of_model", "pool_for_arena"]
 
 
 def layers_of(vllm_config: VllmConfig) -> LayerGroups:
+    """Return :func:`layers_of_model` for the model of an engine."""
+    return layers_of_model(vllm_config.model_config)
+
+
+def layers_of_model(model: ModelConfig) -> LayerGroups:
     """Return what the model's config says of its layers.
 
     Args:
-        vllm_config: A finished configuration.
+        model: vLLM's configuration of the model; it has all layers of the model, as pipeline
+            parallelism is refused.
 
     """
-    model = vllm_config.model_config
     return group_layers(
-        getattr(model.hf_text_config, "layer_types", None) or (),
-        model.get_num_layers(vllm_config.parallel_config),
+        layer_types(model),
+        model.get_total_num_hidden_layers(),
         model.get_sliding_window(),  # None if the user disabled it
     )
 
 
+def layer_types(model: ModelConfig) -> Sequence[str]:
+    """Return the kind of each layer, as transformers names it; empty: all are of one kind."""
+    types: Sequence[str] = getattr(model.hf_text_config, "layer_types", None) or ()
+    return types
+
+
 def pool_for_arena(vllm_config: VllmConfig, blocks: int, block_size: int) -> int:
-    """Blocks of a pool that the compressed layers of one request can count on.
+    """Return how many blocks of a pool the compressed layers of one request can have.
 
     Args:
         vllm_config: A finished configuration.
-        blocks: All that can be handed out.
+        blocks: Number of blocks that can be handed out.
         block_size: Tokens per block.
 
     """

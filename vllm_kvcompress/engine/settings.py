@@ -25,7 +25,7 @@ def compression_of(vllm_config: VllmConfig | None) -> KVCompressionConfig | None
 
 
 def resolver_of(vllm_config: VllmConfig, block_size: int) -> SettingsResolver:
-    """Make the plans that all processes of an engine share.
+    """Return the engine's resolver of request settings; all its processes make an equal one.
 
     Args:
         vllm_config: A configuration with compression on.
@@ -40,11 +40,6 @@ def resolver_of(vllm_config: VllmConfig, block_size: int) -> SettingsResolver:
     if config is None:
         raise ValueError("resolver_of needs a configuration with compression on")
     scheduler, layers = vllm_config.scheduler_config, layers_of(vllm_config)
-    if layers.window_groups and config.prefill == "cascade":
-        raise ValueError(
-            "kv_compression: prefill cascade is not supported for models with sliding-window "
-            "layers, which need blocks for the whole prompt in that step; set prefill to auto"
-        )
     one_step = [
         scheduler.max_num_batched_tokens,
         scheduler.max_num_scheduled_tokens,

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 from vllm_kvcompress.methods import Method, Need
 from vllm_kvcompress.paging.rounding import cdiv
+from vllm_kvcompress.planning.bisection import largest
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut, DecodeCuts
 from vllm_kvcompress.planning.config import KVCompressionConfig
 
@@ -59,6 +60,11 @@ class BlockPlanner:
         self.decode_window = 1 if method.token_by_token else method.window
         self.layers_per_division = layers_between_cuts(method, self.limits.num_layers)
         self._stream_chunk = self._checked_chunk()
+        if config.prefill == "cascade" and limits is not None and not limits.alone:
+            raise ValueError(
+                "kv_compression: prefill cascade is not supported for models with sliding-window "
+                "layers, which need blocks for the whole prompt in that step; set prefill to auto"
+            )
         asked = config.prefill == "cascade" and not config.off
         if asked and limits is not None and not self.can_cascade:
             raise ValueError(
@@ -163,14 +169,11 @@ class BlockPlanner:
             At most max_model_len; below prompt_len + 1 if not even one token can be generated.
 
         """
-        low, high = prompt_len, max_model_len
-        while low < high:
-            middle = cdiv(low + high, 2)
-            if self.peak_blocks(prompt_len, middle, decode) <= pool_blocks:
-                low = middle
-            else:
-                high = middle - 1
-        return low
+        return largest(
+            prompt_len,
+            max_model_len,
+            lambda tokens: self.peak_blocks(prompt_len, tokens, decode) <= pool_blocks,
+        )
 
     def concurrency(
         self,

@@ -1,7 +1,7 @@
-"""Which layers of a model are compressed, and how vLLM groups the rest, by their types alone.
+"""Which layers of a model are compressed and how vLLM groups the others, from their types alone.
 
-Whoever plans before there are any layers must agree on this: scheduler, worker, front end and
-``kvcompress plan``.
+Scheduler, worker, front end and ``kvcompress plan`` all plan before the layers exist, and must use
+the same groups.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vllm_kvcompress.paging.rounding import cdiv
 
 _CROWDED = 1.5
-"""With fewer than this many times the layers of the rarer kind, the other kind sets the size."""
+"""Ratio of the two kinds of layers below which the more frequent kind sets the group size."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,11 @@ class LayerGroups:
     """The layers of a model.
 
     Attributes:
-        compressed: Layers that attend to the whole context.
-        full_groups: KV-cache groups that vLLM makes of them.
-        window_groups: Groups of sliding-window layers, which stay plain vLLM's; 0: no hybrid.
-        window: Their window in tokens; 0 without any.
+        compressed: Number of layers that attend to the whole context.
+        full_groups: Number of KV-cache groups that vLLM makes of these layers.
+        window_groups: Number of KV-cache groups of sliding-window layers, which plain vLLM manages;
+            0: the model has none.
+        window: Tokens that a sliding-window layer attends to; 0: there is no such layer.
 
     """
 
@@ -31,12 +32,12 @@ class LayerGroups:
     window: int = 0
 
     def window_group_blocks(self, block_size: int, tokens: int, in_flight: int) -> int:
-        """Most blocks that a request's sliding-window groups hold at one time.
+        """Largest number of blocks that a request holds at one time in all sliding-window groups.
 
         Args:
             block_size: Tokens per block.
-            tokens: Most tokens of the request.
-            in_flight: Most of them that are scheduled and not processed.
+            tokens: Largest number of tokens of the request.
+            in_flight: Largest number of tokens that are scheduled and not yet processed.
 
         """
         whole = cdiv(tokens, block_size)
@@ -45,10 +46,10 @@ class LayerGroups:
         return self.window_groups * min(whole, seen)
 
     def pages_of_block(self, total: int) -> int:
-        """Layers of the largest group: as many pages as a block has, in whatever group it is.
+        """Number of pages in a block, which is the number of layers of the largest group.
 
         Args:
-            total: Layers of the model.
+            total: Number of layers of the model.
 
         """
         full = cdiv(self.compressed, self.full_groups)
@@ -65,7 +66,7 @@ def group_layers(types: Sequence[str], total: int, window: int | None) -> LayerG
 
     Args:
         types: The configuration's ``layer_types``; empty where it has none.
-        total: Layers of the model.
+        total: Number of layers of the model.
         window: Tokens that a sliding-window layer attends to; None or 0: windows are switched off.
 
     """
@@ -79,7 +80,7 @@ def group_layers(types: Sequence[str], total: int, window: int | None) -> LayerG
 
 
 def compressed_numbers(types: Sequence[str], layers: LayerGroups) -> tuple[int, ...]:
-    """Numbers of the layers that are compressed, in the model's order; empty: all of them.
+    """Return the numbers of the compressed layers, ascending; empty: all layers are compressed.
 
     Args:
         types: As for :func:`group_layers`.

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 from vllm_kvcompress.paging.page_tables import TableLimits
+from vllm_kvcompress.paging.rounding import cdiv
+from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES
+from vllm_kvcompress.planning.request_settings import SettingsResolver
 
 _OPEN_WINDOWS = 32
 """Prompts whose windows are assumed to be collected in one step; more take activation memory."""
@@ -26,6 +29,48 @@ class ModelShape:
     kv_heads: int
     head_size: int
     itemsize: int
+
+
+def workspace_bytes(
+    resolver: SettingsResolver,
+    shape: ModelShape,
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+) -> tuple[int, int]:
+    """Bytes that compression takes on a GPU beside the pool.
+
+    Args:
+        resolver: Of the engine.
+        shape: Of the worker's part of the model.
+        max_num_seqs: Most requests of one step.
+        max_num_batched_tokens: Most tokens of one step.
+        max_model_len: Tokens of the longest request.
+
+    Returns:
+        What is held all the time (page tables, and queries if there is a decode budget), and what
+        is held while one prompt of max_model_len tokens is compressed.
+
+    """
+    planner = resolver.default_planner
+    limits = TableLimits(max_num_seqs, resolver.row_blocks(max_model_len), max_num_batched_tokens)
+    staged, queries = 0, 0
+    if planner.can_cascade and planner.config.prefill != "full":
+        staged = cdiv(min(planner.limits.one_step_tokens, max_model_len), planner.block_size)
+    if planner.config.decode_budget is not None:
+        queries = query_buffer_bytes(shape, max_num_seqs, resolver.largest_decode_window)
+    cut = planner.prompt_cut(max_model_len)
+    # A layer can at most be given every page of the arena.
+    most = cut.blocks * planner.block_size * shape.layers if cut else 0
+    transient = transient_bytes(
+        shape,
+        max_model_len=max_model_len,
+        window=resolver.largest_window,
+        most_kept=min(most, max_model_len),
+        observed=OBSERVED_BYTES,
+    )
+    return table_bytes(shape, limits, staged) + queries, transient
 
 
 def table_bytes(shape: ModelShape, limits: TableLimits, staged_pages: int = 0) -> int:

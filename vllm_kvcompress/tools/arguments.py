@@ -5,10 +5,18 @@ A sub-command is a package with a module ``command`` that has ``add_parser(subpa
 transformers, vLLM) is imported inside ``run``.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.planning.config import KVCompressionConfig
+
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+"""Names that vLLM has for the model's type."""
 
 STOPPED = 130
 """Exit status after an interrupt."""
@@ -16,6 +24,39 @@ STOPPED = 130
 
 class CommandError(Exception):
     """What a user can put right; its text is one sentence and all that the user is shown."""
+
+
+def compression(
+    method: str,
+    budget: str | None,
+    options: dict[str, Any] | None,
+    block_size: int | None = None,
+) -> KVCompressionConfig:
+    """Return the settings that a server would have with these flags.
+
+    Args:
+        method: As --kv-compression.
+        budget: As --kv-compression-budget; None: the default.
+        options: As --kv-compression-config.
+        block_size: Tokens of a block, which limit the budget; None: not known.
+
+    Raises:
+        CommandError: A setting that the server would refuse.
+
+    """
+    from vllm_kvcompress.engine.plugin import merge_settings
+    from vllm_kvcompress.planning.config import CONFIG_KEY, KVCompressionConfig, parse_budget
+
+    try:
+        number = None if budget is None else parse_budget(budget)
+        config = KVCompressionConfig.parse(
+            merge_settings(None, method, number, options)[CONFIG_KEY]
+        )
+        if block_size is not None:
+            config.check_block_size(block_size)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    return config
 
 
 def split(text: str) -> list[str]:

@@ -43,20 +43,23 @@ def check_engine_arguments(names: Iterable[str]) -> None:
             raise CommandError(f"--engine-args: vLLM has no argument {name!r}")
 
 
+def sentence(error: Exception) -> str:
+    """Return what an error of vLLM says; of pydantic's many lines, what the first check said."""
+    details = getattr(error, "errors", None)
+    if not callable(details):
+        return str(error)
+    return str(details()[0]["msg"]).removeprefix("Value error, ")
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn a ValueError, by which vLLM and the plugin refuse settings, into a CommandError.
 
     Raises:
-        CommandError: With the error's message; of an error of pydantic, which has many lines, with
-            that of the first check.
+        CommandError: With the :func:`sentence` of the error.
 
     """
     try:
         yield
     except ValueError as error:
-        details = getattr(error, "errors", None)
-        if not callable(details):
-            raise CommandError(str(error)) from error
-        sentence = str(details()[0]["msg"]).removeprefix("Value error, ")
-        raise CommandError(sentence) from error
+        raise CommandError(sentence(error)) from error

@@ -7,15 +7,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.worker.arena_worker import ArenaWorker
-from vllm_kvcompress.paging.page_tables import TableLimits
-from vllm_kvcompress.paging.rounding import cdiv
-from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES
-from vllm_kvcompress.planning.workspace_memory import (
-    ModelShape,
-    query_buffer_bytes,
-    table_bytes,
-    transient_bytes,
-)
+from vllm_kvcompress.planning.workspace_memory import ModelShape, workspace_bytes
 
 logger = init_logger("vllm.kvcompress.gpu_worker")
 
@@ -49,33 +41,17 @@ class ArenaGPUWorker(ArenaWorker, Worker):
         config, model = self.vllm_config, self.model_config
         parallel = config.parallel_config
         resolver = resolver_of(config, self.cache_config.block_size)
-        planner = resolver.default_planner
         shape = ModelShape(
-            layers=planner.limits.num_layers,
+            layers=resolver.default_planner.limits.num_layers,
             heads=model.get_num_attention_heads(parallel),
             kv_heads=model.get_num_kv_heads(parallel),
             head_size=model.get_head_size(),
             itemsize=model.dtype.itemsize,
         )
-        limits = TableLimits(
-            rows=config.scheduler_config.max_num_seqs,
-            width=resolver.row_blocks(model.max_model_len),
-            tokens=config.scheduler_config.max_num_batched_tokens,
-        )
-        staged, query_buffer = 0, 0
-        if planner.can_cascade and planner.config.prefill != "full":
-            longest = min(planner.limits.one_step_tokens, model.max_model_len)
-            staged = cdiv(longest, planner.block_size)
-        if planner.config.decode_budget is not None:
-            query_buffer = query_buffer_bytes(shape, limits.rows, resolver.largest_decode_window)
-        cut = planner.prompt_cut(model.max_model_len)
-        # A layer can at most be given every page of the arena.
-        most = cut.blocks * planner.block_size * shape.layers if cut else 0
-        transient = transient_bytes(
+        return workspace_bytes(
+            resolver,
             shape,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
             max_model_len=model.max_model_len,
-            window=resolver.largest_window,
-            most_kept=min(most, model.max_model_len),
-            observed=OBSERVED_BYTES,
         )
-        return table_bytes(shape, limits, staged) + query_buffer, transient

@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.tools.arguments import STOPPED, CommandError, count, json_object
+from vllm_kvcompress.tools.arguments import (
+    DTYPES,
+    STOPPED,
+    CommandError,
+    compression,
+    count,
+    json_object,
+)
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
@@ -20,7 +27,6 @@ if TYPE_CHECKING:
 CASES = ("ttft", "decode", "throughput")
 POOLS = ("bound", "ample")
 VLLM_BENCHES = ("latency", "throughput", "serve")
-DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 DEFAULT_BLOCK_SIZE = 32
 
 
@@ -181,7 +187,7 @@ def make_job(args: argparse.Namespace) -> BenchJob:
 
     from vllm_kvcompress.tools.bench.job import BenchJob
     from vllm_kvcompress.tools.bench.weights import read_bytes
-    from vllm_kvcompress.tools.plan.model import load_config, model_facts
+    from vllm_kvcompress.tools.plan.model import read_model
 
     if args.extra:
         raise CommandError("words after -- are for --vllm-bench, which is not given")
@@ -189,15 +195,14 @@ def make_job(args: argparse.Namespace) -> BenchJob:
         name: default if getattr(args, name) is None else getattr(args, name)
         for name, (default, *_) in OWN.items()
     }
-    loaded = load_config(args.model)
-    facts = model_facts(args.model, loaded, args.dtype)
+    served, loaded = read_model(args.model, args.dtype)
     block_size = args.block_size or DEFAULT_BLOCK_SIZE
     mib = args.kv_cache_mib
     job = BenchJob(
         model=args.model,
-        facts=facts,
-        weights=read_bytes(facts, loaded),
-        settings=_config(args, block_size).as_dict(),
+        served=served,
+        weights=read_bytes(served, loaded),
+        settings=compression(args.method, args.budget, args.config, block_size).as_dict(),
         kinds=own.pop("cases"),
         rounds=args.rounds or 3,
         block_size=block_size,
@@ -241,7 +246,7 @@ def make_vllm_job(args: argparse.Namespace) -> VllmJob:
     return VllmJob(
         kind=args.vllm_bench,
         model=args.model,
-        config=_config(args, args.block_size),
+        config=compression(args.method, args.budget, args.config, args.block_size),
         engine_flags=tuple(flags_of({**engine, **args.engine_args})),
         extra=tuple(args.extra),
         rounds=args.rounds or 1,
@@ -303,17 +308,3 @@ def _settings_shown(config: KVCompressionConfig, args: argparse.Namespace) -> di
         "config": json.dumps(settings) if settings else "",
         "rounds": str(args.rounds or (1 if args.vllm_bench else 3)),
     }
-
-
-def _config(args: argparse.Namespace, block_size: int | None) -> KVCompressionConfig:
-    from vllm_kvcompress.engine.plugin import merge_settings
-    from vllm_kvcompress.planning.config import CONFIG_KEY, KVCompressionConfig, parse_budget
-
-    try:
-        merged = merge_settings(None, args.method, parse_budget(args.budget), args.config)
-        config = KVCompressionConfig.parse(merged[CONFIG_KEY])
-        if block_size is not None:
-            config.check_block_size(block_size)
-    except ValueError as error:
-        raise CommandError(str(error)) from None
-    return config

@@ -8,8 +8,8 @@ from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.byte_sizes import format_bytes
-from vllm_kvcompress.tools.plan.figures import Windows, block_bytes
-from vllm_kvcompress.tools.plan.model import ModelFacts
+from vllm_kvcompress.tools.plan.figures import SlidingWindows
+from vllm_kvcompress.tools.plan.model import ServedModel
 
 WARM_STEPS = 4
 """Decode steps before the first that counts: the first of a batch allocates its buffers."""
@@ -84,7 +84,7 @@ class BenchJob:
 
     Attributes:
         model: Folder or hub id.
-        facts: What the model's configuration says.
+        served: The model as vLLM serves it.
         weights: Bytes of weights that a decode step reads.
         settings: The compression, as KVCompressionConfig.parse takes it.
         kinds: Some of :data:`KINDS`, in this order.
@@ -107,7 +107,7 @@ class BenchJob:
     """
 
     model: str
-    facts: ModelFacts
+    served: ServedModel
     weights: int
     settings: Mapping[str, Any]
     kinds: tuple[str, ...]
@@ -135,11 +135,8 @@ class BenchJob:
     @property
     def block_bytes(self) -> int:
         """Bytes of a block of the pool."""
-        facts = self.facts
-        fp8 = str(self.engine_args.get("kv_cache_dtype", "auto")).startswith("fp8")
-        itemsize = 1 if fp8 else facts.dtype.itemsize
-        pages = facts.groups.pages_of_block(facts.layers)
-        return block_bytes(pages, facts.kv_heads, facts.head_size, self.block_size, itemsize)
+        cache_dtype = str(self.engine_args.get("kv_cache_dtype", "auto"))
+        return self.served.block_bytes(self.block_size, cache_dtype)
 
     def setups(self) -> list[Setup]:
         """Pairs of engines, in the order in which they are started.
@@ -181,7 +178,7 @@ class BenchJob:
         requests = max(case.requests for case in cases)
         step = self._step([case.prompt for case in cases], requests)
         longest = max(cases, key=lambda case: case.context)
-        limit = self.facts.max_model_len
+        limit = self.served.max_model_len
         if limit is not None and longest.context > limit:
             raise CommandError(
                 f"{longest} takes {longest.context} tokens with what is generated, and the "
@@ -208,7 +205,7 @@ class BenchJob:
     def _blocks(self, case: BenchCase, pool: str, step: int) -> int:
         """Blocks in which plain vLLM holds as many requests as the pool's name says."""
         lag = 0 if self.cpu else 1
-        windows = Windows(self.facts.groups, self.block_size, (1 + lag) * step, lag)
+        windows = SlidingWindows(self.served.groups, self.block_size, (1 + lag) * step, lag)
         whole = cdiv(case.context, self.block_size)
         reading = whole + windows.reserved(case.context)
         held = whole + windows.held(case.context)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.tools.arguments import CommandError, count, json_object
+from vllm_kvcompress.tools.arguments import DTYPES, CommandError, count, json_object
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
@@ -22,7 +22,6 @@ DEFAULT_BLOCK_SIZE = 32
 """Small enough for the budget of a short prompt, and what attention on a CPU can do."""
 
 DRAWING = ("jinja2", "matplotlib", "plotly")
-DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 
 
 def add_parser(subparsers: Any) -> None:

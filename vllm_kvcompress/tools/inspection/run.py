@@ -20,8 +20,7 @@ from vllm_kvcompress.tools.engine_arguments import (
     user_errors,
 )
 from vllm_kvcompress.tools.inspection import Inspection, Run, split_text
-from vllm_kvcompress.tools.plan.figures import block_bytes
-from vllm_kvcompress.tools.plan.model import ModelFacts, load_config, model_facts
+from vllm_kvcompress.tools.plan.model import ServedModel, read_model
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
@@ -84,7 +83,7 @@ def inspect(job: InspectionJob) -> Inspection:
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    model = model_facts(str(job.model), load_config(str(job.model)), job.dtype)
+    model, _ = read_model(str(job.model), job.dtype)
     prompt = read_prompt(job)
     length = check_length(job, model, len(prompt.token_ids))
     with user_errors():
@@ -135,7 +134,7 @@ def read_prompt(job: InspectionJob) -> TokenizedPrompt:
     return TokenizedPrompt(ids, tuple(split_text(text, encoded["offset_mapping"], names)))
 
 
-def check_length(job: InspectionJob, model: ModelFacts, tokens: int) -> int:
+def check_length(job: InspectionJob, model: ServedModel, tokens: int) -> int:
     """Return the context to start the engine with.
 
     Args:
@@ -169,7 +168,7 @@ def check_length(job: InspectionJob, model: ModelFacts, tokens: int) -> int:
     return job.max_model_len
 
 
-def cache_bytes(job: InspectionJob, model: ModelFacts, max_model_len: int) -> int:
+def cache_bytes(job: InspectionJob, model: ServedModel, max_model_len: int) -> int:
     """Memory for the cache of one prompt; without being told vLLM takes most of the machine's.
 
     Args:
@@ -178,16 +177,14 @@ def cache_bytes(job: InspectionJob, model: ModelFacts, max_model_len: int) -> in
         max_model_len: Tokens of the context.
 
     """
-    pages = model.groups.pages_of_block(model.layers)
-    shape = (pages, model.kv_heads, model.head_size)
     whole = cdiv(max_model_len, job.block_size)
     # A prompt holds its own blocks and those that it is compressed into, which are fewer; of each
     # group of sliding-window layers vLLM wants one more at most.
     blocks = 2 * whole + 8 + model.groups.window_groups * (whole + 1)
-    return blocks * block_bytes(*shape, job.block_size, model.dtype.itemsize)
+    return blocks * model.block_bytes(job.block_size)
 
 
-def start(job: InspectionJob, model: ModelFacts, max_model_len: int) -> Any:
+def start(job: InspectionJob, model: ServedModel, max_model_len: int) -> Any:
     """Start an engine with the first method whose requests may ask for the others.
 
     Args:

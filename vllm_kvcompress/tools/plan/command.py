@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.tools.arguments import CommandError, count, json_object
+from vllm_kvcompress.tools.arguments import DTYPES, CommandError, compression, count, json_object
 from vllm_kvcompress.tools.byte_sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
     from vllm_kvcompress.planning.request_settings import SettingsResolver
-    from vllm_kvcompress.tools.plan.engine import EngineFacts
-    from vllm_kvcompress.tools.plan.model import ModelFacts
-    from vllm_kvcompress.tools.plan.report import Report
+    from vllm_kvcompress.tools.plan.model import ServedModel
+    from vllm_kvcompress.tools.plan.report import PlanReport
+    from vllm_kvcompress.tools.plan.server import ServerSettings
 
 DEFAULT_OUTPUT = 256
-DTYPE_NAMES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 UNKNOWN_LENGTH = 2048
 """What vLLM takes for the longest context where a configuration states none."""
 
@@ -85,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
     server.add_argument(
         "--block-size", type=count, metavar="TOKENS", help="(default: vLLM's, GPU 16, CPU 128)"
     )
-    server.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help="of the model")
+    server.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
     server.add_argument("--kv-cache-dtype", choices=("auto", "fp8"), default="auto")
     server.add_argument(
         "--max-num-batched-tokens", type=count, metavar="TOKENS", help="(default: vLLM's)"
@@ -110,7 +112,10 @@ def run(args: argparse.Namespace) -> int:
     """
     from vllm_kvcompress.tools.plan.report import as_json, show
 
-    report = make_report(args)
+    # What vLLM and transformers have to say of a configuration is not part of a plan; errors are
+    # raised.
+    with _silenced("vllm"), _silenced("transformers"):
+        report = make_report(args)
     if args.json:
         print(as_json(report))
     else:
@@ -118,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_report(args: argparse.Namespace) -> Report:
+def make_report(args: argparse.Namespace) -> PlanReport:
     """Work out a plan.
 
     Args:
@@ -128,68 +133,73 @@ def make_report(args: argparse.Namespace) -> Report:
         CommandError: What the user can put right.
 
     """
-    from vllm_kvcompress.tools.plan.engine import beside_bytes
     from vllm_kvcompress.tools.plan.figures import (
         Pool,
-        Windows,
-        block_bytes,
+        SlidingWindows,
         compressed_figures,
         plain_figures,
     )
-    from vllm_kvcompress.tools.plan.model import load_config, model_facts
+    from vllm_kvcompress.tools.plan.model import read_model
     from vllm_kvcompress.tools.plan.notes import gain_notes, window_notes
-    from vllm_kvcompress.tools.plan.report import Report
+    from vllm_kvcompress.tools.plan.report import PlanReport
 
     _check_combinations(args)
-    settings = _settings(args)
-    loaded = load_config(args.model)
-    model = model_facts(args.model, loaded, args.dtype)
+    settings = compression(args.method, args.budget, args.config)
+    model, loaded = read_model(args.model, args.dtype)
     work = _workload(args, model)
-    engine = _engine(args, work.context)
-    resolver = _resolver(settings, engine, model)
+    server = _server(args, work.context)
+    resolver = _resolver(settings, server, model)
     planner = resolver.default_planner
     assumed: list[str] = []
     memory = args.kv_cache_memory
-    beside = beside_bytes(resolver, model, engine)
+    beside = _beside_bytes(resolver, server, model)
     if args.gpu_memory is not None:
         memory = _left_of_gpu(args, model, loaded, assumed)
-    itemsize = 1 if args.kv_cache_dtype == "fp8" else model.dtype.itemsize
-    size = engine.block_size
-    page = block_bytes(1, model.kv_heads, model.head_size, size, itemsize)
-    block = page * model.groups.pages_of_block(model.layers)
-    windows = Windows(model.groups, size, engine.in_flight, engine.lag)
+    size = server.block_size
+    block = model.block_bytes(size, args.kv_cache_dtype)
+    windows = SlidingWindows(model.groups, size, server.in_flight, server.lag)
     pool = Pool(memory, block, size)
     # A pool sized by hand keeps its size; else the worker sets its own needs aside.
     less = beside if args.gpu_memory is not None else 0
     smaller = Pool(max(memory - less, 0), block, size)
     plain = plain_figures(pool, work, windows)
     compressed = compressed_figures(smaller, work, planner, windows)
-    assumed += _assumptions(args, model, loaded, engine, beside)
-    return Report(
+    assumed += _assumptions(args, model, loaded, server, beside)
+    return PlanReport(
         model=model,
-        engine=engine,
+        server=server,
         work=work,
         config=settings,
         cache_dtype=args.kv_cache_dtype,
-        token_bytes=page * model.layers // size,
+        token_bytes=model.page_bytes(size, args.kv_cache_dtype) * model.layers // size,
         plain=plain,
         compressed=compressed,
         beside=beside,
         assumed=assumed,
         notes=[
-            *gain_notes(plain, compressed, work, planner, engine),
+            *gain_notes(plain, compressed, work, planner, server),
             *window_notes(model, work, windows),
         ],
-        shared_flags=_shared_flags(args, engine),
+        shared_flags=_shared_flags(args, server),
     )
 
 
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _check_combinations(args: argparse.Namespace) -> None:
+    from vllm_kvcompress.engine import checks
+
     if args.tensor_parallel_size != 1:
-        raise CommandError(
-            "tensor or pipeline parallelism is not yet supported with --kv-compression; set "
-            f"--tensor-parallel-size to 1, got {args.tensor_parallel_size}"
-        )
+        raise CommandError(str(checks.unsupported(*checks.PARALLEL)))
     if args.gpu_memory is not None and args.device == "cpu":
         raise CommandError("--gpu-memory needs --device gpu; on a CPU give --kv-cache-memory")
     if args.gpu_memory_utilization is not None and args.gpu_memory is None:
@@ -198,27 +208,12 @@ def _check_combinations(args: argparse.Namespace) -> None:
             "KV cache"
         )
     if args.device == "cpu" and args.kv_cache_dtype == "fp8":
-        raise CommandError(
-            "a quantized KV cache on the CPU is not supported with --kv-compression; drop "
-            "--kv-cache-dtype"
-        )
+        raise CommandError(str(checks.unsupported(*checks.QUANTIZED_ON_CPU)))
     if args.device == "gpu" and args.block_size is not None and args.block_size % 16:
         raise CommandError(f"--block-size must be a multiple of 16 on a GPU, got {args.block_size}")
 
 
-def _settings(args: argparse.Namespace) -> KVCompressionConfig:
-    from vllm_kvcompress.engine.plugin import merge_settings
-    from vllm_kvcompress.planning.config import CONFIG_KEY, KVCompressionConfig, parse_budget
-
-    try:
-        budget = None if args.budget is None else parse_budget(args.budget)
-        merged = merge_settings(None, args.method, budget, args.config)
-        return KVCompressionConfig.parse(merged[CONFIG_KEY])
-    except ValueError as error:
-        raise CommandError(str(error)) from None
-
-
-def _workload(args: argparse.Namespace, model: ModelFacts) -> Any:
+def _workload(args: argparse.Namespace, model: ServedModel) -> Any:
     from vllm_kvcompress.tools.plan.figures import Workload
 
     longest = model.max_model_len or args.context or UNKNOWN_LENGTH
@@ -235,12 +230,12 @@ def _workload(args: argparse.Namespace, model: ModelFacts) -> Any:
     return Workload(context, args.output, longest)
 
 
-def _engine(args: argparse.Namespace, context: int) -> EngineFacts:
-    from vllm_kvcompress.tools.plan.engine import BLOCK_SIZES, EngineFacts, batch_defaults
+def _server(args: argparse.Namespace, context: int) -> ServerSettings:
+    from vllm_kvcompress.tools.plan.server import BLOCK_SIZES, ServerSettings, batch_defaults
 
     tokens, requests = batch_defaults(args.device, args.gpu_memory)
     tokens = args.max_num_batched_tokens or min(tokens, requests * context)
-    return EngineFacts(
+    return ServerSettings(
         device=args.device,
         block_size=args.block_size or BLOCK_SIZES[args.device],
         max_num_batched_tokens=tokens,
@@ -250,23 +245,34 @@ def _engine(args: argparse.Namespace, context: int) -> EngineFacts:
 
 
 def _resolver(
-    settings: KVCompressionConfig, engine: EngineFacts, model: ModelFacts
+    settings: KVCompressionConfig, server: ServerSettings, model: ServedModel
 ) -> SettingsResolver:
     from vllm_kvcompress.planning.request_settings import SettingsResolver
 
-    if model.groups.window_groups and settings.prefill == "cascade":
-        raise CommandError(
-            "kv_compression: prefill cascade is not supported for models with sliding-window "
-            "layers, which need blocks for the whole prompt in that step; set prefill to auto"
-        )
     try:
-        return SettingsResolver(settings, engine.block_size, engine.limits(model.groups))
+        return SettingsResolver(settings, server.block_size, server.limits(model.groups))
     except ValueError as error:
         raise CommandError(str(error)) from None
 
 
+def _beside_bytes(resolver: SettingsResolver, server: ServerSettings, model: ServedModel) -> int:
+    """Bytes that compression takes beside the pool, as the GPU worker counts them."""
+    from vllm_kvcompress.planning.workspace_memory import workspace_bytes
+
+    if server.device != "gpu":
+        return 0
+    held, transient = workspace_bytes(
+        resolver,
+        model.shape,
+        max_num_seqs=server.max_num_seqs,
+        max_num_batched_tokens=server.max_num_batched_tokens,
+        max_model_len=server.max_model_len,
+    )
+    return held + transient
+
+
 def _left_of_gpu(
-    args: argparse.Namespace, model: ModelFacts, loaded: Any, assumed: list[str]
+    args: argparse.Namespace, model: ServedModel, loaded: Any, assumed: list[str]
 ) -> int:
     """Bytes for the KV cache; says in ``assumed`` how they come about."""
     from vllm_kvcompress.tools.plan.weights import weight_bytes
@@ -291,23 +297,23 @@ def _left_of_gpu(
 
 
 def _assumptions(
-    args: argparse.Namespace, model: ModelFacts, loaded: Any, engine: EngineFacts, beside: int
+    args: argparse.Namespace, model: ServedModel, loaded: Any, server: ServerSettings, beside: int
 ) -> list[str]:
     said = []
     if not (args.max_num_batched_tokens and args.max_num_seqs):
         where = "on a CPU"
-        if engine.device == "gpu":
+        if server.device == "gpu":
             memory = args.gpu_memory
             where = f"on a GPU of {format_bytes(memory)}" if memory else "on a GPU below 70 GiB"
         said.append(
-            f"Steps of {engine.max_num_batched_tokens:,} tokens and {engine.max_num_seqs:,} "
+            f"Steps of {server.max_num_batched_tokens:,} tokens and {server.max_num_seqs:,} "
             f"requests, where not given: what vllm serve takes {where}."
         )
     if beside:
         how = "taken off its pool" if args.gpu_memory else "not part of the size given"
         said.append(
             f"Compression holds {format_bytes(beside)} beside the pool for page tables and for "
-            f"scoring a prompt of {engine.max_model_len:,} tokens, {how}."
+            f"scoring a prompt of {server.max_model_len:,} tokens, {how}."
         )
     quantization = getattr(loaded, "quantization_config", None) or {}
     if not isinstance(quantization, dict):
@@ -323,14 +329,14 @@ def _assumptions(
     return said
 
 
-def _shared_flags(args: argparse.Namespace, engine: EngineFacts) -> list[tuple[str, str]]:
-    flags = [("--max-model-len", str(engine.max_model_len))]
+def _shared_flags(args: argparse.Namespace, server: ServerSettings) -> list[tuple[str, str]]:
+    flags = [("--max-model-len", str(server.max_model_len))]
     if args.gpu_memory is None:
         flags.append(("--kv-cache-memory-bytes", str(args.kv_cache_memory)))
     else:
         flags.append(("--gpu-memory-utilization", str(_utilization(args))))
-    flags.append(("--block-size", str(engine.block_size)))
-    flags.append(("--max-num-batched-tokens", str(engine.max_num_batched_tokens)))
+    flags.append(("--block-size", str(server.block_size)))
+    flags.append(("--max-num-batched-tokens", str(server.max_num_batched_tokens)))
     if args.max_num_seqs is not None:
         flags.append(("--max-num-seqs", str(args.max_num_seqs)))
     for flag, value in (("--dtype", args.dtype), ("--kv-cache-dtype", args.kv_cache_dtype)):
@@ -340,7 +346,7 @@ def _shared_flags(args: argparse.Namespace, engine: EngineFacts) -> list[tuple[s
 
 
 def _utilization(args: argparse.Namespace) -> float:
-    from vllm_kvcompress.tools.plan.engine import GPU_MEMORY_UTILIZATION
+    from vllm_kvcompress.tools.plan.server import GPU_MEMORY_UTILIZATION
 
     return float(args.gpu_memory_utilization or GPU_MEMORY_UTILIZATION)
 

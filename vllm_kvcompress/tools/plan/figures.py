@@ -1,8 +1,8 @@
 """Blocks, requests and lengths of a pool, with and without compression."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from vllm_kvcompress.planning.bisection import largest
 from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.planning.layer_groups import LayerGroups
 
@@ -54,8 +54,8 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Blocks that the sliding-window groups of one request hold; 0 where there are none.
+class SlidingWindows:
+    """Blocks that one request holds in the sliding-window groups; 0 where there are none.
 
     Attributes:
         layers: Of the model.
@@ -71,16 +71,16 @@ class Windows:
     lag: int
 
     def reserved(self, tokens: int) -> int:
-        """What vLLM wants room for at start: SlidingWindowSpec.max_admission_blocks_per_request."""
+        """Blocks that vLLM demands at start: SlidingWindowSpec.max_admission_blocks_per_request."""
         seen = min(self.layers.window - 1 + self.in_flight, tokens)
         return self.layers.window_groups * (-(-seen // self.block_size) + 1)
 
     def read(self, tokens: int) -> int:
-        """At most, until a request of that many tokens is read; as engine/spec.py counts it."""
+        """Most blocks until a prompt of that many tokens is computed; as SlidingWindowGroups."""
         return self.layers.window_group_blocks(self.block_size, tokens, self.in_flight)
 
     def held(self, tokens: int) -> int:
-        """At most while such a request generates; as engine/spec.py counts it."""
+        """Most blocks while such a request generates; as SlidingWindowGroups counts them."""
         return self.layers.window_group_blocks(self.block_size, tokens, self.lag + 1)
 
 
@@ -93,9 +93,10 @@ class Figures:
         blocks: Blocks of the pool, the null block included.
         after_prefill: Blocks of one request once its prompt has been processed.
         at_end: Blocks of one request with its last token.
-        peak: Most blocks that the scheduler counts for one request at any time, on its thriftiest
-            way. Under asynchronous scheduling these are the prompt's, the survivors' and the
-            answer's together. In all three, sliding-window groups count with the most they hold.
+        peak: Most blocks that the scheduler counts for one request at any time, with the prefill
+            that takes the fewest. Under asynchronous scheduling these are the blocks of prompt,
+            survivors and answer together. All three include the most that sliding-window groups
+            hold.
         starts: Whether vLLM starts with the context as --max-model-len.
         requests: Such requests that the pool holds at one time, all at their longest.
         concurrency: What vLLM's log calls "Maximum concurrency for N tokens per request".
@@ -116,21 +117,7 @@ class Figures:
     least_memory: int
 
 
-def block_bytes(layers: int, kv_heads: int, head_size: int, block_size: int, itemsize: int) -> int:
-    """Bytes of one block: keys and values of block_size tokens in all layers.
-
-    Args:
-        layers: L.
-        kv_heads: N.
-        head_size: D.
-        block_size: Tokens per block.
-        itemsize: Bytes of an element of the cache.
-
-    """
-    return 2 * layers * kv_heads * head_size * block_size * itemsize
-
-
-def plain_figures(pool: Pool, work: Workload, windows: Windows) -> Figures:
+def plain_figures(pool: Pool, work: Workload, windows: SlidingWindows) -> Figures:
     """What vLLM serves without compression, by its own rules (kv_cache_utils.py)."""
     size = pool.block_size
     whole = -(-work.context // size)
@@ -147,7 +134,8 @@ def plain_figures(pool: Pool, work: Workload, windows: Windows) -> Figures:
         requests=1 + (pool.usable - peak) // at_end if starts else 0,
         # vLLM counts the null block here.
         concurrency=pool.blocks / reserved,
-        longest=_last(
+        longest=largest(
+            0,
             work.longest,
             lambda tokens: -(-tokens // size) + windows.reserved(tokens) <= pool.usable,
         ),
@@ -156,7 +144,7 @@ def plain_figures(pool: Pool, work: Workload, windows: Windows) -> Figures:
 
 
 def compressed_figures(
-    pool: Pool, work: Workload, planner: BlockPlanner, windows: Windows
+    pool: Pool, work: Workload, planner: BlockPlanner, windows: SlidingWindows
 ) -> Figures:
     """What vLLM serves with compression.
 
@@ -200,7 +188,9 @@ def compressed_figures(
     )
 
 
-def longest_model_len(planner: BlockPlanner, usable: int, longest: int, windows: Windows) -> int:
+def longest_model_len(
+    planner: BlockPlanner, usable: int, longest: int, windows: SlidingWindows
+) -> int:
     """Longest --max-model-len with which an engine starts.
 
     Args:
@@ -221,19 +211,7 @@ def longest_model_len(planner: BlockPlanner, usable: int, longest: int, windows:
         return planner.peak_blocks(tokens, tokens + 1) + windows.reserved(tokens) <= usable
 
     # What one longest prompt holds is quick to find and nearly always what decides.
-    guess = _last(longest, last_fits)
+    guess = largest(0, longest, last_fits)
     if guess > 0 and starts(guess) and (guess == longest or not starts(guess + 1)):
         return guess
-    return _last(longest, starts)
-
-
-def _last(most: int, holds: Callable[[int], bool]) -> int:
-    """Largest number of 1 to most for which something holds that holds for all smaller ones."""
-    low, high = 0, most
-    while low < high:
-        middle = -(-(low + high) // 2)
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return largest(0, longest, starts)

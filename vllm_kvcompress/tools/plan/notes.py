@@ -4,16 +4,20 @@ from dataclasses import replace
 
 from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.tools.byte_sizes import format_bytes
-from vllm_kvcompress.tools.plan.engine import EngineFacts
-from vllm_kvcompress.tools.plan.figures import Figures, Windows, Workload
-from vllm_kvcompress.tools.plan.model import ModelFacts
+from vllm_kvcompress.tools.plan.figures import Figures, SlidingWindows, Workload
+from vllm_kvcompress.tools.plan.model import ServedModel
+from vllm_kvcompress.tools.plan.server import ServerSettings
 
 _LITTLE = 0.75
 """Share of its uncompressed blocks above which a compressed request saves little."""
 
 
 def gain_notes(
-    plain: Figures, compressed: Figures, work: Workload, planner: BlockPlanner, engine: EngineFacts
+    plain: Figures,
+    compressed: Figures,
+    work: Workload,
+    planner: BlockPlanner,
+    server: ServerSettings,
 ) -> list[str]:
     """Sentences on what compression gains with these settings.
 
@@ -22,7 +26,7 @@ def gain_notes(
         compressed: Figures with compression.
         work: The requests.
         planner: Of the engine.
-        engine: Its settings.
+        server: Its settings.
 
     """
     notes = []
@@ -44,15 +48,15 @@ def gain_notes(
             f"Will hardly pay: a finished request holds {compressed.at_end} of {plain.at_end} "
             f"blocks. {_why_little(work, planner)}"
         )
-    if plain.requests >= engine.max_num_seqs:
+    if plain.requests >= server.max_num_seqs:
         notes.append(
             f"Memory is ample: plain vLLM already holds {plain.requests:,} such requests and runs "
-            f"at most {engine.max_num_seqs:,} in a step (--max-num-seqs); compression only makes "
+            f"at most {server.max_num_seqs:,} in a step (--max-num-seqs); compression only makes "
             "decode steps read less."
         )
-    elif compressed.requests > engine.max_num_seqs:
+    elif compressed.requests > server.max_num_seqs:
         notes.append(
-            f"A step runs at most {engine.max_num_seqs:,} requests: raise --max-num-seqs to use "
+            f"A step runs at most {server.max_num_seqs:,} requests: raise --max-num-seqs to use "
             f"room for {compressed.requests:,}."
         )
     if 0 < compressed.requests < plain.requests:
@@ -61,7 +65,7 @@ def gain_notes(
             "while a prompt is compressed, and one step longer under asynchronous scheduling."
         )
     if compressed.longest < plain.longest:
-        step = engine.max_num_batched_tokens
+        step = server.max_num_batched_tokens
         which = f" of more than {step:,} tokens (--max-num-batched-tokens)"
         notes.append(
             "The longest --max-model-len is shorter than plain vLLM's: a prompt"
@@ -76,7 +80,7 @@ def gain_notes(
     return [*notes, *_prefill_notes(compressed, work, planner)]
 
 
-def window_notes(model: ModelFacts, work: Workload, windows: Windows) -> list[str]:
+def window_notes(model: ServedModel, work: Workload, windows: SlidingWindows) -> list[str]:
     """What a model's sliding-window layers hold, with and without compression.
 
     Args:

@@ -12,21 +12,21 @@ from rich.table import Table
 
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.tools.byte_sizes import format_bytes
-from vllm_kvcompress.tools.plan.engine import EngineFacts
 from vllm_kvcompress.tools.plan.figures import Figures, Workload
-from vllm_kvcompress.tools.plan.model import ModelFacts
+from vllm_kvcompress.tools.plan.model import ServedModel
+from vllm_kvcompress.tools.plan.server import ServerSettings
 
 PIPED_WIDTH = 100
 """Columns where the output is no terminal."""
 
 
 @dataclass(frozen=True)
-class Report:
+class PlanReport:
     """Everything that a plan found.
 
     Attributes:
         model: The model.
-        engine: The server.
+        server: The server.
         work: The requests.
         config: The compression.
         cache_dtype: ``auto`` or ``fp8``.
@@ -40,8 +40,8 @@ class Report:
 
     """
 
-    model: ModelFacts
-    engine: EngineFacts
+    model: ServedModel
+    server: ServerSettings
     work: Workload
     config: KVCompressionConfig
     cache_dtype: str
@@ -65,12 +65,12 @@ class Report:
         return {"plain": [*serve, *shared], "compressed": [*serve, *shared, *ours]}
 
 
-def as_json(report: Report) -> str:
+def as_json(report: PlanReport) -> str:
     """Return the plan as a JSON object; sizes are in bytes."""
     model = {**asdict(report.model), "dtype": str(report.model.dtype).removeprefix("torch.")}
     value: dict[str, Any] = {
         "model": {**model, "kv_bytes_per_token": report.token_bytes},
-        "engine": {**asdict(report.engine), "kv_cache_dtype": report.cache_dtype},
+        "engine": {**asdict(report.server), "kv_cache_dtype": report.cache_dtype},
         "request": {**asdict(report.work), "prompt": report.work.prompt},
         "kv_compression": report.config.as_dict(),
         "plain": asdict(report.plain),
@@ -82,7 +82,7 @@ def as_json(report: Report) -> str:
     return json.dumps(value, indent=2)
 
 
-def show(report: Report, file: TextIO) -> None:
+def show(report: PlanReport, file: TextIO) -> None:
     """Write tables, notes and command lines.
 
     Args:
@@ -120,7 +120,7 @@ def show(report: Report, file: TextIO) -> None:
         console.print(_command(words), soft_wrap=True)
 
 
-def _table(report: Report) -> Table:
+def _table(report: PlanReport) -> Table:
     plain, compressed, work = report.plain, report.compressed, report.work
     table = Table()
     table.add_column(f"{work.prompt:,} prompt + {work.output:,} answer tokens")
@@ -131,7 +131,7 @@ def _table(report: Report) -> Table:
         table.add_row(name, write(plain), write(compressed), end_section=last)
 
     row("KV-cache memory", lambda f: format_bytes(f.memory))
-    row(f"blocks of {report.engine.block_size} tokens in the pool", lambda f: f"{f.blocks:,}", True)
+    row(f"blocks of {report.server.block_size} tokens in the pool", lambda f: f"{f.blocks:,}", True)
     row("blocks of a request after its prefill", lambda f: f"{f.after_prefill:,}")
     row("... with its last token", lambda f: f"{f.at_end:,}")
     row("... at its peak", lambda f: f"{f.peak:,}", True)

@@ -13,31 +13,31 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from vllm_kvcompress.tools.arguments import CommandError
-from vllm_kvcompress.tools.plan.model import ModelFacts
+from vllm_kvcompress.tools.plan.model import ServedModel
 
 INDEX = "model.safetensors.index.json"
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-def weight_bytes(facts: ModelFacts, config: Any) -> tuple[int, str]:
+def weight_bytes(model: ServedModel, config: Any) -> tuple[int, str]:
     """Bytes of the weights in the served dtype, and in words where the figure is from.
 
     Args:
-        facts: Of the model.
+        model: As it is served.
         config: Its configuration.
 
     Raises:
         CommandError: No files are here, and the model cannot be laid out without them.
 
     """
-    folder = _folder(facts.name)
-    found = _files_bytes(folder, facts) if folder else None
+    folder = _folder(model.name)
+    found = _files_bytes(folder, model) if folder else None
     if found:
         return found
-    parameters = _parameters(facts, config)
-    size = parameters * facts.dtype.itemsize
+    parameters = _parameters(model, config)
+    size = parameters * model.dtype.itemsize
     return size, (
-        f"{parameters:,} parameters of {facts.dtype.itemsize} bytes, counted from the model's "
+        f"{parameters:,} parameters of {model.dtype.itemsize} bytes, counted from the model's "
         "structure as its files are not here"
     )
 
@@ -57,7 +57,7 @@ def _folder(name: str) -> Path | None:
         return Path(partial) if partial and (Path(partial) / INDEX).is_file() else None
 
 
-def _files_bytes(folder: Path, facts: ModelFacts) -> tuple[int, str] | None:
+def _files_bytes(folder: Path, model: ServedModel) -> tuple[int, str] | None:
     """Bytes of the safetensors files, or those their index states; None: there are none."""
     files = sorted(folder.glob("*.safetensors"))
     # Mistral's own format lies beside the other one.
@@ -70,37 +70,37 @@ def _files_bytes(folder: Path, facts: ModelFacts) -> tuple[int, str] | None:
             return size, f"as {INDEX} states"
     if not files:
         return None
-    size = sum(_file_bytes(file, facts) for file in files)
-    served = str(facts.dtype).removeprefix("torch.")
+    size = sum(_file_bytes(file, model) for file in files)
+    served = str(model.dtype).removeprefix("torch.")
     return size, f"the safetensors files, served in {served}"
 
 
-def _file_bytes(file: Path, facts: ModelFacts) -> int:
+def _file_bytes(file: Path, model: ServedModel) -> int:
     size = file.stat().st_size
-    if facts.quantized:
+    if model.quantized:
         return size
     with safe_open(file, framework="numpy") as tensors:
         for key in tensors.keys():  # noqa: SIM118 - not a mapping
             tensor = tensors.get_slice(key)
             stored = _FLOATS.get(tensor.get_dtype())
             if stored is not None:
-                size += math.prod(tensor.get_shape()) * (facts.dtype.itemsize - stored)
+                size += math.prod(tensor.get_shape()) * (model.dtype.itemsize - stored)
     return size
 
 
-def _parameters(facts: ModelFacts, config: Any) -> int:
-    if facts.quantized:
+def _parameters(model: ServedModel, config: Any) -> int:
+    if model.quantized:
         raise CommandError(
-            f"the weights of {facts.name} are quantized and not on this machine, so their size is "
+            f"the weights of {model.name} are quantized and not on this machine, so their size is "
             "not known; give --kv-cache-memory instead of --gpu-memory"
         )
-    known = getattr(transformers, facts.architecture, None)
+    known = getattr(transformers, model.architecture, None)
     try:
         with torch.device("meta"):
-            model = known(config) if known else AutoModelForCausalLM.from_config(config)
+            layout = known(config) if known else AutoModelForCausalLM.from_config(config)
     except (ImportError, ValueError) as error:
         raise CommandError(
-            f"transformers cannot lay out {facts.architecture} to count its parameters "
+            f"transformers cannot lay out {model.architecture} to count its parameters "
             f"({str(error).splitlines()[0]}); give --kv-cache-memory instead of --gpu-memory"
         ) from None
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in layout.parameters())

@@ -1,0 +1,46 @@
+"""docs/compatibility.md as rows."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKS, REFUSED, UNTESTED = "✅", "❌", "⬜"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the page's tables."""
+
+    feature: str
+    state: str
+    evidence: str
+
+    @property
+    def tests(self) -> list[tuple[str, str]]:
+        """File and name of every test that is named."""
+        return re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", self.evidence)
+
+    @property
+    def quote(self) -> str:
+        """What the evidence begins with, if that is in backticks."""
+        found = re.match(r"`([^`]+)`", self.evidence)
+        return found[1] if found else ""
+
+
+def rows() -> list[Row]:
+    lines = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").splitlines()
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("|") and not line.startswith(("| feature |", "| --- |"))
+    ]
+    assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
+    return [Row(*row) for row in cells]
+
+
+def refusals() -> dict[str, str]:
+    """Refused feature -> the sentence that the page quotes."""
+    return {row.feature: row.quote for row in rows() if row.state == REFUSED}

@@ -1,0 +1,21 @@
+"""Search for the largest number that still works."""
+
+from collections.abc import Callable
+
+
+def largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
+    """Return the largest number in a range for which a condition holds.
+
+    Args:
+        low: Returned if the condition holds for no number above it; it is not asked for this one.
+        high: Largest number in question; below ``low``: there is nothing to search.
+        holds: The condition. If it holds for a number, it must hold for all smaller ones.
+
+    """
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
