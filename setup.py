@@ -71,7 +71,15 @@ setup(
         "console_scripts": ["kvcompress = vllm_kvcompress.tools.cli:main"],
         "vllm.general_plugins": ["kvcompress = vllm_kvcompress.engine.plugin:register"],
     },
-    install_requires=["numpy", "prometheus_client", "rich>=13", "torch>=2.10", "tqdm", VLLM],
+    install_requires=[
+        "msgspec",
+        "numpy",
+        "prometheus_client",
+        "rich>=13",
+        "torch>=2.10",
+        "tqdm",
+        VLLM,
+    ],
     extras_require=EXTRAS,
     classifiers=[
         "Development Status :: 3 - Alpha",

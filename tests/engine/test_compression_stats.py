@@ -93,19 +93,16 @@ def test_a_report_goes_with_the_output_of_a_step() -> None:
     assert report_of(EMPTY_MODEL_RUNNER_OUTPUT) is None
 
 
-def test_reports_add_up() -> None:
+def test_prompts_add_up() -> None:
     total = CutReport()
     assert not total
     total.add_prompt("cake", 800, [300, 100])
-    total.add(CutReport([("score", 0.25)], {"uniform": 10}, {"uniform": 5}, [5, 5]))
-    total.add(CutReport([("move", 0.5)]))
-    assert total == CutReport(
-        REPORT.phase_times,
-        {"cake": 800, "uniform": 10},
-        {"cake": 200, "uniform": 5},
-        [305, 105],
-    )
+    total.add_prompt("cake", 200, [60, 41])
+    total.add_prompt("uniform", 10, [5, 5])
+    seen, kept = {"cake": 1000, "uniform": 10}, {"cake": 250, "uniform": 5}
+    assert total == CutReport([], seen, kept, [365, 146])
     assert total
+    assert CutReport([("move", 0.5)])
 
 
 def test_a_scheduler_sends_each_figure_once(folder: Path) -> None:

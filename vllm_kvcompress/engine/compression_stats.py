@@ -8,14 +8,17 @@ SchedulerStats has one field for a payload that vLLM does not know: that of a KV
 Connectors are refused beside compression, so the field is ours to use.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 from vllm.v1.metrics.stats import SchedulerStats
 
 from vllm_kvcompress.eviction.measurements import CutReport
 
-_SLOT = "kv_compression"
+SLOT = "kv_compression"
+"""The payload's only key."""
 
 PATHS = ("full", "cascade", "streaming")
 """Where a compressed prompt lies while it is computed."""
@@ -59,13 +62,20 @@ class CompressionCounters:
     blocks_freed: int = 0
     prefills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PATHS, 0))
     cuts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(CUT_KINDS, 0))
-    compressed_requests: dict[str, int] = field(default_factory=dict)
-    other_requests: dict[str, int] = field(default_factory=dict)
+    compressed_requests: dict[str, int] = field(default_factory=Counter)
+    other_requests: dict[str, int] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
 class CompressionStats:
-    """All figures of one engine and step."""
+    """All figures of one engine and step.
+
+    Attributes:
+        blocks: Blocks after the step.
+        counters: What the scheduler has counted since the last step's figures.
+        report: What the worker has measured since its last report.
+
+    """
 
     blocks: BlockGauges
     counters: CompressionCounters
@@ -74,20 +84,18 @@ class CompressionStats:
 
 def attach_stats(scheduler_stats: SchedulerStats, stats: CompressionStats) -> None:
     """Send figures along with a scheduler's. Mutates scheduler_stats."""
-    scheduler_stats.kv_connector_stats = {_SLOT: stats}
+    scheduler_stats.kv_connector_stats = {SLOT: stats}
 
 
-def carries_stats(payload: dict[str, object]) -> bool:
-    """Whether the payload of a KV connector is in truth ours."""
-    return _SLOT in payload
-
-
-def stats_of(payload: dict[str, object]) -> CompressionStats:
+def stats_of(payload: dict[str, Any]) -> CompressionStats:
     """Return the figures that came as a payload.
+
+    Args:
+        payload: SchedulerStats' kv_connector_stats as they have arrived.
 
     Raises:
         msgspec.ValidationError: They are not what :func:`attach_stats` sent.
 
     """
     # msgpack makes dicts of dataclasses whose type the receiver's decoder was not told.
-    return msgspec.convert(payload[_SLOT], CompressionStats)
+    return msgspec.convert(payload[SLOT], CompressionStats)

@@ -115,7 +115,7 @@ HOOKS: HookTable = {
     "vllm.v1.core.sched.scheduler": {
         "Scheduler": (
             SUBCLASS,
-            "vllm_config requests running max_model_len kv_cache_manager log_stats",
+            "vllm_config requests running max_model_len kv_cache_manager",
         ),
         "Scheduler.__init__": (OVERRIDE, "self, ..."),
         "Scheduler.schedule": (OVERRIDE, "self, throttle_prefills"),

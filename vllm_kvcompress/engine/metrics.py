@@ -6,12 +6,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogging, KVConnectorProm
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from vllm_kvcompress.engine.compression_stats import (
-    BlockGauges,
-    CompressionStats,
-    carries_stats,
-    stats_of,
-)
+from vllm_kvcompress.engine.compression_stats import SLOT, CompressionStats, stats_of
 from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.settings import compression_of
 
@@ -83,19 +78,21 @@ class CompressionMetrics:
 
         """
         own = {"model_name": self._model_name, "engine": str(engine)}
-        self._observe_blocks(stats.blocks, own)
-        counters, report = stats.counters, stats.report
+        blocks, counters, report = stats.blocks, stats.counters, stats.report
+        self._held.labels(**own).set(blocks.held)
+        self._reserved.labels(**own).set(blocks.reserved)
+        self._free.labels(**own).set(blocks.free)
+        held = blocks.running_held
+        self._ratio.labels(**own).set(blocks.running_plain / held if held else 1.0)
         self._freed.labels(**own).inc(counters.blocks_freed)
         for path, count in counters.prefills.items():
             self._prefills.labels(**own, path=path).inc(count)
         for kind, count in counters.cuts.items():
             self._cuts.labels(**own, kind=kind).inc(count)
-        for compressed, requests in (
-            ("true", counters.compressed_requests),
-            ("false", counters.other_requests),
-        ):
-            for method, count in requests.items():
-                self._requests.labels(**own, method=method, compressed=compressed).inc(count)
+        for method, count in counters.compressed_requests.items():
+            self._requests.labels(**own, method=method, compressed="true").inc(count)
+        for method, count in counters.other_requests.items():
+            self._requests.labels(**own, method=method, compressed="false").inc(count)
         for phase, seconds in report.phase_times:
             self._time.labels(**own, phase=phase).observe(seconds)
         for method, count in report.tokens_seen.items():
@@ -108,13 +105,6 @@ class CompressionMetrics:
             total = self._layer_sums.get((engine, layer), 0) + count
             self._layer_sums[engine, layer] = total
             self._share.labels(**own, layer=str(layer)).set(total / self._seen_sums[engine])
-
-    def _observe_blocks(self, blocks: BlockGauges, own: dict[str, str]) -> None:
-        self._held.labels(**own).set(blocks.held)
-        self._reserved.labels(**own).set(blocks.reserved)
-        self._free.labels(**own).set(blocks.free)
-        held = blocks.running_held
-        self._ratio.labels(**own).set(blocks.running_plain / held if held else 1.0)
 
 
 def _gauge(name: str, text: str, *labels: str) -> Gauge:
@@ -148,7 +138,7 @@ class CompressionProm(KVConnectorProm):
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """See the base class."""
-        if self._metrics is not None and carries_stats(transfer_stats_data):
+        if self._metrics is not None and SLOT in transfer_stats_data:
             self._metrics.observe(stats_of(transfer_stats_data), engine_idx)
         else:
             super().observe(transfer_stats_data, engine_idx)
@@ -164,7 +154,7 @@ def register_metrics() -> None:
     def leave_ours(original: Any) -> Any:
         def observe(self: Any, transfer_stats_data: dict[str, Any]) -> None:
             # vLLM's log lines would look for the connector that has sent it.
-            if not carries_stats(transfer_stats_data):
+            if SLOT not in transfer_stats_data:
                 original(self, transfer_stats_data)
 
         return observe

@@ -1,13 +1,8 @@
 """What a worker has measured of its cuts."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-
-def add_counts(counts: dict[str, int], more: Mapping[str, int]) -> None:
-    """Add to each count what ``more`` has under the same key. Mutates counts."""
-    for key, count in more.items():
-        counts[key] = counts.get(key, 0) + count
 
 
 @dataclass
@@ -23,8 +18,9 @@ class CutReport:
     """
 
     phase_times: list[tuple[str, float]] = field(default_factory=list)
-    tokens_seen: dict[str, int] = field(default_factory=dict)
-    tokens_kept: dict[str, int] = field(default_factory=dict)
+    # Counters where they are counted, dicts where they have been sent to.
+    tokens_seen: dict[str, int] = field(default_factory=Counter)
+    tokens_kept: dict[str, int] = field(default_factory=Counter)
     layer_tokens_kept: list[int] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -39,16 +35,7 @@ class CutReport:
             kept: Tokens kept by each layer, [L].
 
         """
-        mean = sum(kept) // len(kept)
-        self.add(CutReport([], {method: tokens}, {method: mean}, list(kept)))
-
-    def add(self, other: "CutReport") -> None:
-        """Add another report's figures. Mutates this one."""
-        self.phase_times += other.phase_times
-        add_counts(self.tokens_seen, other.tokens_seen)
-        add_counts(self.tokens_kept, other.tokens_kept)
-        if other.layer_tokens_kept:
-            before = self.layer_tokens_kept or [0] * len(other.layer_tokens_kept)
-            self.layer_tokens_kept = [
-                a + b for a, b in zip(before, other.layer_tokens_kept, strict=True)
-            ]
+        self.tokens_seen[method] += tokens
+        self.tokens_kept[method] += sum(kept) // len(kept)
+        before = self.layer_tokens_kept or [0] * len(kept)
+        self.layer_tokens_kept = [a + b for a, b in zip(before, kept, strict=True)]

@@ -12,7 +12,6 @@ from vllm.v1.request import Request
 
 from vllm_kvcompress.engine.compression_stats import BlockGauges, CompressionCounters
 from vllm_kvcompress.engine.scheduler.reservations import Reservation, Reservations
-from vllm_kvcompress.eviction.measurements import add_counts
 from vllm_kvcompress.paging.arena import IntegrityError
 from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
@@ -258,7 +257,7 @@ class ArenaManager(FullAttentionManager):
         if not request.num_preemptions:
             counters = self.counters
             requests = counters.compressed_requests if compressed else counters.other_requests
-            add_counts(requests, {planner.method.name: 1})
+            requests[planner.method.name] += 1
         if not compressed:
             return
         path = "full" if reservation.prefill_blocks is None else "cascade"

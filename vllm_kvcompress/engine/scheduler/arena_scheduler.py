@@ -83,8 +83,7 @@ class _ArenaScheduling(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """See the base class; takes in what the worker measured."""
-        if self.log_stats and (report := report_of(model_runner_output)) is not None:
-            self._report.add(report)
+        self._report = report_of(model_runner_output) or CutReport()
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
