@@ -34,7 +34,7 @@ from rich.table import Table  # noqa: E402
 
 from benchmarks import write_report  # noqa: E402
 from benchmarks.report_runs import EVERYTHING, Bench, Run  # noqa: E402
-from vllm_kvcompress.tools.evaluation.packed import pack, read_notes, unpack  # noqa: E402
+from vllm_kvcompress.tools.evaluation.packed_results import pack, read_notes, unpack  # noqa: E402
 from vllm_kvcompress.tools.evaluation.record import Record, read  # noqa: E402
 
 RECORDS = Path("out") / "report"

@@ -13,11 +13,11 @@ from tests.support.commands import parsed, refusal
 from tests.support.inspections import inspection
 from vllm_kvcompress.planning.layer_groups import LayerGroups
 from vllm_kvcompress.tools.arguments import CommandError
-from vllm_kvcompress.tools.inspection.chart import chart
+from vllm_kvcompress.tools.inspection.arrays_file import save_arrays
 from vllm_kvcompress.tools.inspection.command import make_job
-from vllm_kvcompress.tools.inspection.page import page_data
+from vllm_kvcompress.tools.inspection.html_chart import chart
+from vllm_kvcompress.tools.inspection.html_page import page_data
 from vllm_kvcompress.tools.inspection.run import cache_bytes, check_length, read_prompt
-from vllm_kvcompress.tools.inspection.store import save_arrays
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.support.inspections import inspection, made
 from vllm_kvcompress.eviction.records import make_record
 from vllm_kvcompress.methods import LayerInput, get_method
 from vllm_kvcompress.tools.inspection import Run, bin_edges, binned, passages, split_text
-from vllm_kvcompress.tools.inspection.store import save_arrays
+from vllm_kvcompress.tools.inspection.arrays_file import save_arrays
 from vllm_kvcompress.tools.inspection.style import run_title, shorten, strongest
 
 SMALL_RUN = Run(

@@ -16,7 +16,7 @@ from vllm_kvcompress.tools.bench.command import make_job
 from vllm_kvcompress.tools.cli import build_parser
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.command import settings_of
-from vllm_kvcompress.tools.evaluation.packed import pack, read_notes, unpack
+from vllm_kvcompress.tools.evaluation.packed_results import pack, read_notes, unpack
 from vllm_kvcompress.tools.evaluation.record import Store, read
 
 RUN = Run(

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, Case
-from vllm_kvcompress.tools.evaluation.kvpress_rows import Continuation, Row, prepare
+from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, EncodedPrompt
+from vllm_kvcompress.tools.evaluation.batched_decoding import CacheRow, Continuation, prepare
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.setting import Setting, kept_tokens
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt
@@ -142,13 +142,13 @@ class OncePerLayer:
         return self._scores
 
 
-class Cut(NamedTuple):
+class PressCut(NamedTuple):
     """One setting of a prompt: what cuts (None: nothing is to be cut) and what is left."""
 
     setting: Setting
     press: Any
     kept: int
-    row: Row
+    row: CacheRow
 
 
 class KvpressBackend(Backend):
@@ -214,10 +214,10 @@ class KvpressBackend(Backend):
 
     def run(
         self,
-        cases: Sequence[Case],
+        cases: Sequence[EncodedPrompt],
         settings: Sequence[Setting],
-        wanted: Callable[[Case, Setting], bool],
-    ) -> Iterator[tuple[Case, Setting, Answer]]:
+        wanted: Callable[[EncodedPrompt, Setting], bool],
+    ) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
         """Prefill each case once, then decode all cases under all settings together.
 
         Raises:
@@ -233,10 +233,10 @@ class KvpressBackend(Backend):
 
     @torch.inference_mode()
     def _answers(
-        self, asked: Sequence[tuple[Case, Sequence[Setting]]]
-    ) -> list[tuple[Case, Setting, Answer]]:
-        answers: list[tuple[Case, Setting, Answer]] = []
-        answering: list[tuple[Case, Cut]] = []
+        self, asked: Sequence[tuple[EncodedPrompt, Sequence[Setting]]]
+    ) -> list[tuple[EncodedPrompt, Setting, Answer]]:
+        answers: list[tuple[EncodedPrompt, Setting, Answer]] = []
+        answering: list[tuple[EncodedPrompt, PressCut]] = []
         parts = []
         for case, settings in asked:
             cuts = self._cuts(settings, len(case.token_ids))
@@ -261,7 +261,7 @@ class KvpressBackend(Backend):
             )
         return answers
 
-    def _cuts(self, settings: Sequence[Setting], tokens: int) -> list[Cut]:
+    def _cuts(self, settings: Sequence[Setting], tokens: int) -> list[PressCut]:
         shared: dict[Any, OncePerLayer] = {}
         cuts = []
         for setting in settings:
@@ -274,7 +274,7 @@ class KvpressBackend(Backend):
                 }
                 key = (type(press).score, tuple(sorted(read.items())))
                 press.score = shared.setdefault(key, OncePerLayer(press.score))
-            cuts.append(Cut(setting, press, kept, Row()))
+            cuts.append(PressCut(setting, press, kept, CacheRow()))
         return cuts
 
     def _press(self, setting: Setting, kept: int, tokens: int) -> Any:
@@ -291,7 +291,7 @@ class KvpressBackend(Backend):
         press.post_init_from_model(self._model)
         return press
 
-    def _prefill(self, case: Case, cuts: Sequence[Cut]) -> Continuation:
+    def _prefill(self, case: EncodedPrompt, cuts: Sequence[PressCut]) -> Continuation:
         """Fill the cuts' rows."""
         room = case.most_tokens - len(case.token_ids)
 
@@ -358,7 +358,7 @@ class KvpressBackend(Backend):
             )
 
 
-def _check_kept(cut: Cut) -> None:
+def _check_kept(cut: PressCut) -> None:
     lengths = cut.row.lengths
     mean = sum(lengths) / len(lengths)
     if round(mean) != cut.kept:

@@ -14,7 +14,7 @@ from vllm_kvcompress.tools.arguments import CommandError, count, json_object
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
     from vllm_kvcompress.tools.inspection import Inspection
-    from vllm_kvcompress.tools.inspection.run import Job
+    from vllm_kvcompress.tools.inspection.run import InspectionJob
 
 DEFAULT_METHOD = "cake"
 DEFAULT_BUDGET = "0.25"
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_job(args: argparse.Namespace) -> Job:
+def make_job(args: argparse.Namespace) -> InspectionJob:
     """Check everything that can be checked without the model.
 
     Args:
@@ -122,9 +122,9 @@ def make_job(args: argparse.Namespace) -> Job:
     """
     if not (args.model / "config.json").is_file():
         raise CommandError(f"--model must be a folder with a config.json, got {args.model}")
-    from vllm_kvcompress.tools.inspection.run import Job
+    from vllm_kvcompress.tools.inspection.run import InspectionJob
 
-    return Job(
+    return InspectionJob(
         model=args.model,
         text=_read(args.input),
         question=args.question,
@@ -152,9 +152,9 @@ def write(inspection: Inspection, prefix: Path, *, raw: bool) -> list[Path]:
         CommandError: One of them cannot be written.
 
     """
-    from vllm_kvcompress.tools.inspection.page import save_page
-    from vllm_kvcompress.tools.inspection.picture import save_picture
-    from vllm_kvcompress.tools.inspection.store import save_arrays
+    from vllm_kvcompress.tools.inspection.arrays_file import save_arrays
+    from vllm_kvcompress.tools.inspection.html_page import save_page
+    from vllm_kvcompress.tools.inspection.png_picture import save_picture
 
     writers = {".png": save_picture, ".html": save_page, **({".npz": save_arrays} if raw else {})}
     written = []

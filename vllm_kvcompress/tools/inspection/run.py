@@ -30,7 +30,7 @@ ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Job:
+class InspectionJob:
     """What to run.
 
     Attributes:
@@ -58,14 +58,14 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TokenizedPrompt:
     """Token ids, and the text that belongs to each."""
 
     token_ids: list[int]
     pieces: tuple[str, ...]
 
 
-def inspect(job: Job) -> Inspection:
+def inspect(job: InspectionJob) -> Inspection:
     """Run the prompt once for each method, in one engine.
 
     Changes the process's environment variables (:data:`ENVIRONMENT`) where they are not set.
@@ -99,7 +99,7 @@ def inspect(job: Job) -> Inspection:
     )
 
 
-def read_prompt(job: Job) -> Prompt:
+def read_prompt(job: InspectionJob) -> TokenizedPrompt:
     """Tokenize the document with its question.
 
     Args:
@@ -125,14 +125,14 @@ def read_prompt(job: Job) -> Prompt:
     # A chat template writes the special tokens itself.
     if not tokenizer.is_fast:
         ids = list(tokenizer(text, add_special_tokens=not job.chat)["input_ids"])
-        return Prompt(ids, tuple(tokenizer.decode([token]) for token in ids))
+        return TokenizedPrompt(ids, tuple(tokenizer.decode([token]) for token in ids))
     encoded = tokenizer(text, add_special_tokens=not job.chat, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
     names = tokenizer.convert_ids_to_tokens(ids)
-    return Prompt(ids, tuple(split_text(text, encoded["offset_mapping"], names)))
+    return TokenizedPrompt(ids, tuple(split_text(text, encoded["offset_mapping"], names)))
 
 
-def check_length(job: Job, model: ModelFacts, tokens: int) -> int:
+def check_length(job: InspectionJob, model: ModelFacts, tokens: int) -> int:
     """Return the context to start the engine with.
 
     Args:
@@ -166,7 +166,7 @@ def check_length(job: Job, model: ModelFacts, tokens: int) -> int:
     return job.max_model_len
 
 
-def cache_bytes(job: Job, model: ModelFacts, max_model_len: int) -> int:
+def cache_bytes(job: InspectionJob, model: ModelFacts, max_model_len: int) -> int:
     """Memory for the cache of one prompt; without being told vLLM takes most of the machine's.
 
     Args:
@@ -184,7 +184,7 @@ def cache_bytes(job: Job, model: ModelFacts, max_model_len: int) -> int:
     return blocks * block_bytes(*shape, job.block_size, model.dtype.itemsize)
 
 
-def start(job: Job, model: ModelFacts, max_model_len: int) -> Any:
+def start(job: InspectionJob, model: ModelFacts, max_model_len: int) -> Any:
     """Start an engine with the first method whose requests may ask for the others.
 
     Args:
@@ -227,7 +227,7 @@ def start(job: Job, model: ModelFacts, max_model_len: int) -> Any:
     )
 
 
-def record(llm: Any, prompt: Prompt, config: KVCompressionConfig, *, first: bool) -> Run:
+def record(llm: Any, prompt: TokenizedPrompt, config: KVCompressionConfig, *, first: bool) -> Run:
     """Run the prompt with one method.
 
     Args:

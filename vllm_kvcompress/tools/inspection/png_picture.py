@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from vllm_kvcompress.tools.inspection import excerpts
-from vllm_kvcompress.tools.inspection.data import Floats, Inspection, Run, bin_edges, binned
+from vllm_kvcompress.tools.inspection.kept_tokens import Floats, Inspection, Run, bin_edges, binned
 from vllm_kvcompress.tools.inspection.style import (
     BAR,
     BAR_TITLE,
