@@ -1,4 +1,4 @@
-"""Pages of docs/results.md on quality; a page without figures says which results are missing."""
+"""Pages of docs/results.md on quality; a function adds nothing where there are no results."""
 
 from __future__ import annotations
 
@@ -46,10 +46,9 @@ AHEAD, LEVEL, BEHIND = "ahead", "level", "behind"
 
 
 def what_was_run(page: MarkdownPage, results: Results) -> None:
-    """Every file with its models, tasks, prompts, seeds, versions and command line."""
+    """Models, tasks, prompts, seeds, versions and command line of every file."""
     files = [*results.quality, *results.ablations]
     if not files:
-        missing(page, "benchmarks/results/quality/*.csv")
         return
     head = ["file", "models", "tasks", "tokens", "protocols", "prompts a cell", "answered by"]
     page.add(tables.table(head, [_run(file) for file in files]))
@@ -64,16 +63,15 @@ def what_was_run(page: MarkdownPage, results: Results) -> None:
 
 
 def ruler(page: MarkdownPage, results: Results) -> None:
-    """RULER, the question compressed with the context."""
+    """Means over RULER's tasks; the question is compressed with the context."""
     chosen = _chosen(results, lambda group: group.family == RULER, AWARE)
-    _add(page, results, chosen, "RULER with query-aware compression")
+    _add(page, results, chosen)
 
 
 def against_kvpress(page: MarkdownPage, results: Results) -> None:
-    """CAKE and DynamicKV minus kvpress's SnapKV on the same prompts at every budget."""
+    """Differences on the same prompts, with the same number of bytes."""
     groups = [group for group in results.groups if not group.likelihood and _references(group)]
     if not groups:
-        missing(page, "SnapKV as kvpress has it")
         return
     page.add(
         "Points of the mean over tasks, ours minus kvpress's SnapKV, on the prompts that both have "
@@ -96,14 +94,12 @@ def against_kvpress(page: MarkdownPage, results: Results) -> None:
 
 
 def per_task(page: MarkdownPage, results: Results) -> None:
-    """RULER's tasks by themselves."""
+    """Each of RULER's tasks by itself, at every length and budget."""
     groups = [
         group
         for group in _chosen(results, lambda group: group.family == RULER, AWARE)
         if len(group.tasks) > 1 and group.budgets
     ]
-    if not groups:
-        missing(page, "several tasks of RULER")
     styles = styles_for(results.groups)
     for series in by_length(groups):
         page.heading(2, series[0].title)
@@ -113,36 +109,34 @@ def per_task(page: MarkdownPage, results: Results) -> None:
 
 
 def query_agnostic(page: MarkdownPage, results: Results) -> None:
-    """All tasks compressed before the question, but needles and likelihoods."""
+    """The same tasks, compressed before the question is known."""
     chosen = _chosen(results, lambda group: not is_needles(group), AGNOSTIC)
-    _add(page, results, chosen, "query-agnostic compression")
+    _add(page, results, chosen)
 
 
 def other_tasks(page: MarkdownPage, results: Results) -> None:
-    """Families besides RULER, such as LongBench."""
+    """Tasks besides RULER, such as RULER's tasks as a chat."""
 
     def other(group: ResultGroup) -> bool:
         return group.family != RULER and not is_needles(group)
 
-    _add(page, results, _chosen(results, other, AWARE), "other tasks")
+    _add(page, results, _chosen(results, other, AWARE))
 
 
 def needles(page: MarkdownPage, results: Results) -> None:
-    """Heat maps, and tables over all depths."""
+    """One needle, by its depth and the length of the prompt."""
     groups = [group for group in results.groups if not group.likelihood and is_needles(group)]
-    _add(page, results, groups, "the needle grid")
+    _add(page, results, groups)
 
 
 def likelihoods(page: MarkdownPage, results: Results) -> None:
-    """Nats per token through the compressed cache, and differences to the full one."""
+    """Likelihood of right answers and of running text through the compressed cache."""
     groups = [group for group in results.groups if group.likelihood]
-    _add(page, results, groups, "likelihoods", against_full=True)
+    _add(page, results, groups, against_full=True)
 
 
 def ablations(page: MarkdownPage, results: Results) -> None:
-    """What a part is worth: every file's labels, and their differences to one of them."""
-    if not results.ablations:
-        missing(page, "benchmarks/results/quality/ablation*.csv")
+    """What the parts and parameters of the methods are worth."""
     for file in results.ablations:
         page.heading(2, file.name.removeprefix("ablation").strip("_-") or file.name)
         if "about" in file.notes:
@@ -157,7 +151,7 @@ def ablations(page: MarkdownPage, results: Results) -> None:
 
 
 def full_caches(page: MarkdownPage, results: Results) -> None:
-    """Whether our harness gets what others get where nothing is compressed."""
+    """vLLM with and without this package, and transformers, where nothing is compressed."""
     found: dict[tuple[str, str, str, str], dict[str, pd.DataFrame]] = {}
     for group in results.groups:
         if group.likelihood:
@@ -176,7 +170,6 @@ def full_caches(page: MarkdownPage, results: Results) -> None:
             line = [", ".join(prompts), first, other, *means]
             lines.append([*line, *_agreement(paired(both[1], both[0]))])
     if not lines:
-        missing(page, "a full cache answered by two sources")
         return
     page.add(
         "Scores in per cent over the prompts of each; the difference, second minus first, is over "
@@ -184,11 +177,6 @@ def full_caches(page: MarkdownPage, results: Results) -> None:
     )
     head = ["prompts", "first", "second", "first's score", "second's score", "difference"]
     page.add(tables.table([*head, "pairs", "pairs whose scores differ"], lines))
-
-
-def missing(page: MarkdownPage, what: str) -> None:
-    """Say that a page has no figures."""
-    page.add(f"*The figures are missing: no results of {what} are committed.*")
 
 
 def _chosen(
@@ -205,12 +193,9 @@ def _add(
     page: MarkdownPage,
     results: Results,
     groups: Sequence[ResultGroup],
-    what: str,
     *,
     against_full: bool = False,
 ) -> None:
-    if not groups:
-        missing(page, what)
     styles = styles_for(results.groups)
     for series in by_length(groups):
         add_groups(page, series, styles, 2, against_full=against_full)

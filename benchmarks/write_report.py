@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report_quality  # noqa: E402
+from benchmarks import report_quality as quality  # noqa: E402
 from benchmarks.report_data import Results, read_results  # noqa: E402
 from benchmarks.report_speed import speed  # noqa: E402
 from benchmarks.report_summary import opening, papers  # noqa: E402
@@ -32,70 +31,21 @@ GENERATED = (
 HOW_TO_READ = "How to read the tables"
 
 
-class Section(NamedTuple):
-    """A page below the first one.
-
-    Attributes:
-        name: Name of its file, without the ending.
-        title: Heading of the page.
-        about: What it shows, for the table of contents.
-        write: Function that appends the section to a page.
-
-    """
-
-    name: str
-    title: str
-    about: str
-    write: Callable[[MarkdownPage, Results], None]
-
-
 SECTIONS = (
-    Section(
-        *("ruler", "RULER by model, length and budget"),
-        *("means over tasks, question compressed with the context", report_quality.ruler),
-    ),
-    Section(
-        *("kvpress", "CAKE and DynamicKV against kvpress's SnapKV"),
-        *("differences on the same prompts at the same bytes", report_quality.against_kvpress),
-    ),
-    Section(
-        *("ruler-per-task", "RULER per task"),
-        *("each task by itself, at every length and budget", report_quality.per_task),
-    ),
-    Section(
-        *("query-agnostic", "Query-agnostic compression"),
-        *("the question comes after the compression", report_quality.query_agnostic),
-    ),
-    Section(
-        *("other-tasks", "Other tasks"),
-        *("the same tasks as a chat, and others", report_quality.other_tasks),
-    ),
-    Section(
-        *("needle-grid", "Needle grid"),
-        *("one needle by depth and length", report_quality.needles),
-    ),
-    Section(
-        *("likelihood", "Likelihood"),
-        *("right answers and running text through the compressed cache",),
-        report_quality.likelihoods,
-    ),
-    Section(
-        *("ablations", "Ablations"),
-        *("what the parts and parameters of the methods are worth", report_quality.ablations),
-    ),
-    Section(
-        *("full-cache", "Full cache: do the sources agree?"),
-        *("vLLM with and without this package, and transformers", report_quality.full_caches),
-    ),
-    Section(
-        *("speed-and-memory", "Speed and memory"),
-        *("steps, first tokens, throughput, blocks held", speed),
-    ),
-    Section(
-        *("what-was-run", "What was run"),
-        *("models, prompts, versions and commands of every file", report_quality.what_was_run),
-    ),
+    ("ruler", "RULER by model, length and budget", quality.ruler),
+    ("kvpress", "CAKE and DynamicKV against kvpress's SnapKV", quality.against_kvpress),
+    ("ruler-per-task", "RULER per task", quality.per_task),
+    ("query-agnostic", "Query-agnostic compression", quality.query_agnostic),
+    ("other-tasks", "Other tasks", quality.other_tasks),
+    ("needle-grid", "Needle grid", quality.needles),
+    ("likelihood", "Likelihood", quality.likelihoods),
+    ("ablations", "Ablations", quality.ablations),
+    ("full-cache", "Full cache: do the sources agree?", quality.full_caches),
+    ("speed-and-memory", "Speed and memory", speed),
+    ("what-was-run", "What was run", quality.what_was_run),
 )
+"""File, heading and function of every page but the first. What it says of itself is in the
+table of contents."""
 
 
 def build(results: Results, folder: str) -> dict[str, MarkdownPage]:
@@ -106,8 +56,8 @@ def build(results: Results, folder: str) -> dict[str, MarkdownPage]:
         folder: Folder of all pages but the first one, relative to it.
 
     Returns:
-        The pages by their paths, relative to the folder of the first one; sections on tasks that
-        nobody has run have none.
+        The pages by their paths, relative to the folder of the first one; sections without
+        results have none.
 
     """
     start = MarkdownPage()
@@ -115,13 +65,15 @@ def build(results: Results, folder: str) -> dict[str, MarkdownPage]:
     opening(start, results)
     pages = {START: start}
     contents = []
-    for section in SECTIONS:
-        path = f"{folder}/{section.name}.md"
-        page = pages[path] = MarkdownPage()
-        page.heading(1, section.title)
-        page.add(f"{GENERATED} [{HOW_TO_READ}](../{START}#{_anchor(HOW_TO_READ)}).")
-        section.write(page, results)
-        contents.append(f"* [{section.title}]({path}): {section.about}")
+    for name, title, write in SECTIONS:
+        path = f"{folder}/{name}.md"
+        page = MarkdownPage()
+        write(page, results)
+        if page.parts:
+            reading = f"[{HOW_TO_READ}](../{START}#{_anchor(HOW_TO_READ)})"
+            page.parts[:0] = [f"# {title}", f"{GENERATED} {reading}."]
+            pages[path] = page
+            contents.append(f"* [{title}]({path}). {write.__doc__}")
     start.heading(2, "Contents")
     titles = (HOW_TO_READ, "What papers report")
     contents += [f"* [{title}](#{_anchor(title)})" for title in titles]
@@ -163,10 +115,10 @@ def _check(folder: Path, pages: Mapping[str, MarkdownPage]) -> int:
     for name, page in pages.items():
         path = folder / name
         absent = [name for name in page.pictures if not (path.parent / name).is_file()]
-        current = path.is_file() and path.read_text(encoding="utf-8") == page.text()
-        if not current or absent:
-            what = "is not what the committed results give" if not current else ""
-            what = what or f"lacks {', '.join(absent)}"
+        what = f"lacks {', '.join(absent)}" if absent else ""
+        if not path.is_file() or path.read_text(encoding="utf-8") != page.text():
+            what = "is not what the committed results give"
+        if what:
             print(f"{path} {what}; run python -m benchmarks.write_report", file=sys.stderr)
             return 1
     return 0

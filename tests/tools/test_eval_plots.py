@@ -15,6 +15,7 @@ from vllm_kvcompress.tools.evaluation.record import Record
 from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, make_groups
 from vllm_kvcompress.tools.evaluation.results_frame import make_frame
 from vllm_kvcompress.tools.evaluation.styles import styles_for
+from vllm_kvcompress.tools.inspection.png_file import save_png
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -59,7 +60,7 @@ def test_share_figure(tmp_path: Path) -> None:
     labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
     assert labels == ["12.8 %", "25.6 %"]
     path = tmp_path / "new" / "share.png"
-    plots.save(figure, path)
+    save_png(figure, path)
     assert path.read_bytes().startswith(PNG)
     with Image.open(path) as image:
         assert image.size[0] > image.size[1] > 300

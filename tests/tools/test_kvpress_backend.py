@@ -123,7 +123,7 @@ class Reference:
     def press(self, setting: Setting, tokens: int) -> Any:
         kept = kept_tokens(setting.budget, tokens, 32)
         ratio = ratio_for(setting.method, kept, tokens)
-        name = PRESSES[setting.method].name
+        name, _ = PRESSES[setting.method]
         return getattr(self.kvpress, name)(compression_ratio=ratio, **setting.params)
 
     def under(self, setting: Setting, tokens: int) -> Any:

@@ -107,8 +107,7 @@ def test_sections(committed: Path) -> None:
     assert "query-agnostic" in found["query-agnostic"]
     assert found["needle-grid"].count("![") == 2
     assert "ppl 12.18" in found["likelihood"]
-    missing = {name for name, text in found.items() if "*The figures are missing: " in text}
-    assert missing == {"results", "other-tasks"}
+    assert "other-tasks" not in found
 
 
 def test_settings_with_fewer_tasks_are_compared_on_those(committed: Path) -> None:
@@ -198,11 +197,10 @@ def test_other_bytes_are_named(committed: Path) -> None:
     assert "ahead; holds 16 % against 12.8 %" in text
 
 
-def test_pages_without_figures_say_so(tmp_path: Path) -> None:
+def test_sections_without_results_have_no_page(tmp_path: Path) -> None:
     found = pages(tmp_path)
-    assert len(found) == 12
-    assert all("*The figures are missing: " in text for text in found.values())
-    assert not any("![" in text for text in found.values())
+    assert list(found) == ["results"]
+    assert "](results/" not in found["results"]
 
 
 def test_the_committed_page_opens_with_a_table_and_five_sentences() -> None:

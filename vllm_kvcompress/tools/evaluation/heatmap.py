@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vllm_kvcompress.tools.evaluation.plots import DPI
 from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup
 from vllm_kvcompress.tools.evaluation.tables import budget_text
+from vllm_kvcompress.tools.inspection.png_file import DPI
 from vllm_kvcompress.tools.inspection.style import HEAT, shorten
 
 _LETTERS = 9.0

@@ -27,54 +27,40 @@ from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class Kind(NamedTuple):
-    """What a parameter may be: a test, and how it is said."""
-
-    accepts: Callable[[Any], bool]
-    text: str
+Check = tuple[Callable[[Any], bool], str]
+"""Whether a parameter has an allowed value, and the allowed values in words."""
 
 
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-_COUNT = Kind(lambda value: _whole(value, 1), "a whole number from 1")
-_SINKS = Kind(lambda value: _whole(value, 0), "a whole number from 0")
-_ODD = Kind(lambda value: _whole(value, 1) and value % 2 == 1, "an odd number from 1")
-_FLAG = Kind(lambda value: isinstance(value, bool), "true or false")
-_SHIFT = Kind(
-    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value >= 0,
-    "a number from 0",
-)
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
-class Press(NamedTuple):
-    """One of kvpress's methods: its class there and the parameters it takes."""
-
-    name: str
-    params: Mapping[str, Kind]
-
-
+_COUNT: Check = (lambda value: _whole(value, 1), "a whole number from 1")
+_SINKS: Check = (lambda value: _whole(value, 0), "a whole number from 0")
+_ODD: Check = (lambda value: _whole(value, 1) and value % 2 == 1, "an odd number from 1")
+_FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
+_SHIFT: Check = (_number, "a number from 0")
 _SNAPKV = {"window_size": _COUNT, "kernel_size": _ODD}
-PRESSES: Mapping[str, Press] = MappingProxyType(
+_EXPECTED_ATTENTION = {
+    "n_future_positions": _COUNT, "n_sink": _SINKS,
+    "use_covariance": _FLAG, "use_vnorm": _FLAG, "epsilon": _SHIFT,
+}
+
+PRESSES: Mapping[str, tuple[str, Mapping[str, Check]]] = MappingProxyType(
     {
-        "snapkv": Press("SnapKVPress", _SNAPKV),
-        "pyramidkv": Press("PyramidKVPress", {**_SNAPKV, "beta": _COUNT}),
-        "streamingllm": Press("StreamingLLMPress", {"n_sink": _SINKS}),
-        "expected_attention": Press(
-            "ExpectedAttentionPress",
-            {
-                "n_future_positions": _COUNT,
-                "n_sink": _SINKS,
-                "use_covariance": _FLAG,
-                "use_vnorm": _FLAG,
-                "epsilon": _SHIFT,
-            },
-        ),
-        "keydiff": Press("KeyDiffPress", {}),
+        "snapkv": ("SnapKVPress", _SNAPKV),
+        "pyramidkv": ("PyramidKVPress", {**_SNAPKV, "beta": _COUNT}),
+        "streamingllm": ("StreamingLLMPress", {"n_sink": _SINKS}),
+        "expected_attention": ("ExpectedAttentionPress", _EXPECTED_ATTENTION),
+        "keydiff": ("KeyDiffPress", {}),
     }
 )
-"""By the method's name in a :class:`Setting`; what is not given is kvpress's default."""
+"""Class in kvpress and the parameters that it takes, by the method's name in a :class:`Setting`;
+parameters that are not given have kvpress's defaults."""
 
 
 def check_setting(setting: Setting, block_size: int) -> None:
@@ -86,23 +72,22 @@ def check_setting(setting: Setting, block_size: int) -> None:
     """
     if setting.is_full:
         return
-    press = PRESSES.get(setting.method)
-    if press is None:
+    if setting.method not in PRESSES:
         raise EvaluationError(
             f"method {setting.method!r} is not compared with kvpress; it is one of "
             f"{', '.join(PRESSES)}"
         )
+    _, checks = PRESSES[setting.method]
     for name, value in setting.params.items():
-        kind = press.params.get(name)
-        if kind is None:
-            known = ", ".join(press.params) or "none"
+        if name not in checks:
             raise EvaluationError(
-                f"parameter {name!r} is none of {setting.method} in kvpress, which takes {known}"
+                f"parameter {name!r} is none of {setting.method} in kvpress, which takes "
+                f"{', '.join(checks) or 'none'}"
             )
-        if not kind.accepts(value):
+        accepts, text = checks[name]
+        if not accepts(value):
             raise EvaluationError(
-                f"parameter {name} of {setting.method} in kvpress must be {kind.text}, got "
-                f"{value!r}"
+                f"parameter {name} of {setting.method} in kvpress must be {text}, got {value!r}"
             )
     try:
         kept_tokens(setting.budget, 1, block_size)
@@ -278,7 +263,8 @@ class KvpressBackend(Backend):
         return cuts
 
     def _press(self, setting: Setting, kept: int, tokens: int) -> Any:
-        press = getattr(self._kvpress, PRESSES[setting.method].name)(
+        name, _ = PRESSES[setting.method]
+        press = getattr(self._kvpress, name)(
             compression_ratio=ratio_for(setting.method, kept, tokens), **setting.params
         )
         for name in ("window_size", "n_sink"):

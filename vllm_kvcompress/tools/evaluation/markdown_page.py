@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from vllm_kvcompress.tools.evaluation import tables
 from vllm_kvcompress.tools.evaluation.heatmap import needle_figure
-from vllm_kvcompress.tools.evaluation.plots import Styles, save, share_figure, task_figure
+from vllm_kvcompress.tools.evaluation.plots import Styles, share_figure, task_figure
 from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup
+from vllm_kvcompress.tools.inspection.png_file import save_png
 
 RULER = "ruler"
 
@@ -83,7 +84,7 @@ class MarkdownPage:
         """Write the pictures to ``folder`` and return their paths."""
         paths = []
         for name, draw in self.pictures.items():
-            save(draw(), folder / name)
+            save_png(draw(), folder / name)
             paths.append(folder / name)
         return paths
 

@@ -1,26 +1,22 @@
-"""Pictures of results; every function returns a figure that :func:`save` writes."""
+"""Pictures of results; every function returns a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from math import ceil, exp, log
-from pathlib import Path
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
-from PIL import Image
 
 from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, SettingRow
 from vllm_kvcompress.tools.evaluation.stats import Estimate
 from vllm_kvcompress.tools.evaluation.styles import Style, styles_for
 from vllm_kvcompress.tools.evaluation.tables import budget_text, share_text
+from vllm_kvcompress.tools.inspection.png_file import DPI
 from vllm_kvcompress.tools.inspection.style import shorten
-
-DPI = 120
 
 _LETTERS = 9.0
 # Inches that a legend's entry takes beside its letters, and for each of them.
@@ -30,23 +26,6 @@ _COLUMNS = 4
 _DASHES = (0, (6, 3))
 
 Styles = Mapping[SettingRow, Style]
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG with a palette of 256 colours, which takes a third of the space.
-
-    Raises:
-        OSError: The file cannot be written.
-
-    """
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(drawn) as image:
-        palette = image.convert("RGB").quantize(
-            256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-        )
-    palette.save(path, format="PNG", optimize=True)
 
 
 def share_figure(groups: Sequence[ResultGroup], styles: Styles | None = None) -> Figure:
