@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from benchmarks.report_data import Results
-from benchmarks.report_runs import QWEN
 from vllm_kvcompress.tools.evaluation import tables
 from vllm_kvcompress.tools.evaluation.markdown_page import RULER, MarkdownPage
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE
 from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, SettingRow, make_groups
 
-MODEL = QWEN.rpartition("/")[2]
+MODEL = "qwen2.5-coder-0.5b-instruct"
 LONG, SHORT = 4096, 1024
 SHOWN = ("full", "cake", "dynamickv", "snapkv", "pyramidkv")
 HALF, QUARTER, EIGHTH = "0.5", "0.25", "0.125"

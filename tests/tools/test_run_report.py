@@ -24,7 +24,7 @@ RUN = Run(
     methods=("full", "cake"),
     variants={"cake, even": {"method": "cake", "gamma": 0}},
     budgets=("0.25", "64"),
-    notes={"about": "A few."},
+    about="A few.",
 )
 
 
@@ -87,6 +87,7 @@ def test_a_run_that_was_stopped_is_kept_as_far_as_it_went_and_timed(place: Path)
     path = place / "results" / "quality" / "small.csv"
     assert read_notes(path) == {
         "about": "A few.",
+        "reference": "cake, even",
         "command": "python -m benchmarks.run_report --only small",
         "versions": "vllm 0.32.1",
         "device": "A x2, B x4",
