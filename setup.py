@@ -15,6 +15,7 @@ EVAL = [
     # LongBench's prompts and metrics.
     "lm_eval[longbench]>=0.4.13,<0.5",
     "matplotlib>=3.8",
+    "pandas>=2.3",
     # RULER's own generators run on these.
     "nltk>=3.9",
     "pyyaml>=6",

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from vllm_kvcompress.tools.evaluation.cells import Cell, make_cells
-from vllm_kvcompress.tools.evaluation.packed import read_notes, unpack
-from vllm_kvcompress.tools.evaluation.panels import Panel, make_panels
-from vllm_kvcompress.tools.evaluation.record import Record
+import pandas as pd
+
+from vllm_kvcompress.tools.evaluation.packed_results import read_notes, unpack
+from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, make_groups
+from vllm_kvcompress.tools.evaluation.results_frame import check_frame, make_frame
 
 QUALITY = "quality"
 ABLATION = "ablation"
@@ -19,39 +19,20 @@ SPEED = ("engine", "capacity", "bench")
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedFile:
     """A packed file.
 
     Attributes:
-        name: Of the file, without its ending.
-        notes: At its head: ``command`` and ``versions``; for ablations ``about``, a sentence, and
-            ``reference``, the label that the others are compared with.
-        records: What it holds.
+        name: Name of the file, without its ending.
+        notes: Notes at its head: ``command`` and ``versions``; for ablations also ``about``, a
+            sentence, and ``reference``, the label that the others are compared with.
+        frame: Its records, as :func:`.results_frame.make_frame` makes it.
 
     """
 
     name: str
     notes: Mapping[str, str]
-    records: Sequence[Record]
-
-    @cached_property
-    def panels(self) -> list[Panel]:
-        """Of this file alone."""
-        return make_panels(make_cells(self.records))
-
-
-@dataclass(frozen=True)
-class Speed:
-    """A file of measured times, as its benchmark wrote it.
-
-    Attributes:
-        name: Of the file, without its ending.
-        rows: By column.
-
-    """
-
-    name: str
-    rows: Sequence[Mapping[str, str]]
+    frame: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -59,50 +40,46 @@ class Results:
     """Everything that is committed.
 
     Attributes:
-        quality: Files of all sections but that on ablations, by name.
-        ablations: Files of that one, by name.
-        speed: In the order of :data:`SPEED`.
+        quality: Packed files of all sections but the one on ablations, by name.
+        ablations: Packed files of the section on ablations, by name.
+        speed: Rows of the files of measured times, by the name of the file; in the order of
+            :data:`SPEED`.
 
     """
 
-    quality: Sequence[Packed]
-    ablations: Sequence[Packed]
-    speed: Sequence[Speed]
+    quality: Sequence[PackedFile]
+    ablations: Sequence[PackedFile]
+    speed: Mapping[str, Sequence[Mapping[str, str]]]
 
     @cached_property
-    def cells(self) -> list[Cell]:
-        """Of :attr:`quality`, files of the same setting summed."""
-        return make_cells(record for packed in self.quality for record in packed.records)
-
-    @cached_property
-    def panels(self) -> list[Panel]:
-        """Of :attr:`quality`."""
-        return make_panels(self.cells)
+    def groups(self) -> list[ResultGroup]:
+        """Groups of :attr:`quality`, records of the same setting in several files put together."""
+        if not self.quality:
+            return []
+        frame = pd.concat([file.frame for file in self.quality], ignore_index=True)
+        check_frame(frame)
+        return make_groups(frame)
 
 
 def read_results(folder: Path) -> Results:
-    """Read benchmarks/results or a folder like it; what is not there is left out.
+    """Read benchmarks/results or a folder like it; files that do not exist are left out.
 
     Raises:
-        EvaluationError: A packed file is none.
+        EvaluationError: A file is not a packed file.
 
     """
-    packed = [
-        Packed(path.stem, read_notes(path), unpack(path))
-        for path in sorted((folder / QUALITY).glob("*.csv"))
-    ]
-    speed = [
-        Speed(path.stem, _read_rows(path))
+    paths = sorted((folder / QUALITY).glob("*.csv"))
+    speed = {
+        path.stem: pd.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
         for prefix in SPEED
         for path in sorted(folder.glob(f"{prefix}*.csv"))
-    ]
+    }
     return Results(
-        [file for file in packed if not file.name.startswith(ABLATION)],
-        [file for file in packed if file.name.startswith(ABLATION)],
-        [file for file in speed if file.rows],
+        _packed(path for path in paths if not path.name.startswith(ABLATION)),
+        _packed(path for path in paths if path.name.startswith(ABLATION)),
+        {name: rows for name, rows in speed.items() if rows},
     )
 
 
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def _packed(paths: Iterable[Path]) -> list[PackedFile]:
+    return [PackedFile(path.stem, read_notes(path), make_frame(unpack(path))) for path in paths]

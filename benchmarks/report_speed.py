@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.report_data import Results, Speed
-from benchmarks.report_quality import missing
+from benchmarks.report_data import Results
 from vllm_kvcompress.tools.bench.report import LEGEND
 from vllm_kvcompress.tools.bench.rows import COLUMNS, NOTHING, title_of
 from vllm_kvcompress.tools.bench.rows import HEADINGS as BENCH_HEADINGS
 from vllm_kvcompress.tools.evaluation import tables
-from vllm_kvcompress.tools.evaluation.document import Document
+from vllm_kvcompress.tools.evaluation.markdown_page import MarkdownPage
 
 RATIO, SPREAD, ROUNDS = "ratio", "spread", "ratio_rounds"
 
@@ -22,21 +21,19 @@ HEADINGS = {
 FASTER, SLOWER, NOISE = "pays", "does not pay", "within the spread"
 
 
-def speed(document: Document, results: Results) -> None:
-    """Every file as a table, with a verdict on each of its ratios."""
-    document.heading(2, "Speed and memory")
+def speed(page: MarkdownPage, results: Results) -> None:
+    """Times of steps and first tokens, throughput and blocks held, against plain vLLM."""
     if not results.speed:
-        missing(document, "benchmarks/results/engine*.csv, capacity*.csv or bench*.csv")
         return
-    document.add(
+    page.add(
         "Every row is compression against plain vLLM with the same settings, the two taking turns. "
         "A ratio above 1 means that compression is faster: less time, or more tokens a second. "
         "Columns are named as in the files in benchmarks/results; those that are equal in all rows "
         "stand above the table."
     )
-    for file in results.speed:
-        document.heading(3, HEADINGS.get(file.name, file.name))
-        (_add_bench if set(COLUMNS) <= set(file.rows[0]) else _add)(document, file)
+    for name, rows in results.speed.items():
+        page.heading(2, HEADINGS.get(name, name))
+        (_add_bench if set(COLUMNS) <= set(rows[0]) else _add)(page, rows)
 
 
 def verdict(row: Mapping[str, str]) -> str:
@@ -52,36 +49,36 @@ def _runs(row: Mapping[str, str]) -> str:
     return "" if row.get(SPREAD) or len(row.get(ROUNDS, "").split()) > 1 else ", one run"
 
 
-def _add(document: Document, file: Speed) -> None:
-    columns = [name for name in file.rows[0] if any(row[name] for row in file.rows)]
-    same = [name for name in columns if len({row[name] for row in file.rows}) == 1]
-    shown = [name for name in columns if len(file.rows) == 1 or name not in same]
-    if len(file.rows) > 1 and same:
-        document.add(", ".join(f"{_words(name)} {file.rows[0][name]}" for name in same) + ".")
-    rated = [row for row in file.rows if row.get(RATIO)]
+def _add(page: MarkdownPage, rows: Sequence[Mapping[str, str]]) -> None:
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    same = [name for name in columns if len({row[name] for row in rows}) == 1]
+    shown = [name for name in columns if len(rows) == 1 or name not in same]
+    if len(rows) > 1 and same:
+        page.add(", ".join(f"{_words(name)} {rows[0][name]}" for name in same) + ".")
+    rated = [row for row in rows if row.get(RATIO)]
     head = [*map(_words, shown), *(["compression"] if rated else [])]
     lines = []
-    for row in sorted(file.rows, key=lambda row: _place(file.rows, row)):
+    for row in sorted(rows, key=lambda row: _place(rows, row)):
         line = [row[name] for name in shown]
         if rated:
             line.append(verdict(row) + _runs(row) if row.get(RATIO) else tables.MISSING)
         lines.append(line)
-    document.add(tables.table(head, lines))
+    page.add(tables.table(head, lines))
     if rated:
         words = [verdict(row) for row in rated]
-        document.add(
+        page.add(
             f"Compression {FASTER} in {words.count(FASTER)} of {len(words)} rows, {SLOWER} in "
             f"{words.count(SLOWER)}; in {words.count(NOISE)} the spread of the runs includes 1."
         )
 
 
-def _add_bench(document: Document, file: Speed) -> None:
+def _add_bench(page: MarkdownPage, rows: Sequence[Mapping[str, str]]) -> None:
     """What ``kvcompress bench`` wrote, as its own page shows it."""
-    facts = [name for name in file.rows[0] if name not in COLUMNS and file.rows[0][name]]
-    document.add(LEGEND)
-    document.add("\n".join(f"* {_words(name)}: `{file.rows[0][name]}`" for name in facts))
+    facts = [name for name in rows[0] if name not in COLUMNS and rows[0][name]]
+    page.add(LEGEND)
+    page.add("\n".join(f"* {_words(name)}: `{rows[0][name]}`" for name in facts))
     lines = []
-    for row in file.rows:
+    for row in rows:
         low, high = (float(row[name]) for name in ("ratio_min", "ratio_max"))
         spread = "" if len(row[ROUNDS].split()) == 1 else f" ({low:.2f}-{high:.2f})"
         lines.append(
@@ -94,12 +91,12 @@ def _add_bench(document: Document, file: Speed) -> None:
                 row["verdict"] if low > 1 else f"**{row['verdict']}**",
             ]
         )
-    document.add(tables.table(BENCH_HEADINGS, lines))
+    page.add(tables.table(BENCH_HEADINGS, lines))
     notes: dict[str, list[str]] = {}
-    for row in file.rows:
+    for row in rows:
         for note in filter(None, row["notes"].split("; ")):
             notes.setdefault(note, []).append(_title(row))
-    document.add("\n".join(f"* {'; '.join(names)}: {note}" for note, names in notes.items()))
+    page.add("\n".join(f"* {'; '.join(names)}: {note}" for note, names in notes.items()))
 
 
 def _title(row: Mapping[str, str]) -> str:

@@ -15,32 +15,31 @@ their files from benchmarks/results to measure again.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import pandas as pd  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from benchmarks import write_report  # noqa: E402
 from benchmarks.report_runs import EVERYTHING, Bench, Run  # noqa: E402
-from vllm_kvcompress.tools.evaluation.packed import pack, read_notes, unpack  # noqa: E402
+from vllm_kvcompress.tools.evaluation.packed_results import pack, read_notes, unpack  # noqa: E402
 from vllm_kvcompress.tools.evaluation.record import Record, read  # noqa: E402
 
 RECORDS = Path("out") / "report"
 RESULTS = Path("benchmarks") / "results"
 PACE = RESULTS / "pace.csv"
-COLUMNS = ("run", "answers", "seconds")
 UNKNOWN_PACE = 1.0
 """Seconds of an answer of a run that has never been made."""
 UNKNOWN_BENCH = 1800.0
@@ -123,15 +122,15 @@ def missing(run: Run | Bench) -> int:
 
 def show(runs: Sequence[Run | Bench], console: Console) -> None:
     """Print what there is to do, and how long it took on the machine that was here before."""
-    paces = read_paces()
+    measured = _read_paces()
+    paces = (measured["seconds"] / measured["answers"]).to_dict()
     table = Table("run", "answers", "missing", "hours", title="Runs of the report")
     total = 0.0
     for run in runs:
-        pace = paces.get(run.name)
         guess = UNKNOWN_PACE if isinstance(run, Run) else UNKNOWN_BENCH
-        hours = missing(run) * (guess if pace is None else pace) / 3600
+        hours = missing(run) * paces.get(run.name, guess) / 3600
         total += hours
-        shown = f"{hours:.1f}" if pace is not None or not missing(run) else f"? {hours:.1f}"
+        shown = f"{hours:.1f}" if run.name in paces or not missing(run) else f"? {hours:.1f}"
         table.add_row(run.name, str(wanted(run)), str(missing(run)), shown)
     table.add_row("all", "", "", f"{total:.1f}")
     console.print(table)
@@ -222,13 +221,9 @@ def keep_speed(bench: Bench, seconds: float) -> None:
 
 
 def _note_pace(name: str, answers: int, seconds: float) -> None:
-    paces = _read_rows()
-    paces[name] = (answers, seconds)
-    with PACE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for row, (count, spent) in sorted(paces.items()):
-            writer.writerow([row, count, round(spent)])
+    paces = _read_paces()
+    paces.loc[name] = (answers, round(seconds))
+    paces.sort_index().to_csv(PACE)
 
 
 def _devices(packed: Path) -> list[str]:
@@ -237,17 +232,11 @@ def _devices(packed: Path) -> list[str]:
     return note.split(", ") if note else []
 
 
-def read_paces() -> Mapping[str, float]:
-    """Seconds of an answer by run, as measured."""
-    return {name: seconds / answers for name, (answers, seconds) in _read_rows().items()}
-
-
-def _read_rows() -> dict[str, tuple[int, float]]:
+def _read_paces() -> pd.DataFrame:
+    """Answers and seconds by run, as measured last."""
     if not PACE.is_file():
-        return {}
-    with PACE.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {row["run"]: (int(row["answers"]), float(row["seconds"])) for row in rows}
+        return pd.DataFrame({"answers": [], "seconds": []}, dtype=int).rename_axis("run")
+    return pd.read_csv(PACE, index_col="run")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from tests.e2e.harness import MODELS, REPO, SMALL, Engine
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE, Record, Store, read
-from vllm_kvcompress.tools.evaluation.runner import Batch, Cell, Runner, prepare
+from vllm_kvcompress.tools.evaluation.runner import PromptSet, Runner, prepare
 from vllm_kvcompress.tools.evaluation.setting import FULL, Setting, full
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Source
 
@@ -64,13 +64,13 @@ def reference() -> Any:
     return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
 
 
-def batch_of(source: Source, task: str, protocol: str = AWARE) -> Batch:
+def batch_of(source: Source, task: str, protocol: str = AWARE) -> PromptSet:
     (found,) = tasks.find([task])
-    (batch,) = prepare([Cell(found, LENGTH, protocol, SEED, PROMPTS)], source)
+    (batch,) = prepare([PromptSet(found, LENGTH, protocol, SEED, PROMPTS)], source)
     return batch
 
 
-def answers(backend: Any, batch: Batch, path: Path) -> dict[tuple[str, int], Record]:
+def answers(backend: Any, batch: PromptSet, path: Path) -> dict[tuple[str, int], Record]:
     backend.check(SETTINGS)
     runner = Runner(backend, MODEL, "float32", Store(path))
     return {(r.label, r.index): r for r in runner.run(batch, SETTINGS)}

@@ -11,16 +11,17 @@ from PIL import Image
 from tests.support.eval_records import KVPRESS, answers, full, measured, needle_grid, small_run
 from tests.support.figures import check_labels
 from vllm_kvcompress.tools.evaluation import heatmap, plots
-from vllm_kvcompress.tools.evaluation.cells import make_cells
-from vllm_kvcompress.tools.evaluation.looks import looks_of
-from vllm_kvcompress.tools.evaluation.panels import Panel, make_panels
 from vllm_kvcompress.tools.evaluation.record import Record
+from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, make_groups
+from vllm_kvcompress.tools.evaluation.results_frame import make_frame
+from vllm_kvcompress.tools.evaluation.styles import styles_for
+from vllm_kvcompress.tools.inspection.png_file import save_png
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def panels(records: list[Record]) -> list[Panel]:
-    return make_panels(make_cells(records))
+def groups(records: list[Record]) -> list[ResultGroup]:
+    return make_groups(make_frame(records))
 
 
 def legend(figure: Figure) -> list[str]:
@@ -43,7 +44,7 @@ def likelihood_run() -> list[Record]:
 
 
 def test_share_figure(tmp_path: Path) -> None:
-    figure = plots.share_figure(panels(small_run()))
+    figure = plots.share_figure(groups(small_run()))
     assert [ax.get_title() for ax in figure.axes] == [
         "1024 tokens, 2 tasks",
         "2048 tokens, 2 tasks",
@@ -59,7 +60,7 @@ def test_share_figure(tmp_path: Path) -> None:
     labels = [text.get_text() for text in figure.axes[0].get_xticklabels()]
     assert labels == ["12.8 %", "25.6 %"]
     path = tmp_path / "new" / "share.png"
-    plots.save(figure, path)
+    save_png(figure, path)
     assert path.read_bytes().startswith(PNG)
     with Image.open(path) as image:
         assert image.size[0] > image.size[1] > 300
@@ -67,8 +68,8 @@ def test_share_figure(tmp_path: Path) -> None:
 
 
 def test_task_figure() -> None:
-    panel = panels(small_run())[0]
-    (axes,) = (figure := plots.task_figure(panel, "0.125")).axes
+    group = groups(small_run())[0]
+    (axes,) = (figure := plots.task_figure(group, "0.125")).axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["cwe", "vt"]
     assert len(axes.patches) == 4 * 2
     assert [round(bar.get_height(), 1) for bar in axes.patches[:2]] == [62.5, 62.5]  # type: ignore[attr-defined]
@@ -78,7 +79,7 @@ def test_task_figure() -> None:
 def test_a_setting_without_a_mean_is_not_in_the_legend() -> None:
     records = [one for task in ("vt", "cwe") for one in answers([1, 0], task=f"ruler/{task}")]
     records += answers([1, 1], task="ruler/cwe", label="keydiff")
-    shown = panels(records)
+    shown = groups(records)
     assert legend(plots.share_figure(shown)) == ["cake"]
     assert legend(plots.task_figure(shown[0], "0.125")) == ["cake", "keydiff"]
 
@@ -90,12 +91,12 @@ def test_many_tasks_break_into_several_rows() -> None:
         for label in ("cake", "dynamickv", "snapkv", "uniform", "h2o", "tova", "random")
         for one in answers([1, 0], task=f"ruler/task_{task:02}", label=label)
     ]
-    figure = plots.task_figure(panels(records)[0], "0.125")
+    figure = plots.task_figure(groups(records)[0], "0.125")
     assert [len(ax.get_xticklabels()) for ax in figure.axes] == [7, 6]
 
 
 def test_likelihoods_with_perplexities_beside_them() -> None:
-    figure = plots.share_figure(panels(likelihood_run()))
+    figure = plots.share_figure(groups(likelihood_run()))
     (axes,) = figure.axes
     assert axes.get_ylabel() == "nats per token"
     assert [child.get_ylabel() for child in axes.child_axes] == ["perplexity"]
@@ -108,7 +109,7 @@ def test_likelihoods_with_perplexities_beside_them() -> None:
 
 
 def test_needle_figure() -> None:
-    figure = heatmap.needle_figure(panels(needle_grid()), "0.125")
+    figure = heatmap.needle_figure(groups(needle_grid()), "0.125")
     assert [ax.get_title() for ax in figure.axes[:2]] == ["full", "cake"]
     assert len(figure.axes) == 3  # and the colours
     shown = figure.axes[1].images[0].get_array()
@@ -120,7 +121,7 @@ def test_needle_figure() -> None:
 
 def test_fields_without_prompts_are_empty() -> None:
     records = [r for r in needle_grid() if (r.length, r.labels["depth"]) != (2048, 50)]
-    figure = heatmap.needle_figure(panels(records), "0.125")
+    figure = heatmap.needle_figure(groups(records), "0.125")
     shown = figure.axes[0].images[0].get_array()
     assert shown is not None
     assert np.isnan(np.ma.filled(shown, np.nan)[1, 1])
@@ -130,10 +131,10 @@ def test_looks_tell_settings_apart() -> None:
     labels = [f"method {number}" for number in range(12)]
     labels += ["method 0, this", "method 0, that", "method 11, this"]
     records = [one for label in labels for one in answers([1], label=label)]
-    looks = looks_of(panels([*records, *answers([1], label=labels[0], source=KVPRESS)]))
-    assert len(looks) == 16
-    assert len({(look.color, look.marker, look.hollow) for look in looks.values()}) == 16
-    first, *_, theirs = looks.values()
+    styles = styles_for(groups([*records, *answers([1], label=labels[0], source=KVPRESS)]))
+    assert len(styles) == 16
+    assert len({(style.color, style.marker, style.hollow) for style in styles.values()}) == 16
+    first, *_, theirs = styles.values()
     assert (first.color, first.marker) == (theirs.color, theirs.marker)
     assert (first.hollow, theirs.hollow) == (False, True)
 
@@ -141,7 +142,7 @@ def test_looks_tell_settings_apart() -> None:
 def test_variants_of_a_setting_share_its_colour() -> None:
     records = list(answers([1], label="cake")) + list(answers([1], label="cake, faithful"))
     records += list(answers([1], label="snapkv", source=KVPRESS))
-    cake, faithful, theirs = looks_of(panels(records)).values()
+    cake, faithful, theirs = styles_for(groups(records)).values()
     assert cake.color == faithful.color != theirs.color
     assert cake.marker != faithful.marker
     assert (cake.hatch, faithful.hatch, theirs.hatch) == (None, "xx", "////")
@@ -162,13 +163,13 @@ def crowded() -> list[Record]:
 
 @pytest.mark.parametrize("kind", ["one", "four", "tasks", "nll", "needles"])
 def test_no_label_covers_another_or_is_cut_off(kind: str) -> None:
-    shown = panels(crowded())
+    shown = groups(crowded())
     figure = {
         "one": lambda: plots.share_figure(shown[:1]),
         "four": lambda: plots.share_figure(shown),
         "tasks": lambda: plots.task_figure(shown[0], "0.125"),
-        "nll": lambda: plots.share_figure(panels(likelihood_run())),
-        "needles": lambda: heatmap.needle_figure(panels(needle_grid()), "0.125"),
+        "nll": lambda: plots.share_figure(groups(likelihood_run())),
+        "needles": lambda: heatmap.needle_figure(groups(needle_grid()), "0.125"),
     }[kind]()
     # Boxes of slanted labels overlap where the labels do not.
     check_labels(figure, 10, may_overlap=lambda one, other: kind == "tasks" and "_" in one + other)

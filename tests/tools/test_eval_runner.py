@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, Case
+from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, EncodedPrompt
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE, Record, Store, read
-from vllm_kvcompress.tools.evaluation.runner import Batch, Cell, Runner, encode, longest, prepare
+from vllm_kvcompress.tools.evaluation.runner import (
+    PromptSet,
+    Runner,
+    encode,
+    longest,
+    prepare,
+)
 from vllm_kvcompress.tools.evaluation.setting import Setting, full, kept_tokens
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt, Source, Task
 
@@ -61,10 +67,10 @@ class Parrot(Backend):
 
     def run(
         self,
-        cases: Sequence[Case],
+        cases: Sequence[EncodedPrompt],
         settings: Sequence[Setting],
-        wanted: Callable[[Case, Setting], bool],
-    ) -> Iterator[tuple[Case, Setting, Answer]]:
+        wanted: Callable[[EncodedPrompt, Setting], bool],
+    ) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
         self.chunks.append(len(cases))
         for setting in settings:
             for case in cases:
@@ -88,8 +94,8 @@ def source(tmp_path: Path) -> Source:
     return Source("model", Words(), tmp_path, tmp_path)
 
 
-def batch_of(source: Source, count: int = 3, protocol: str = AWARE, seed: int = 0) -> Batch:
-    (batch,) = prepare([Cell(Questions(), 20, protocol, seed, count)], source)
+def batch_of(source: Source, count: int = 3, protocol: str = AWARE, seed: int = 0) -> PromptSet:
+    (batch,) = prepare([PromptSet(Questions(), 20, protocol, seed, count)], source)
     return batch
 
 
@@ -191,7 +197,7 @@ def test_what_is_measured_is_tokenized_on_its_own(source: Source) -> None:
 
 
 def test_the_longest_case_decides_the_engine(source: Source) -> None:
-    cells = [Cell(Questions(), n, AWARE, 0, 2) for n in (10, 30, 20)]
+    cells = [PromptSet(Questions(), n, AWARE, 0, 2) for n in (10, 30, 20)]
     assert longest(prepare(cells, source)) == 1 + 30 + 7
 
 

@@ -1,17 +1,17 @@
-"""Panels and the Markdown tables made from them."""
+"""Groups and the Markdown tables made from them."""
 
 import pytest
 
 from tests.support.eval_records import KVPRESS, PLAIN, answers, full, measured, small_run
 from vllm_kvcompress.tools.evaluation import tables
-from vllm_kvcompress.tools.evaluation.cells import make_cells
-from vllm_kvcompress.tools.evaluation.panels import Panel, by_length, make_panels
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, Record
+from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, by_length, make_groups
+from vllm_kvcompress.tools.evaluation.results_frame import make_frame
 from vllm_kvcompress.tools.evaluation.stats import Estimate
 
 
-def panel(*records: Record) -> Panel:
-    (only,) = make_panels(make_cells(records))
+def group(*records: Record) -> ResultGroup:
+    (only,) = make_groups(make_frame(records))
     return only
 
 
@@ -27,8 +27,8 @@ def test_panels_by_what_may_be_compared() -> None:
         *measured([2.0]),
         *answers([1], model="another"),
     ]
-    panels = make_panels(make_cells(records))
-    found = [(p.model, p.protocol, p.family, p.length, p.likelihood) for p in panels]
+    groups = make_groups(make_frame(records))
+    found = [(p.model, p.protocol, p.family, p.length, p.likelihood) for p in groups]
     assert found == [
         ("another", "query-aware", "ruler", 1024, False),
         ("tiny", "query-aware", "needle", 1024, False),
@@ -37,11 +37,11 @@ def test_panels_by_what_may_be_compared() -> None:
         ("tiny", "query-aware", "ruler", 2048, False),
         ("tiny", "query-agnostic", "ruler", 1024, False),
     ]
-    assert [len(group) for group in by_length(panels)] == [1, 1, 1, 2, 1]
+    assert [len(group) for group in by_length(groups)] == [1, 1, 1, 2, 1]
 
 
 def test_rows_and_budgets_in_order() -> None:
-    shown = make_panels(make_cells(small_run()))[0]
+    shown = make_groups(make_frame(small_run()))[0]
     assert [shown.names[row] for row in shown.rows] == [
         *("full", "full (vllm)", "cake", "random", "snapkv", "snapkv (kvpress)"),
     ]
@@ -51,7 +51,7 @@ def test_rows_and_budgets_in_order() -> None:
 
 
 def test_names_of_versions_and_blocks() -> None:
-    shown = panel(
+    shown = group(
         *answers([1]),
         *answers([1], source="vllm_kvcompress 0.2.0"),
         *answers([1], block_size=64, source=KVPRESS),
@@ -66,7 +66,7 @@ def test_names_of_versions_and_blocks() -> None:
 
 
 def test_means() -> None:
-    shown = panel(*full([1, 1, 1, 1]), *answers([1, 1, 1, 0]), *answers([0] * 4, label="random"))
+    shown = group(*full([1, 1, 1, 1]), *answers([1, 1, 1, 0]), *answers([0] * 4, label="random"))
     # Wilson's intervals of 4, 3 and 0 of 4.
     assert rows(tables.means(shown)) == [
         ["ruler/vt", "12.5 %"],
@@ -79,26 +79,25 @@ def test_means() -> None:
 
 
 def test_bold_only_where_the_interval_leaves_out_zero() -> None:
-    near = panel(*answers([1, 1, 1, 0]), *answers([1, 1, 0, 1], label="snapkv"))
+    near = group(*answers([1, 1, 1, 0]), *answers([1, 1, 0, 1], label="snapkv"))
     assert "**" not in tables.means(near)
-    assert "**" not in tables.means(panel(*answers([1, 1])))
-    lower = panel(*measured([1.0, 2.0]), *measured([1.1, 2.2], label="snapkv"))
+    assert "**" not in tables.means(group(*answers([1, 1])))
+    lower = group(*measured([1.0, 2.0]), *measured([1.1, 2.2], label="snapkv"))
     assert rows(tables.means(lower))[3][1].startswith("**1.500** [1.000, 2.000], ppl 4.48")
 
 
 def test_a_mean_over_other_tasks_is_not_shown() -> None:
-    shown = panel(
+    shown = group(
         *answers([1]), *answers([1], task="ruler/cwe"), *answers([1], label="snapkv", budget="64")
     )
-    table = rows(tables.means(shown))
-    assert table[0] == ["mean over tasks", "12.5 %", "64 tokens"]
-    assert table[3][0] == "cake"
-    assert table[3][2] == tables.MISSING
-    assert table[4] == ["snapkv", tables.MISSING, "1 of 2 tasks"]
+    text, rest = tables.means(shown).split("\n\n")
+    assert rows(text)[0] == ["mean over tasks", "12.5 %", "64 tokens"]
+    assert [(line[0], line[2]) for line in rows(text)[3:]] == [("cake", tables.MISSING)]
+    assert rest == "Only some of the tasks: snapkv (1 of 2)."
 
 
 def test_one_full_cache_alone() -> None:
-    assert rows(tables.means(panel(*full([1, 0])))) == [
+    assert rows(tables.means(group(*full([1, 0])))) == [
         ["ruler/vt", "full cache"],
         ["---", "---:"],
         ["full", "50.0 [9.5, 90.5]"],
@@ -106,7 +105,7 @@ def test_one_full_cache_alone() -> None:
 
 
 def test_tasks() -> None:
-    shown = make_panels(make_cells(small_run()))[0]
+    shown = make_groups(make_frame(small_run()))[0]
     table = rows(tables.tasks(shown, "0.125"))
     assert table[0] == [
         *("task, 12.5 %", "full", "cake", "random", "snapkv", "snapkv (kvpress)"),
@@ -118,7 +117,7 @@ def test_tasks() -> None:
 
 
 def test_differences() -> None:
-    shown = panel(
+    shown = group(
         *full([1, 1, 1, 1]), *answers([1, 1, 0, 0]), *answers([1, 1, 0, 0], label="snapkv")
     )
     reference = shown.rows[-1]
@@ -136,7 +135,7 @@ def test_differences() -> None:
 
 
 def test_pairs_are_counted_where_they_are_not_all_the_same() -> None:
-    shown = panel(
+    shown = group(
         *answers([1, 0]),
         *answers([1, 0], label="snapkv"),
         *answers([1], budget="64"),
@@ -149,14 +148,16 @@ def test_pairs_are_counted_where_they_are_not_all_the_same() -> None:
 
 
 def test_likelihoods_in_nats() -> None:
-    shown = panel(*measured([2.0, 3.0], label="full", budget=""), *measured([2.1, 3.2]))
+    shown = group(*measured([2.0, 3.0], label="full", budget=""), *measured([2.1, 3.2]))
     assert shown.full is not None
+    # The perplexity is the exponential of the mean.
+    assert "2.500 [2.000, 3.000], ppl 12.18" in tables.means(shown)
     assert rows(tables.differences(shown, shown.full))[2][1] == "+0.150 [+0.100, +0.200]"
     assert "ppl" in tables.header(shown)
 
 
 def test_header() -> None:
-    shown = panel(
+    shown = group(
         *full([1, 0], seed=3), *answers([1, 0], seed=3), *answers([1], seed=4), *answers([1])
     )
     assert tables.header(shown) == (
@@ -171,9 +172,8 @@ def test_numbers() -> None:
     assert tables.budget_text("0.069") == "6.9 %"
     assert tables.budget_text("512") == "512 tokens"
     assert tables.per_cent(0.8125) == "81.2"
-    assert tables.seeds_text(make_cells([*answers([1], seed=5), *answers([1], seed=6)])) == (
-        "seeds 5, 6"
-    )
+    assert tables.seeds_text([6, 5, 5]) == "seeds 5, 6"
+    assert tables.seeds_text([0, 1, 2]) == "seeds 0 to 2"
 
 
 def test_columns_of_numbers_stand_to_the_right() -> None:
@@ -188,6 +188,6 @@ def test_columns_of_numbers_stand_to_the_right() -> None:
 
 @pytest.mark.parametrize("kept", [128, 256])
 def test_held_spans_what_rows_hold(kept: int) -> None:
-    shown = panel(*answers([1]), *answers([1], label="snapkv", kept_tokens=kept))
+    shown = group(*answers([1]), *answers([1], label="snapkv", kept_tokens=kept))
     text = "128 tokens, 12.8 %" if kept == 128 else "128 to 256 tokens, 12.8 to 25.6 %"
     assert tables.held_text(shown, "0.125") == text

@@ -5,7 +5,6 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +16,7 @@ from tests.support.inspections import inspection, made
 from vllm_kvcompress.eviction.records import make_record
 from vllm_kvcompress.methods import LayerInput, get_method
 from vllm_kvcompress.tools.inspection import Run, bin_edges, binned, passages, split_text
-from vllm_kvcompress.tools.inspection.store import save_arrays
+from vllm_kvcompress.tools.inspection.arrays_file import save_arrays
 from vllm_kvcompress.tools.inspection.style import run_title, shorten, strongest
 
 SMALL_RUN = Run(
@@ -78,30 +77,9 @@ def test_bins_average_over_tokens_and_heads() -> None:
         bin_edges(5, 0)
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"kept": ()}, "at least one layer"),
-        ({"kept": (np.zeros((2, 3), int), np.zeros((1, 3), int))}, r"shape \[2, tokens\]"),
-        ({"kept": (np.array([[6]]),)}, "layer 0 keeps ids 6 to 6 of a prompt of 6 tokens"),
-        ({"stats": ({},)}, "stats must be of 2 layers, got 1"),
-        ({"weights": np.ones(3)}, "weights must be of 2 layers, got 3"),
-    ],
-)
-def test_a_run_is_checked(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        replace(SMALL_RUN, **changes)
-
-
-def test_an_inspection_is_checked() -> None:
-    good = inspection()
-    with pytest.raises(ValueError, match="at least one run"):
-        replace(good, runs=())
-    with pytest.raises(ValueError, match=r"as many as tokens \(500\), got 1"):
-        replace(good, pieces=("a",))
-    with pytest.raises(ValueError, match="expected 500 tokens and 3 layers, got 6 and 2"):
-        replace(good, runs=(*good.runs, SMALL_RUN))
-    assert replace(good, budget=0.125).budget_text == "0.125 of the prompt in a layer"
+def test_budgets_in_words() -> None:
+    assert inspection().budget_text == "96 tokens a layer"
+    assert replace(inspection(), budget=0.125).budget_text == "0.125 of the prompt in a layer"
 
 
 def test_a_methods_record_becomes_a_run() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.inspections import inspection
-from vllm_kvcompress.tools.inspection import binned, page
+from vllm_kvcompress.tools.inspection import binned, html_page
 from vllm_kvcompress.tools.inspection.style import run_title
 
 
@@ -32,7 +32,7 @@ class Parsed(HTMLParser):
         given = dict(attrs)
         self.elements.add(tag)
         self.loads += [(n, v) for n, v in attrs if n in ("src", "href", "srcset", "action", "data")]
-        if given.get("http-equiv") == "Content-Security-RequestPolicy":
+        if given.get("http-equiv") == "Content-Security-Policy":
             self.policy = given["content"] or ""
         if tag not in ("meta", "input"):
             self._open.append((tag, given))
@@ -53,21 +53,21 @@ class Parsed(HTMLParser):
 
 def test_page_shows_the_prompt_and_nothing_of_it_is_markup() -> None:
     shown = inspection(600, 4, 2)
-    parsed = Parsed(page.render(shown))
+    parsed = Parsed(html_page.render(shown))
     assert parsed.tokens == list(shown.pieces)
     assert parsed.elements & {"b", "iframe", "img", "link"} == set()
-    levels = page.levels(shown, shown.runs[0])
+    levels = html_page.levels(shown, shown.runs[0])
     assert parsed.classes == [f"s{level}" if level else "" for level in levels]
-    assert set(levels) <= set(range(page.LEVELS + 1))
+    assert set(levels) <= set(range(html_page.LEVELS + 1))
     # The window is kept by all, so its marks are the strongest there are.
-    assert levels[-32:] == [page.LEVELS] * 32
+    assert levels[-32:] == [html_page.LEVELS] * 32
     never = shown.runs[0].token_share == 0
     assert never.any()
     assert [level == 0 for level in levels] == never.tolist()
 
 
 def test_page_needs_no_network() -> None:
-    parsed = Parsed(page.render(inspection(600, 4, 2)))
+    parsed = Parsed(html_page.render(inspection(600, 4, 2)))
     assert parsed.loads == []
     assert parsed.policy.startswith("default-src 'none'")
     assert "http" not in parsed.policy
@@ -78,14 +78,14 @@ def test_page_needs_no_network() -> None:
 
 def test_page_has_the_data_to_hover_over() -> None:
     shown = inspection(900, 4, 3)
-    scripts = Parsed(page.render(shown)).scripts
+    scripts = Parsed(html_page.render(shown)).scripts
     data, figure = json.loads(scripts["data"]), json.loads(scripts["figure"])
     assert [run["title"] for run in data["runs"]] == [run_title(run) for run in shown.runs]
     for packed, run in zip(data["runs"], shown.runs, strict=True):
         raw = zlib.decompress(base64.b64decode(packed["counts"]))
         counts = np.frombuffer(raw, "<u2").reshape(data["layers"], -1)
         assert (counts == run.counts).all()
-        assert [int(c, 36) for c in packed["levels"]] == page.levels(shown, run)
+        assert [int(c, 36) for c in packed["levels"]] == html_page.levels(shown, run)
     heats = [t for t in figure["data"] if t["type"] == "heatmap"]
     bars = [t for t in figure["data"] if t["type"] == "bar"]
     # cake and keydiff+cake: only the first of the two has stats here
@@ -109,4 +109,4 @@ def test_page_has_the_data_to_hover_over() -> None:
 @pytest.mark.parametrize("layers", [32, 80])
 def test_page_of_a_long_prompt_stays_small(layers: int) -> None:
     shown = inspection(8000, layers, 3 if layers == 32 else 1)
-    assert len(page.render(shown).encode()) < 6_000_000
+    assert len(html_page.render(shown).encode()) < 6_000_000

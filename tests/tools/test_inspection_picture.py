@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.support.figures import check_labels
 from tests.support.inspections import inspection
-from vllm_kvcompress.tools.inspection import Inspection, Run, excerpts, passages, picture
+from vllm_kvcompress.tools.inspection import Inspection, Run, excerpts, passages, png_picture
 
 SIZES = [
     (tokens, layers, methods)
@@ -20,10 +20,10 @@ SIZES = [
 @pytest.mark.parametrize(("tokens", "layers", "methods"), SIZES)
 def test_no_label_covers_another_or_is_cut_off(tokens: int, layers: int, methods: int) -> None:
     drawn = inspection(tokens, layers, methods, model="a-" * 40, question="Why? " * 200)
-    figure = picture._draw(drawn)
+    figure = png_picture._draw(drawn)
     # Tokens of the excerpts touch each other; everything else has room.
     check_labels(figure, 20, {text for ax in figure.axes for text in ax.texts})
-    assert tuple(figure.get_size_inches() * figure.dpi) == picture.size(drawn)
+    assert tuple(figure.get_size_inches() * figure.dpi) == png_picture.size(drawn)
     for ax in figure.axes:
         for text in ax.texts:
             box, inside = text.get_window_extent(), ax.get_window_extent()
@@ -34,9 +34,9 @@ def test_no_label_covers_another_or_is_cut_off(tokens: int, layers: int, methods
 @pytest.mark.parametrize(("layers", "methods"), [(3, 1), (24, 3)])
 def test_picture_has_the_size_it_says(tmp_path: Path, layers: int, methods: int) -> None:
     drawn = inspection(600, layers, methods)
-    picture.save_picture(drawn, tmp_path / "a.png")
+    png_picture.save_picture(drawn, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
-        assert image.size == picture.size(drawn)
+        assert image.size == png_picture.size(drawn)
         colors = image.convert("RGB").getcolors(1 << 20)
     assert colors is not None
     found = {color for _, color in colors}

@@ -27,7 +27,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from vllm_kvcompress.tools.evaluation.backend import Answer, Case
+from vllm_kvcompress.tools.evaluation.backend import Answer, EncodedPrompt
+from vllm_kvcompress.tools.evaluation.batched_decoding import CacheRow, Continuation, prepare
 from vllm_kvcompress.tools.evaluation.kvpress_backend import (
     PRESSES,
     KvpressBackend,
@@ -35,7 +36,6 @@ from vllm_kvcompress.tools.evaluation.kvpress_backend import (
     check_setting,
     ratio_for,
 )
-from vllm_kvcompress.tools.evaluation.kvpress_rows import Continuation, Row, prepare
 from vllm_kvcompress.tools.evaluation.setting import Setting, full, kept_tokens
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt
 
@@ -90,17 +90,17 @@ def ids(seed: int, count: int) -> tuple[int, ...]:
     return tuple(drawn.randrange(END) for _ in range(count))
 
 
-def case(seed: int, tokens: int, fed: int = 0, measured: int = 0, **prompt: Any) -> Case:
+def case(seed: int, tokens: int, fed: int = 0, measured: int = 0, **prompt: Any) -> EncodedPrompt:
     asked = Prompt(
         seed,
         "",
         **{"max_tokens": MAX_TOKENS, "metric": "match_all", "references": ("-",), **prompt},
     )
-    return Case(asked, ids(seed, tokens), ids(seed + 100, fed), ids(seed + 200, measured))
+    return EncodedPrompt(asked, ids(seed, tokens), ids(seed + 100, fed), ids(seed + 200, measured))
 
 
 def answers(
-    backend: KvpressBackend, cases: list[Case], settings: tuple[Setting, ...] = SETTINGS
+    backend: KvpressBackend, cases: list[EncodedPrompt], settings: tuple[Setting, ...] = SETTINGS
 ) -> dict[tuple[int, str], Answer]:
     backend.check(settings)
     found = backend.run(cases, settings, lambda case, setting: True)
@@ -123,7 +123,7 @@ class Reference:
     def press(self, setting: Setting, tokens: int) -> Any:
         kept = kept_tokens(setting.budget, tokens, 32)
         ratio = ratio_for(setting.method, kept, tokens)
-        name = PRESSES[setting.method].name
+        name, _ = PRESSES[setting.method]
         return getattr(self.kvpress, name)(compression_ratio=ratio, **setting.params)
 
     def under(self, setting: Setting, tokens: int) -> Any:
@@ -132,7 +132,7 @@ class Reference:
         return self.press(setting, tokens)(self.model)
 
     @torch.inference_mode()
-    def generate(self, case: Case, setting: Setting) -> str:
+    def generate(self, case: EncodedPrompt, setting: Setting) -> str:
         tokens = len(case.token_ids)
         prompt = torch.tensor([case.token_ids])
         with self.under(setting, tokens):
@@ -146,7 +146,9 @@ class Reference:
         return words(out[0, tokens:].tolist())
 
     @torch.inference_mode()
-    def logits(self, case: Case, setting: Setting, following: tuple[int, ...]) -> torch.Tensor:
+    def logits(
+        self, case: EncodedPrompt, setting: Setting, following: tuple[int, ...]
+    ) -> torch.Tensor:
         """After the prompt and after each following token, [1 + F, V]."""
         tokens = len(case.token_ids)
         cache = DynamicCache()
@@ -162,7 +164,7 @@ class Reference:
             found.append(output.logits[0, -1])
         return torch.stack(found)
 
-    def answer(self, case: Case, setting: Setting) -> str:
+    def answer(self, case: EncodedPrompt, setting: Setting) -> str:
         said: list[int] = []
         while len(said) < case.prompt.max_tokens and END not in said:
             logits = self.logits(case, setting, (*case.fed_ids, *said))
@@ -284,7 +286,7 @@ def test_rows_of_several_prompts_go_on_as_each_alone(folder: Path) -> None:
     for one in cases:
         cache = DynamicCache()
         logits = model(torch.tensor([one.token_ids]), past_key_values=cache).logits[:, -1]
-        rows = [Row(), Row()]
+        rows = [CacheRow(), CacheRow()]
         for layer in cache.layers:
             for row in rows:
                 row.append_layer(layer.keys, layer.values, room=20)

@@ -16,7 +16,7 @@ from vllm_kvcompress.tools.bench.command import make_job
 from vllm_kvcompress.tools.cli import build_parser
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.command import settings_of
-from vllm_kvcompress.tools.evaluation.packed import pack, read_notes, unpack
+from vllm_kvcompress.tools.evaluation.packed_results import pack, read_notes, unpack
 from vllm_kvcompress.tools.evaluation.record import Store, read
 
 RUN = Run(
@@ -24,7 +24,7 @@ RUN = Run(
     methods=("full", "cake"),
     variants={"cake, even": {"method": "cake", "gamma": 0}},
     budgets=("0.25", "64"),
-    notes={"about": "A few."},
+    about="A few.",
 )
 
 
@@ -87,6 +87,7 @@ def test_a_run_that_was_stopped_is_kept_as_far_as_it_went_and_timed(place: Path)
     path = place / "results" / "quality" / "small.csv"
     assert read_notes(path) == {
         "about": "A few.",
+        "reference": "cake, even",
         "command": "python -m benchmarks.run_report --only small",
         "versions": "vllm 0.32.1",
         "device": "A x2, B x4",
@@ -159,7 +160,7 @@ def test_a_benchmark_is_run_once_and_its_rows_are_kept(
     assert calls == [bench]
     kept = place / "results" / "bench-small.csv"
     assert kept.read_text() == "case,ratio\nttft,0.9\n"
-    assert run_report.read_paces().keys() == {"bench-small"}
+    assert list(run_report._read_paces().index) == ["bench-small"]
 
 
 def test_a_run_without_an_answer_leaves_nothing(place: Path) -> None:

@@ -1,6 +1,7 @@
 """The pages: that of a run, and docs/results.md from committed files."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,15 +9,15 @@ import pytest
 
 from benchmarks import report_quality, report_speed, write_report
 from benchmarks.report_data import read_results
-from benchmarks.report_papers import QUOTED
 from tests.support.eval_records import answers, measured, needle_grid, small_run
 from vllm_kvcompress.tools.bench.pairs import Paired
 from vllm_kvcompress.tools.bench.report import BenchReport
 from vllm_kvcompress.tools.bench.rows import BenchRow
-from vllm_kvcompress.tools.evaluation.cells import make_cells, paired
-from vllm_kvcompress.tools.evaluation.packed import pack, read_notes, unpack
+from vllm_kvcompress.tools.evaluation.packed_results import pack, read_notes, unpack
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC
-from vllm_kvcompress.tools.evaluation.report import write_results
+from vllm_kvcompress.tools.evaluation.result_groups import by_prompt, paired
+from vllm_kvcompress.tools.evaluation.results_frame import make_frame
+from vllm_kvcompress.tools.evaluation.results_page import write_results
 from vllm_kvcompress.tools.evaluation.tables import MISSING
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
 
@@ -45,43 +46,47 @@ def committed(tmp_path: Path) -> Path:
 
 
 def run(committed: Path, *options: str) -> tuple[int, Path]:
-    page = committed.parent / "docs" / "results.md"
-    return write_report.main(["--results", str(committed), "--out", str(page), *options]), page
+    folder = committed.parent / "docs"
+    return write_report.main(["--results", str(committed), "--out", str(folder), *options]), folder
 
 
-def section(text: str, title: str) -> str:
-    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def pages(folder: Path) -> dict[str, str]:
+    """Text of every page by the name of its section."""
+    found = write_report.build(read_results(folder), "results")
+    return {Path(path).stem: page.text() for path, page in found.items()}
 
 
 def test_write_and_check(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, page = run(committed, "--check")
+    status, folder = run(committed, "--check")
     assert status == 1
-    old = page.parent / "results" / "of-results-that-are-gone.png"
+    old = folder / "results" / "of-results-that-are-gone.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"")
-    status, page = run(committed)
-    assert status == 0
+    assert run(committed)[0] == 0
     assert not old.exists()
-    text = page.read_text()
-    pictures = {path.name for path in (page.parent / "results").glob("*.png")}
-    assert all(f"](results/{name})" in text for name in pictures)
-    assert text.count("](results/") == len(pictures) >= 5
-    assert "missing" not in text
-    before = {path: path.stat().st_mtime_ns for path in page.parent.rglob("*")}
+    text = "".join(path.read_text() for path in folder.rglob("*.md"))
+    pictures = {path.name for path in (folder / "results").glob("*.png")}
+    assert all(f"]({name})" in text for name in pictures)
+    assert text.count("![") == len(pictures) >= 5
+    linked = set(re.findall(r"\(results/([a-z-]+\.md)\)", (folder / "results.md").read_text()))
+    assert linked == {path.name for path in (folder / "results").glob("*.md")}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert run(committed, "--check")[0] == 0
-    assert before == {path: path.stat().st_mtime_ns for path in page.parent.rglob("*")}
-    page.write_text(text + "by hand\n")
-    assert run(committed, "--check")[0] == 1
-    assert "is not what the committed results give" in capsys.readouterr().err
-    page.write_text(text)
-    (page.parent / "results" / sorted(pictures)[0]).unlink()
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for page in (folder / "results.md", folder / "results" / "ruler.md"):
+        text = page.read_text()
+        page.write_text(text + "by hand\n")
+        assert run(committed, "--check")[0] == 1
+        assert f"{page} is not what the committed results give" in capsys.readouterr().err
+        page.write_text(text)
+    (folder / "results" / sorted(pictures)[0]).unlink()
     assert run(committed, "--check")[0] == 1
     assert f"lacks {sorted(pictures)[0]}" in capsys.readouterr().err
 
 
 def test_sections(committed: Path) -> None:
-    text = write_report.build(read_results(committed), "results").text()
-    ran = section(text, "What was run")
+    found = pages(committed)
+    ran = found["what-was-run"]
     assert (
         "| ruler | tiny (bfloat16) | 2 of ruler | 1024, 2048 | query-aware | 8; seeds 0, 1 "
         "| kvpress 0.5.5, vllm 0.32.0, vllm_kvcompress 0.1.0 |" in ran
@@ -89,20 +94,20 @@ def test_sections(committed: Path) -> None:
     assert "| file | command | versions |" in ran
     assert "| ruler | kvcompress eval --tasks ruler | vllm 0.32.0 |" in ran
     assert "cake, gamma 0" not in ran
-    against = section(text, "CAKE and DynamicKV against kvpress's SnapKV")
+    against = found["kvpress"]
     # Of 4 prompts of a task and seed CAKE has 2.5, SnapKV 1.
     assert "| 1024 | cake | snapkv (kvpress) | 16 | +37.5 [" in against
     assert "* cake against snapkv (kvpress): 4 ahead, 0 level, 0 behind of 4." in against
-    ablation = section(text, "Ablations")
-    assert "### gamma\n\nWhat the variance is worth." in ablation
+    ablation = found["ablations"]
+    assert "## gamma\n\nWhat the variance is worth." in ablation
     assert "| cake | +33.3 [" in ablation
-    agreement = section(text, "Full cache: do the sources agree?")
+    agreement = found["full-cache"]
     assert "| vllm_kvcompress 0.1.0, bfloat16 | vllm 0.32.0, bfloat16 | 87.5 [" in agreement
     assert "| 16 | 4 |" in agreement
-    assert "query-agnostic" in section(text, "Query-agnostic compression")
-    assert "Other tasks" not in text
-    assert section(text, "Needle grid").count("![") == 2
-    assert "ppl 12.18" in section(text, "Likelihood")
+    assert "query-agnostic" in found["query-agnostic"]
+    assert found["needle-grid"].count("![") == 2
+    assert "ppl 12.18" in found["likelihood"]
+    assert "other-tasks" not in found
 
 
 def test_settings_with_fewer_tasks_are_compared_on_those(committed: Path) -> None:
@@ -114,20 +119,17 @@ def test_settings_with_fewer_tasks_are_compared_on_those(committed: Path) -> Non
         *answers([1, 1], task="ruler/cwe", budget="0.25", kept_tokens=256),
     ]
     pack(lines, committed / "quality" / "ruler.csv")
-    text = section(
-        write_report.build(read_results(committed), "results").text(),
-        "RULER by model, length and budget",
-    )
+    text = pages(committed)["ruler"]
     whole, few = text.split("Of the tasks that all settings have (cwe):")
-    assert f"| keydiff | {MISSING} | 1 of 2 tasks |" in whole
+    assert "| keydiff |" not in whole
+    assert "Only some of the tasks: keydiff (1 of 2)." in whole
     assert "| cake | 1 of 2 tasks | 75.0 [" in whole
     assert f"| keydiff | {MISSING} | 50.0 [" in few
     assert "| cake | 100.0 [34.2, 100.0] | 100.0 [" in few
 
 
 def test_speed_says_where_compression_does_not_pay(committed: Path) -> None:
-    text = write_report.build(read_results(committed), "results").text()
-    lines = section(text, "Speed and memory").splitlines()
+    lines = pages(committed)["speed-and-memory"].splitlines()
     assert "date 2026-11-22, model tiny." in lines
     table = [line for line in lines if line.startswith(("| ttft", "| decode"))]
     assert table == [
@@ -149,7 +151,7 @@ def test_rows_of_kvcompress_bench_look_as_on_its_own_page(tmp_path: Path) -> Non
     report = BenchReport(tmp_path / "bench-tiny", {"device": "A x2", "config": ""})
     for row in rows:
         report.add(row)
-    text = section(write_report.build(read_results(tmp_path), "results").text(), "Speed and memory")
+    text = pages(tmp_path)["speed-and-memory"]
     table = [line for line in text.splitlines() if line.startswith("| ")]
     own = report.markdown.read_text().splitlines()
     assert [line for line in own if line.startswith("| ")][2:] == table[2:]
@@ -179,7 +181,7 @@ def test_verdict_on_a_ratio(row: dict[str, str], expected: str) -> None:
 )
 def test_verdict_on_a_difference(scores: list[float], expected: str) -> None:
     others = [0, 1, 1, 0] if expected == "level" else [1.0 - score for score in scores]
-    difference = paired(make_cells(answers(scores)), make_cells(answers(others, label="snapkv")))
+    difference = paired(*(by_prompt(make_frame(answers(one))) for one in (scores, others)))
     assert difference is not None
     assert report_quality.verdict(difference) == expected
 
@@ -191,27 +193,26 @@ def test_other_bytes_are_named(committed: Path) -> None:
         *answers([0, 0], label="snapkv", method="SnapKVPress", source="kvpress 0.5.5"),
     ]
     pack(records, committed / "quality" / "ruler.csv")
-    text = write_report.build(read_results(committed), "results").text()
+    text = pages(committed)["kvpress"]
     assert "ahead; holds 16 % against 12.8 %" in text
 
 
-def test_sections_without_figures_say_so(tmp_path: Path) -> None:
-    text = write_report.build(read_results(tmp_path), "results").text()
-    headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert len(headings) == 11
-    assert text.count("*The figures are missing: ") == 10  # the papers' are always there
-    assert "![" not in text
+def test_sections_without_results_have_no_page(tmp_path: Path) -> None:
+    found = pages(tmp_path)
+    assert list(found) == ["results"]
+    assert "](results/" not in found["results"]
 
 
-def test_papers_stand_apart_with_model_budget_and_source(tmp_path: Path) -> None:
-    text = write_report.build(read_results(tmp_path), "results").text()
-    quoted = section(text, "What papers report")
-    for table in QUOTED:
-        assert f"### {table.title}" in quoted
-        assert {len(row) for row in table.rows} == {len(table.head)}, table.title
-    assert quoted.count("Source: ") == quoted.count(". Budget: ") == len(QUOTED)
-    assert "| CAKE | 44.84 | 46.30 | 47.25 | 47.97 | 48.26 |" in quoted
-    assert "tiny" not in quoted
+def test_the_committed_page_opens_with_a_table_and_five_sentences() -> None:
+    opening, rest = (ROOT / "docs" / "results.md").read_text().split("\n## Contents\n")
+    lines = opening.splitlines()
+    assert lines[2].startswith("| mean over tasks | 50 % |")
+    assert [line.split(" ")[1] for line in lines[5:10]] == [
+        *("full", "cake", "dynamickv", "snapkv", "pyramidkv"),
+    ]
+    assert sum(line.startswith("* ") for line in lines) == 5
+    assert MISSING not in opening
+    assert "(https://arxiv.org/abs/2503.12491" in rest.split("\n## What papers report\n")[1]
 
 
 def test_a_file_that_is_none_is_one_sentence(
@@ -222,9 +223,7 @@ def test_a_file_that_is_none_is_one_sentence(
     assert "bad.csv must have the columns" in capsys.readouterr().err
 
 
-def test_the_committed_page_is_current(capsys: pytest.CaptureFixture[str]) -> None:
-    if not (ROOT / "docs" / "results.md").is_file():
-        pytest.skip("docs/results.md is not written yet")
+def test_the_committed_pages_are_current(capsys: pytest.CaptureFixture[str]) -> None:
     assert write_report.main(["--check"]) == 0, capsys.readouterr().err
 
 
@@ -244,7 +243,7 @@ def test_page_of_a_run(tmp_path: Path) -> None:
     assert page.count("![") == len(written) - 2 == 6
     assert "### 1024 tokens, per task" in page
     assert "<details><summary>25 %</summary>" in page
-    assert set(make_cells(unpack(out / "cells.csv"))) == set(make_cells(records))
+    assert len(unpack(out / "cells.csv")) == len(records)
     assert read_notes(out / "cells.csv") == {
         "command": "kvcompress eval x",
         "versions": "vllm 0.32.0, torch 2.13.0",

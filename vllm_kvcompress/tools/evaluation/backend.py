@@ -11,7 +11,7 @@ from vllm_kvcompress.tools.evaluation.task import Prompt
 
 
 @dataclass(frozen=True)
-class Case:
+class EncodedPrompt:
     """A prompt as it is run.
 
     Attributes:
@@ -81,10 +81,10 @@ class Backend(ABC):
     @abstractmethod
     def run(
         self,
-        cases: Sequence[Case],
+        cases: Sequence[EncodedPrompt],
         settings: Sequence[Setting],
-        wanted: Callable[[Case, Setting], bool],
-    ) -> Iterator[tuple[Case, Setting, Answer]]:
+        wanted: Callable[[EncodedPrompt, Setting], bool],
+    ) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
         """Answer every wanted pair of a chunk of cases, in any order, each prefilled as seldom as
         the backend can.
 

@@ -18,7 +18,7 @@ DEFAULT_BUDGETS = "0.069,0.125,0.25,0.5"
 DEFAULT_BLOCK_SIZE = 32
 PROTOCOLS = ("query-aware", "query-agnostic", "both")
 BACKENDS = ("vllm", "plain", "kvpress")
-DRAWING = ("matplotlib",)
+NEEDED = ("matplotlib", "pandas", "scipy")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -110,9 +110,11 @@ def run(args: argparse.Namespace) -> int:
     """
     from vllm_kvcompress.tools.evaluation.task import EvaluationError
 
-    missing = [name for name in DRAWING if find_spec(name) is None]
+    missing = [name for name in NEEDED if find_spec(name) is None]
     if missing and not args.dry_run:
-        raise CommandError(f"plots need {', '.join(missing)}: pip install 'vllm_kvcompress[eval]'")
+        raise CommandError(
+            f"tables and plots need {', '.join(missing)}: pip install 'vllm_kvcompress[eval]'"
+        )
     try:
         from vllm_kvcompress.tools.evaluation.run import evaluate
 

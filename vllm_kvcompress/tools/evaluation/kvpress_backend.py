@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, Case
-from vllm_kvcompress.tools.evaluation.kvpress_rows import Continuation, Row, prepare
+from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, EncodedPrompt
+from vllm_kvcompress.tools.evaluation.batched_decoding import CacheRow, Continuation, prepare
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.setting import Setting, kept_tokens
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt
@@ -27,54 +27,43 @@ from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-class Kind(NamedTuple):
-    """What a parameter may be: a test, and how it is said."""
-
-    accepts: Callable[[Any], bool]
-    text: str
+Check = tuple[Callable[[Any], bool], str]
+"""Whether a parameter has an allowed value, and the allowed values in words."""
 
 
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-_COUNT = Kind(lambda value: _whole(value, 1), "a whole number from 1")
-_SINKS = Kind(lambda value: _whole(value, 0), "a whole number from 0")
-_ODD = Kind(lambda value: _whole(value, 1) and value % 2 == 1, "an odd number from 1")
-_FLAG = Kind(lambda value: isinstance(value, bool), "true or false")
-_SHIFT = Kind(
-    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and value >= 0,
-    "a number from 0",
-)
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
 
 
-class Press(NamedTuple):
-    """One of kvpress's methods: its class there and the parameters it takes."""
-
-    name: str
-    params: Mapping[str, Kind]
-
-
+_COUNT: Check = (lambda value: _whole(value, 1), "a whole number from 1")
+_SINKS: Check = (lambda value: _whole(value, 0), "a whole number from 0")
+_ODD: Check = (lambda value: _whole(value, 1) and value % 2 == 1, "an odd number from 1")
+_FLAG: Check = (lambda value: isinstance(value, bool), "true or false")
+_SHIFT: Check = (_number, "a number from 0")
 _SNAPKV = {"window_size": _COUNT, "kernel_size": _ODD}
-PRESSES: Mapping[str, Press] = MappingProxyType(
+_EXPECTED_ATTENTION = {
+    "n_future_positions": _COUNT,
+    "n_sink": _SINKS,
+    "use_covariance": _FLAG,
+    "use_vnorm": _FLAG,
+    "epsilon": _SHIFT,
+}
+
+PRESSES: Mapping[str, tuple[str, Mapping[str, Check]]] = MappingProxyType(
     {
-        "snapkv": Press("SnapKVPress", _SNAPKV),
-        "pyramidkv": Press("PyramidKVPress", {**_SNAPKV, "beta": _COUNT}),
-        "streamingllm": Press("StreamingLLMPress", {"n_sink": _SINKS}),
-        "expected_attention": Press(
-            "ExpectedAttentionPress",
-            {
-                "n_future_positions": _COUNT,
-                "n_sink": _SINKS,
-                "use_covariance": _FLAG,
-                "use_vnorm": _FLAG,
-                "epsilon": _SHIFT,
-            },
-        ),
-        "keydiff": Press("KeyDiffPress", {}),
+        "snapkv": ("SnapKVPress", _SNAPKV),
+        "pyramidkv": ("PyramidKVPress", {**_SNAPKV, "beta": _COUNT}),
+        "streamingllm": ("StreamingLLMPress", {"n_sink": _SINKS}),
+        "expected_attention": ("ExpectedAttentionPress", _EXPECTED_ATTENTION),
+        "keydiff": ("KeyDiffPress", {}),
     }
 )
-"""By the method's name in a :class:`Setting`; what is not given is kvpress's default."""
+"""Class in kvpress and the parameters that it takes, by the method's name in a :class:`Setting`;
+parameters that are not given have kvpress's defaults."""
 
 
 def check_setting(setting: Setting, block_size: int) -> None:
@@ -86,23 +75,22 @@ def check_setting(setting: Setting, block_size: int) -> None:
     """
     if setting.is_full:
         return
-    press = PRESSES.get(setting.method)
-    if press is None:
+    if setting.method not in PRESSES:
         raise EvaluationError(
             f"method {setting.method!r} is not compared with kvpress; it is one of "
             f"{', '.join(PRESSES)}"
         )
+    _, checks = PRESSES[setting.method]
     for name, value in setting.params.items():
-        kind = press.params.get(name)
-        if kind is None:
-            known = ", ".join(press.params) or "none"
+        if name not in checks:
             raise EvaluationError(
-                f"parameter {name!r} is none of {setting.method} in kvpress, which takes {known}"
+                f"parameter {name!r} is none of {setting.method} in kvpress, which takes "
+                f"{', '.join(checks) or 'none'}"
             )
-        if not kind.accepts(value):
+        accepts, text = checks[name]
+        if not accepts(value):
             raise EvaluationError(
-                f"parameter {name} of {setting.method} in kvpress must be {kind.text}, got "
-                f"{value!r}"
+                f"parameter {name} of {setting.method} in kvpress must be {text}, got {value!r}"
             )
     try:
         kept_tokens(setting.budget, 1, block_size)
@@ -142,13 +130,13 @@ class OncePerLayer:
         return self._scores
 
 
-class Cut(NamedTuple):
+class PressCut(NamedTuple):
     """One setting of a prompt: what cuts (None: nothing is to be cut) and what is left."""
 
     setting: Setting
     press: Any
     kept: int
-    row: Row
+    row: CacheRow
 
 
 class KvpressBackend(Backend):
@@ -214,10 +202,10 @@ class KvpressBackend(Backend):
 
     def run(
         self,
-        cases: Sequence[Case],
+        cases: Sequence[EncodedPrompt],
         settings: Sequence[Setting],
-        wanted: Callable[[Case, Setting], bool],
-    ) -> Iterator[tuple[Case, Setting, Answer]]:
+        wanted: Callable[[EncodedPrompt, Setting], bool],
+    ) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
         """Prefill each case once, then decode all cases under all settings together.
 
         Raises:
@@ -233,10 +221,10 @@ class KvpressBackend(Backend):
 
     @torch.inference_mode()
     def _answers(
-        self, asked: Sequence[tuple[Case, Sequence[Setting]]]
-    ) -> list[tuple[Case, Setting, Answer]]:
-        answers: list[tuple[Case, Setting, Answer]] = []
-        answering: list[tuple[Case, Cut]] = []
+        self, asked: Sequence[tuple[EncodedPrompt, Sequence[Setting]]]
+    ) -> list[tuple[EncodedPrompt, Setting, Answer]]:
+        answers: list[tuple[EncodedPrompt, Setting, Answer]] = []
+        answering: list[tuple[EncodedPrompt, PressCut]] = []
         parts = []
         for case, settings in asked:
             cuts = self._cuts(settings, len(case.token_ids))
@@ -261,7 +249,7 @@ class KvpressBackend(Backend):
             )
         return answers
 
-    def _cuts(self, settings: Sequence[Setting], tokens: int) -> list[Cut]:
+    def _cuts(self, settings: Sequence[Setting], tokens: int) -> list[PressCut]:
         shared: dict[Any, OncePerLayer] = {}
         cuts = []
         for setting in settings:
@@ -274,11 +262,12 @@ class KvpressBackend(Backend):
                 }
                 key = (type(press).score, tuple(sorted(read.items())))
                 press.score = shared.setdefault(key, OncePerLayer(press.score))
-            cuts.append(Cut(setting, press, kept, Row()))
+            cuts.append(PressCut(setting, press, kept, CacheRow()))
         return cuts
 
     def _press(self, setting: Setting, kept: int, tokens: int) -> Any:
-        press = getattr(self._kvpress, PRESSES[setting.method].name)(
+        name, _ = PRESSES[setting.method]
+        press = getattr(self._kvpress, name)(
             compression_ratio=ratio_for(setting.method, kept, tokens), **setting.params
         )
         for name in ("window_size", "n_sink"):
@@ -291,7 +280,7 @@ class KvpressBackend(Backend):
         press.post_init_from_model(self._model)
         return press
 
-    def _prefill(self, case: Case, cuts: Sequence[Cut]) -> Continuation:
+    def _prefill(self, case: EncodedPrompt, cuts: Sequence[PressCut]) -> Continuation:
         """Fill the cuts' rows."""
         room = case.most_tokens - len(case.token_ids)
 
@@ -358,7 +347,7 @@ class KvpressBackend(Backend):
             )
 
 
-def _check_kept(cut: Cut) -> None:
+def _check_kept(cut: PressCut) -> None:
     lengths = cut.row.lengths
     mean = sum(lengths) / len(lengths)
     if round(mean) != cut.kept:

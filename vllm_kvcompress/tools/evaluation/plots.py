@@ -1,26 +1,22 @@
-"""Pictures of cells; every function returns a figure that :func:`save` writes."""
+"""Pictures of results; every function returns a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from math import ceil, exp, log
-from pathlib import Path
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
-from PIL import Image
 
-from vllm_kvcompress.tools.evaluation.looks import Look, looks_of
-from vllm_kvcompress.tools.evaluation.panels import Panel, Row
+from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, SettingRow
 from vllm_kvcompress.tools.evaluation.stats import Estimate
+from vllm_kvcompress.tools.evaluation.styles import Style, styles_for
 from vllm_kvcompress.tools.evaluation.tables import budget_text, share_text
+from vllm_kvcompress.tools.inspection.png_file import DPI
 from vllm_kvcompress.tools.inspection.style import shorten
-
-DPI = 120
 
 _LETTERS = 9.0
 # Inches that a legend's entry takes beside its letters, and for each of them.
@@ -29,149 +25,128 @@ _PANEL_WIDTH, _PANEL_HEIGHT = 3.4, 3.1
 _COLUMNS = 4
 _DASHES = (0, (6, 3))
 
-Looks = Mapping[Row, Look]
+Styles = Mapping[SettingRow, Style]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG with a palette of 256 colours, which takes a third of the space.
-
-    Raises:
-        OSError: The file cannot be written.
-
-    """
-    drawn = BytesIO()
-    figure.savefig(drawn, format="png", dpi=DPI)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(drawn) as image:
-        palette = image.convert("RGB").quantize(
-            256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-        )
-    palette.save(path, format="PNG", optimize=True)
-
-
-def share_figure(panels: Sequence[Panel], looks: Looks | None = None) -> Figure:
+def share_figure(groups: Sequence[ResultGroup], styles: Styles | None = None) -> Figure:
     """Mean over tasks against the share of the cache that was kept.
 
     The intervals of likelihoods are those of the paired differences to the full cache: prompts
     differ far more from each other than settings do.
 
     Args:
-        panels: One axes each, such as the lengths of one model and protocol.
-        looks: Of all settings of a report; None: of those that are here.
+        groups: Groups with one axes each, such as the lengths of one model and protocol.
+        styles: Styles of all settings of a report; None: only of the settings here.
 
     """
-    looks = looks or looks_of(panels)
-    figure, axes = _grid(len(panels), _PANEL_WIDTH, _PANEL_HEIGHT)
-    for ax, panel in zip(axes, panels, strict=True):
-        for row, look in _drawn(panel, looks).items():
-            _line(ax, panel, row, look, _jitter(panel, row, looks))
-        full = panel.mean(panel.full, "") if panel.full else None
-        if panel.full and full is not None:
+    styles = styles or styles_for(groups)
+    figure, axes = _grid(len(groups), _PANEL_WIDTH, _PANEL_HEIGHT)
+    for ax, group in zip(axes, groups, strict=True):
+        for row, style in _drawn(group, styles).items():
+            _line(ax, group, row, style, _jitter(group, row, styles))
+        full = group.mean(group.full, "") if group.full else None
+        if group.full and full is not None:
             ax.axhline(
-                _scaled(panel, full.value),
+                _scaled(group, full.value),
                 color="black",
                 linestyle=_DASHES,
                 linewidth=1.2,
-                label=panel.names[panel.full],
+                label=group.names[group.full],
             )
-        tasks = f", {len(panel.tasks)} tasks" if len(panel.tasks) > 1 else ""
-        ax.set_title(f"{panel.length} tokens{tasks}", fontsize=_LETTERS)
-        _share_axis(ax, panel)
-        _value_axis(ax, panel)
-    note = "mean over tasks, " if any(len(panel.tasks) > 1 for panel in panels) else ""
+        tasks = f", {len(group.tasks)} tasks" if len(group.tasks) > 1 else ""
+        ax.set_title(f"{group.length} tokens{tasks}", fontsize=_LETTERS)
+        _share_axis(ax, group)
+        _value_axis(ax, group)
+    note = "mean over tasks, " if any(len(group.tasks) > 1 for group in groups) else ""
     note += "95 % intervals"
-    if panels[0].likelihood:
+    if groups[0].likelihood:
         note += " of the differences to the full cache"
-    _finish(figure, axes, _title(panels), note)
+    _finish(figure, axes, groups[0].title, note)
     return figure
 
 
-def task_figure(panel: Panel, budget: str, looks: Looks | None = None) -> Figure:
+def task_figure(group: ResultGroup, budget: str, styles: Styles | None = None) -> Figure:
     """Bars per task for one budget, the full cache a black line over each task's bars."""
-    looks = looks or looks_of([panel])
-    rows = {row: look for row, look in looks.items() if panel.select(row, budget)}
+    styles = styles or styles_for([group])
+    rows = {row: style for row, style in styles.items() if group.tasks_of(row, budget)}
     width = 0.8 / max(1, len(rows))
     per_line = max(1, int(13 / (0.13 * len(rows) + 0.35)))
-    lines = ceil(len(panel.tasks) / per_line)
-    per_line = ceil(len(panel.tasks) / lines)
+    lines = ceil(len(group.tasks) / per_line)
+    per_line = ceil(len(group.tasks) / lines)
     inches = max(5.0, per_line * (0.13 * len(rows) + 0.35) + 0.8)
     figure, axes = _grid(lines, inches, 2.7, columns=1)
     for number, ax in enumerate(axes):
-        names = panel.tasks[number * per_line : (number + 1) * per_line]
-        for place, (row, look) in enumerate(rows.items()):
-            found = {c.task: c.score or c.nll for c in panel.select(row, budget)}
+        names = group.tasks[number * per_line : (number + 1) * per_line]
+        for place, (row, style) in enumerate(rows.items()):
+            found = group.task_means(row, budget)
             spots = [(x, e) for x, name in enumerate(names) if (e := found.get(name)) is not None]
             offset = (place + 0.5) * width - 0.4
             ax.bar(
                 [x + offset for x, _ in spots],
-                [_scaled(panel, estimate.value) for _, estimate in spots],
+                [_scaled(group, estimate.value) for _, estimate in spots],
                 width * 0.92,
-                color=look.color,
-                hatch=look.hatch,
+                color=style.color,
+                hatch=style.hatch,
                 edgecolor="white",
                 linewidth=0,
-                yerr=_errors(panel, [estimate for _, estimate in spots]),
+                yerr=_errors(group, [estimate for _, estimate in spots]),
                 error_kw={"elinewidth": 0.8, "ecolor": "0.25"},
-                label=panel.names[row],
+                label=group.names[row],
             )
-        _full_bars(ax, panel, names)
+        _full_bars(ax, group, names)
         ax.set_xticks(range(len(names)), [name.partition("/")[2] or name for name in names])
         ax.tick_params(axis="x", labelsize=_LETTERS, length=0)
         if per_line > 5:
             for label in ax.get_xticklabels():
                 label.set(rotation=20, ha="right", rotation_mode="anchor")
         ax.set_xlim(-0.6, per_line - 0.4)
-        _value_axis(ax, panel)
-    note = f"{panel.length} tokens, budget {budget_text(budget)}; 95 % intervals"
-    _finish(figure, axes, _title([panel]), note)
+        _value_axis(ax, group)
+    note = f"{group.length} tokens, budget {budget_text(budget)}; 95 % intervals"
+    _finish(figure, axes, group.title, note)
     return figure
 
 
-def _full_bars(ax: Axes, panel: Panel, names: Sequence[str]) -> None:
-    if panel.full is None:
+def _full_bars(ax: Axes, group: ResultGroup, names: Sequence[str]) -> None:
+    if group.full is None:
         return
-    for number, cell in enumerate(c for c in panel.select(panel.full, "") if c.task in names):
-        estimate = cell.score or cell.nll
-        x = names.index(cell.task)
-        if estimate is not None:
-            ax.plot(
-                [x - 0.43, x + 0.43],
-                [_scaled(panel, estimate.value)] * 2,
-                color="black",
-                linewidth=1.2,
-                label=panel.names[panel.full] if number == 0 else None,
-            )
+    label: str | None = group.names[group.full]
+    for task, estimate in group.task_means(group.full, "").items():
+        if task in names:
+            ends = [names.index(task) - 0.43, names.index(task) + 0.43]
+            value = [_scaled(group, estimate.value)] * 2
+            ax.plot(ends, value, color="black", linewidth=1.2, label=label)
+            label = None
 
 
-def _line(ax: Axes, panel: Panel, row: Row, look: Look, jitter: float) -> None:
+def _line(ax: Axes, group: ResultGroup, row: SettingRow, style: Style, jitter: float) -> None:
     points = []
-    for budget in panel.budgets:
-        mean, share = _mean(panel, row, budget), panel.share(row, budget)
+    for budget in group.budgets:
+        mean, share = _mean(group, row, budget), group.share(row, budget)
         if mean is not None and share is not None:
             points.append((share * jitter, mean))
     if not points:  # it has not answered all tasks
         return
     ax.errorbar(
         [x for x, _ in points],
-        [_scaled(panel, mean.value) for _, mean in points],
-        yerr=_errors(panel, [mean for _, mean in points]),
-        color=look.color,
-        marker=look.marker,
-        markerfacecolor="white" if look.hollow else look.color,
+        [_scaled(group, mean.value) for _, mean in points],
+        yerr=_errors(group, [mean for _, mean in points]),
+        color=style.color,
+        marker=style.marker,
+        markerfacecolor="white" if style.hollow else style.color,
         markersize=5,
-        linestyle=look.line,
+        linestyle=style.line,
         linewidth=1.4,
         elinewidth=0.9,
         capsize=2,
-        label=panel.names[row],
+        label=group.names[row],
     )
 
 
-def _mean(panel: Panel, row: Row, budget: str) -> Estimate | None:
-    mean = panel.mean(row, budget)
-    if mean is None or not panel.likelihood or panel.full is None:
+def _mean(group: ResultGroup, row: SettingRow, budget: str) -> Estimate | None:
+    mean = group.mean(row, budget)
+    if mean is None or not group.likelihood or group.full is None:
         return mean
-    difference = panel.difference(row, budget, panel.full)
+    difference = group.difference(row, budget, group.full)
     if difference is None:
         return mean
     by = difference.estimate
@@ -179,31 +154,31 @@ def _mean(panel: Panel, row: Row, budget: str) -> Estimate | None:
     return Estimate(mean.value, low, high, by.n)
 
 
-def _jitter(panel: Panel, row: Row, looks: Looks) -> float:
+def _jitter(group: ResultGroup, row: SettingRow, styles: Styles) -> float:
     """A factor that sets the rows' error bars beside each other."""
-    rows = list(_drawn(panel, looks))
+    rows = list(_drawn(group, styles))
     return float(1.02 ** (rows.index(row) - (len(rows) - 1) / 2))
 
 
-def _drawn(panel: Panel, looks: Looks) -> dict[Row, Look]:
-    return {row: look for row, look in looks.items() if row in panel.rows}
+def _drawn(group: ResultGroup, styles: Styles) -> dict[SettingRow, Style]:
+    return {row: style for row, style in styles.items() if row in group.rows}
 
 
-def _scaled(panel: Panel, value: float) -> float:
-    return value if panel.likelihood else 100 * value
+def _scaled(group: ResultGroup, value: float) -> float:
+    return value if group.likelihood else 100 * value
 
 
-def _errors(panel: Panel, estimates: Sequence[Estimate]) -> list[list[float]]:
+def _errors(group: ResultGroup, estimates: Sequence[Estimate]) -> list[list[float]]:
     return [
-        [_scaled(panel, e.value - e.low) for e in estimates],
-        [_scaled(panel, e.high - e.value) for e in estimates],
+        [_scaled(group, e.value - e.low) for e in estimates],
+        [_scaled(group, e.high - e.value) for e in estimates],
     ]
 
 
-def _share_axis(ax: Axes, panel: Panel) -> None:
+def _share_axis(ax: Axes, group: ResultGroup) -> None:
     ax.set_xscale("log")
     ax.set_xlabel("share of the cache that is kept", fontsize=_LETTERS)
-    shares = sorted(sum(panel.shares(budget)) / 2 for budget in panel.budgets)
+    shares = sorted(sum(group.shares(budget)) / 2 for budget in group.budgets)
     ticks: list[float] = []
     for share in shares:  # labels that would touch are left out
         if not ticks or log(share / ticks[-1]) > 0.2:
@@ -215,13 +190,13 @@ def _share_axis(ax: Axes, panel: Panel) -> None:
         ax.set_xlim(shares[0] / 1.5, shares[-1] * 1.5)
 
 
-def _value_axis(ax: Axes, panel: Panel) -> None:
+def _value_axis(ax: Axes, group: ResultGroup) -> None:
     ax.tick_params(labelsize=_LETTERS - 1)
     ax.grid(axis="y", color="0.88", linewidth=0.7)
     ax.set_axisbelow(True)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    if panel.likelihood:
+    if group.likelihood:
         ax.set_ylabel("nats per token", fontsize=_LETTERS)
         low, high = ax.get_ylim()
         ax.set_ylim(low, max(high, low + 0.02))
@@ -270,8 +245,3 @@ def _finish(figure: Figure, axes: Sequence[Axes], title: str, note: str) -> None
         frameon=False,
         handlelength=3,
     )
-
-
-def _title(panels: Sequence[Panel]) -> str:
-    first = panels[0]
-    return f"{first.model}, {first.dtype}: {first.family}, {first.protocol}"

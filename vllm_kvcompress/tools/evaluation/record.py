@@ -10,6 +10,9 @@ from typing import Any
 
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
 
+RECORDS = "results.jsonl"
+"""Name of the file of records in a run's folder."""
+
 AWARE, AGNOSTIC = "query-aware", "query-agnostic"
 PROTOCOLS = (AWARE, AGNOSTIC)
 """Whether the question is part of what is compressed, or comes after the compression."""
@@ -20,26 +23,26 @@ class Record:
     """One prompt under one setting.
 
     Attributes:
-        model: Name of the model's folder or its identifier.
-        dtype: Of weights and cache.
-        source: Who answered, with version, such as ``vllm_kvcompress 0.1.0``.
-        task: Its name.
+        model: Name of the model's folder, or its identifier.
+        dtype: Data type of weights and cache.
+        source: Name and version of the software that answered, such as ``vllm_kvcompress 0.1.0``.
+        task: Name of the task.
         length: Tokens asked for; the prompt's own are ``prompt_tokens``.
         protocol: One of :data:`PROTOCOLS`.
-        seed: Of the prompts.
-        index: Of the prompt.
-        label: Of the setting.
-        method: Its method.
-        params: Of the method, those that were given.
-        budget: As on the command line; empty for the full cache.
+        seed: Seed of the prompts.
+        index: Number of the prompt among those of its task, length and seed.
+        label: Name of the setting.
+        method: Method of the setting.
+        params: Parameters of the method that were given.
+        budget: Budget as on the command line; empty for the full cache.
         block_size: Tokens of a block.
-        prompt_tokens: That were compressed.
-        kept_tokens: A layer's average after the prefill.
-        score: 0 to 1, or None where a likelihood was measured.
+        prompt_tokens: Tokens that were compressed.
+        kept_tokens: Tokens that a layer held on average after the prefill.
+        score: Score from 0 to 1, or None where a likelihood was measured.
         nll: Nats per token, or None where the model answered.
-        tokens: Generated or measured.
+        tokens: Tokens generated or measured.
         text: The answer.
-        labels: Of the prompt.
+        labels: Labels of the prompt.
 
     """
 
@@ -72,11 +75,6 @@ class Record:
             *(self.seed, self.index, self.label, _frozen(self.params), self.budget),
             self.block_size,
         )
-
-    @property
-    def share(self) -> float:
-        """Of the cache that was kept."""
-        return self.kept_tokens / self.prompt_tokens
 
 
 class Store:

@@ -9,7 +9,6 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,43 +20,25 @@ from vllm_kvcompress.tools.arguments import STOPPED, CommandError, numbers, spli
 from vllm_kvcompress.tools.bench.machine import hardware
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.backend import Backend
-from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE, Store
-from vllm_kvcompress.tools.evaluation.runner import Batch, Cell, Runner, longest, prepare
+from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE, RECORDS, Store
+from vllm_kvcompress.tools.evaluation.runner import PromptSet, Runner, longest, prepare
 from vllm_kvcompress.tools.evaluation.setting import Setting
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Source
 
 PACKAGES = ("vllm_kvcompress", "vllm", "torch", "transformers", "kvpress", "triton")
 
 
-@dataclass(frozen=True)
-class Files:
-    """Where a run leaves what.
-
-    Attributes:
-        folder: Of all of it.
-
-    """
-
-    folder: Path
-
-    @property
-    def results(self) -> Path:
-        """A line a prompt and setting."""
-        return self.folder / "results.jsonl"
-
-    @property
-    def runs(self) -> Path:
-        """A line a call: command line, versions, how many answers in how many seconds."""
-        return self.folder / "runs.jsonl"
+RUNS = "runs.jsonl"
+"""File with a line for each call and batch: command line, versions, answers, seconds."""
 
 
 def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[str]) -> int:
-    """Run what is missing, and write table and plots.
+    """Have the missing answers made, and write tables and plots.
 
     Args:
-        args: As parsed.
-        settings: What is compared.
-        words: The command line.
+        args: Parsed arguments.
+        settings: Settings that are compared.
+        words: Words of the command line.
 
     Returns:
         0, or 130 after an interrupt.
@@ -67,10 +48,9 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
         EvaluationError: What the user can put right about tasks, data, settings or engine.
 
     """
-    files = Files(args.output)
     console = Console(stderr=True)
     cells = [
-        Cell(task, length, protocol, seed, args.prompts)
+        PromptSet(task, length, protocol, seed, args.prompts)
         for length in numbers(args.lengths, "lengths", 1)
         for protocol in _protocols(args.protocol)
         for task in tasks.find(split(args.tasks), args.longbench_hub)
@@ -86,19 +66,17 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
     )
     if args.dry_run:
         return 0
-    store = Store(files.results)
+    store = Store(args.output / RECORDS)
     backend = _backend(args, longest(batches))
     try:
         backend.check(settings)
         runner = Runner(backend, args.model, args.dtype, store)
-        stopped = _answer(runner, batches, settings, files, words, console)
+        stopped = _answer(runner, batches, settings, words, console)
     finally:
         backend.close()
-    from vllm_kvcompress.tools.evaluation.report import write_results
+    from vllm_kvcompress.tools.evaluation.results_page import write_results
 
-    page, *_ = write_results(
-        files.folder, files.folder, command=_command(words), versions=versions()
-    )
+    page, *_ = write_results(args.output, args.output, command=_command(words), versions=versions())
     console.print(f"written: {page}")
     return STOPPED if stopped else 0
 
@@ -116,15 +94,15 @@ def versions() -> dict[str, str]:
 
 def _answer(
     runner: Runner,
-    batches: Sequence[Batch],
+    batches: Sequence[PromptSet],
     settings: Sequence[Setting],
-    files: Files,
     words: Sequence[str],
     console: Console,
 ) -> bool:
     """Answer what is missing; whether the user stopped it."""
     missing = sum(runner.missing(batch, settings) for batch in batches)
-    console.print(f"{missing} answers to go, {len(runner.store)} in {files.results}")
+    path = runner.store.path
+    console.print(f"{missing} answers to go, {len(runner.store)} in {path}")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -136,7 +114,7 @@ def _answer(
         row = bar.add_task("answers", total=missing)
         for batch in batches:
             start, answers = time.perf_counter(), 0
-            name = f"{batch.cell.task.name} {batch.cell.length}"
+            name = f"{batch.task.name} {batch.length}"
             bar.update(row, description=name)
             try:
                 for _ in runner.run(batch, settings):
@@ -146,20 +124,19 @@ def _answer(
                 console.print("stopped: the same command goes on from here")
                 stopped = True
             if answers:
-                _log(files.runs, batch, answers, time.perf_counter() - start, words)
+                _log(path.with_name(RUNS), batch, answers, time.perf_counter() - start, words)
             if stopped:
                 break
     return stopped
 
 
-def _log(path: Path, batch: Batch, answers: int, seconds: float, words: Sequence[str]) -> None:
-    cell = batch.cell
+def _log(path: Path, batch: PromptSet, answers: int, seconds: float, words: Sequence[str]) -> None:
     line = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "task": cell.task.name,
-        "length": cell.length,
-        "protocol": cell.protocol,
-        "seed": cell.seed,
+        "task": batch.task.name,
+        "length": batch.length,
+        "protocol": batch.protocol,
+        "seed": batch.seed,
         "answers": answers,
         "seconds": round(seconds, 1),
         "command": _command(words),

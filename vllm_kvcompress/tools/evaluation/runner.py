@@ -1,12 +1,12 @@
-"""Goes through all cells, and leaves out what the results hold already."""
+"""Has sets of prompts answered, and leaves out the answers that the results hold already."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, Case
+from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, EncodedPrompt
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, Record, Store
 from vllm_kvcompress.tools.evaluation.setting import Setting
@@ -14,15 +14,16 @@ from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt, Sourc
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What is asked, without who answers.
+class PromptSet:
+    """The prompts of one task, without the settings under which they are answered.
 
     Attributes:
-        task: Whose prompts.
-        length: Tokens.
-        protocol: Of :mod:`vllm_kvcompress.tools.evaluation.record`.
-        seed: Of the prompts.
-        count: Prompts.
+        task: Task that makes the prompts.
+        length: Tokens of a prompt, as the task takes it.
+        protocol: One of ``record.PROTOCOLS``.
+        seed: Seed of the prompts.
+        count: Number of prompts.
+        cases: The prompts' tokens; empty until :func:`prepare` has made them.
 
     """
 
@@ -31,33 +32,27 @@ class Cell:
     protocol: str
     seed: int
     count: int
+    cases: tuple[EncodedPrompt, ...] = ()
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A cell's cases, as they are run."""
-
-    cell: Cell
-    cases: tuple[Case, ...]
-
-
-def prepare(cells: Sequence[Cell], source: Source) -> list[Batch]:
-    """Make the prompts of all cells.
+def prepare(prompt_sets: Sequence[PromptSet], source: Source) -> list[PromptSet]:
+    """Make the prompts of all sets.
 
     Raises:
         EvaluationError: A task's data is not there, or it has no such prompts.
 
     """
-    batches = []
-    for cell in cells:
-        prompts = cell.task.prompts(source, length=cell.length, count=cell.count, seed=cell.seed)
+    made = []
+    for one in prompt_sets:
+        prompts = one.task.prompts(source, length=one.length, count=one.count, seed=one.seed)
         if not prompts:
-            raise EvaluationError(f"{cell.task.name} has no prompts of {cell.length} tokens")
-        batches.append(Batch(cell, tuple(encode(p, cell.protocol, source) for p in prompts)))
-    return batches
+            raise EvaluationError(f"{one.task.name} has no prompts of {one.length} tokens")
+        cases = tuple(encode(prompt, one.protocol, source) for prompt in prompts)
+        made.append(replace(one, cases=cases))
+    return made
 
 
-def encode(prompt: Prompt, protocol: str, source: Source) -> Case:
+def encode(prompt: Prompt, protocol: str, source: Source) -> EncodedPrompt:
     """Tokenize a prompt.
 
     Context and question are one text where the question is part of what is compressed, two where it
@@ -69,25 +64,25 @@ def encode(prompt: Prompt, protocol: str, source: Source) -> Case:
         measured = tuple(tokenizer(prompt.measured, add_special_tokens=False)["input_ids"])
     if protocol != AGNOSTIC or not prompt.question:
         ids = tokenizer(prompt.context + prompt.question)["input_ids"]
-        return Case(prompt, tuple(ids), (), measured)
+        return EncodedPrompt(prompt, tuple(ids), (), measured)
     context = tokenizer(prompt.context)["input_ids"]
     question = tokenizer(prompt.question, add_special_tokens=False)["input_ids"]
-    return Case(prompt, tuple(context), tuple(question), measured)
+    return EncodedPrompt(prompt, tuple(context), tuple(question), measured)
 
 
-def longest(batches: Sequence[Batch]) -> int:
+def longest(batches: Sequence[PromptSet]) -> int:
     """Tokens of the longest case, its answer included."""
     return max(case.most_tokens for batch in batches for case in batch.cases)
 
 
 class Runner:
-    """Answers batches under settings.
+    """Has batches answered under settings.
 
     Args:
-        backend: Who answers.
-        model: Its name in the records.
-        dtype: Likewise.
-        store: Where records go, and which are there.
+        backend: Software that answers.
+        model: Folder or name of the model; the records have its name.
+        dtype: Data type of weights and cache, for the records.
+        store: File of the records, old and new.
 
     """
 
@@ -97,38 +92,37 @@ class Runner:
         self.dtype = dtype
         self.store = store
 
-    def missing(self, batch: Batch, settings: Sequence[Setting]) -> int:
+    def missing(self, batch: PromptSet, settings: Sequence[Setting]) -> int:
         """Pairs of case and setting that have no record yet."""
         return sum(
-            not self._is_done(batch.cell, case, setting)
-            for case in batch.cases
-            for setting in settings
+            not self._is_done(batch, case, setting) for case in batch.cases for setting in settings
         )
 
-    def run(self, batch: Batch, settings: Sequence[Setting]) -> Iterator[Record]:
+    def run(self, batch: PromptSet, settings: Sequence[Setting]) -> Iterator[Record]:
         """Answer what is missing; every record is in the store when it is returned."""
-        cell = batch.cell
         at_once = self.backend.cases_at_once(max(case.most_tokens for case in batch.cases))
         pending = [
             case
             for case in batch.cases
-            if not all(self._is_done(cell, case, setting) for setting in settings)
+            if not all(self._is_done(batch, case, setting) for setting in settings)
         ]
         for start in range(0, len(pending), at_once):
             answers = self.backend.run(
                 pending[start : start + at_once],
                 settings,
-                lambda case, setting: not self._is_done(cell, case, setting),
+                lambda case, setting: not self._is_done(batch, case, setting),
             )
             for case, setting, answer in answers:
-                record = self._record(cell, case, setting, answer)
+                record = self._record(batch, case, setting, answer)
                 self.store.append(record)
                 yield record
 
-    def _is_done(self, cell: Cell, case: Case, setting: Setting) -> bool:
-        return self._record(cell, case, setting, Answer("", 0, 0)).key in self.store
+    def _is_done(self, batch: PromptSet, case: EncodedPrompt, setting: Setting) -> bool:
+        return self._record(batch, case, setting, Answer("", 0, 0)).key in self.store
 
-    def _record(self, cell: Cell, case: Case, setting: Setting, answer: Answer) -> Record:
+    def _record(
+        self, batch: PromptSet, case: EncodedPrompt, setting: Setting, answer: Answer
+    ) -> Record:
         prompt = case.prompt
         score = None
         if not case.measured_ids and prompt.metric:
@@ -137,10 +131,10 @@ class Runner:
             model=self.model,
             dtype=self.dtype,
             source=self.backend.source,
-            task=cell.task.name,
-            length=cell.length,
-            protocol=cell.protocol,
-            seed=cell.seed,
+            task=batch.task.name,
+            length=batch.length,
+            protocol=batch.protocol,
+            seed=batch.seed,
             index=prompt.index,
             label=setting.label,
             method=setting.method,

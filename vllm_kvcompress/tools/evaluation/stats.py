@@ -6,16 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import sqrt
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import binomtest
 
 LEVEL = 0.95
 RESAMPLES = 2000
 SEED = 0
-
-_Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 
 Floats = npt.NDArray[np.float64]
 
@@ -26,9 +24,9 @@ class Estimate:
 
     Attributes:
         value: The mean.
-        low: Lower end of the interval of :data:`LEVEL`.
-        high: Upper end.
-        n: Prompts, or pairs of prompts.
+        low: Lower end of the interval of level :data:`LEVEL`.
+        high: Upper end of the interval.
+        n: Number of prompts, or of pairs of prompts.
 
     """
 
@@ -38,24 +36,17 @@ class Estimate:
     n: int
 
 
-def wilson(right: float, n: int) -> Estimate:
-    """Share of right answers with Wilson's score interval (JASA 22, 1927, page 209).
+@lru_cache
+def wilson(right: int, n: int) -> Estimate:
+    """Share of ``right`` answers among ``n`` with Wilson's score interval.
 
     Unlike the normal interval it has a width where all answers are right.
-
-    Args:
-        right: Right answers.
-        n: All answers, at least one.
-
     """
-    share = right / n
-    middle = (right + _Z**2 / 2) / (n + _Z**2)
-    half = _Z * sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2)) / (1 + _Z**2 / n)
-    # At the ends the formula gives 0 and 1 but for rounding.
-    return Estimate(share, min(share, max(0.0, middle - half)), max(share, middle + half), n)
+    low, high = binomtest(right, n).proportion_ci(LEVEL, method="wilson")
+    return Estimate(right / n, float(low), float(high), n)
 
 
-def mean_score(strata: Sequence[Sequence[float]]) -> Estimate:
+def mean_score(strata: Sequence[Sequence[float] | Floats]) -> Estimate:
     """Mean of the strata's means of scores from 0 to 1.
 
     One stratum of zeros and ones has Wilson's interval, everything else a bootstrap over the
@@ -67,12 +58,12 @@ def mean_score(strata: Sequence[Sequence[float]]) -> Estimate:
         strata: Scores of the prompts of each task; no task without a prompt.
 
     """
-    if len(strata) == 1 and set(strata[0]) <= {0.0, 1.0}:
-        return wilson(sum(strata[0]), len(strata[0]))
+    if len(strata) == 1 and np.isin(strata[0], (0.0, 1.0)).all():
+        return wilson(int(sum(strata[0])), len(strata[0]))
     return _stratified(strata, _unseen_score, (0.0, 1.0))
 
 
-def mean_difference(strata: Sequence[Sequence[float]], *, scores: bool) -> Estimate:
+def mean_difference(strata: Sequence[Sequence[float] | Floats], *, scores: bool) -> Estimate:
     """Mean of the strata's means of differences between pairs.
 
     The interval is a bootstrap over the pairs of each stratum. Where all pairs of a task differ
@@ -90,13 +81,13 @@ def mean_difference(strata: Sequence[Sequence[float]], *, scores: bool) -> Estim
     return mean_of(strata)
 
 
-def mean_of(strata: Sequence[Sequence[float]]) -> Estimate:
+def mean_of(strata: Sequence[Sequence[float] | Floats]) -> Estimate:
     """Mean of the strata's means of any values, with a bootstrap over each stratum."""
     return _stratified(strata, _nothing_unseen, (-np.inf, np.inf))
 
 
 def _stratified(
-    strata: Sequence[Sequence[float]],
+    strata: Sequence[Sequence[float] | Floats],
     unseen: Callable[[float, int], tuple[float, float]],
     limits: tuple[float, float],
 ) -> Estimate:
@@ -123,14 +114,14 @@ def _stratified(
 
 @lru_cache(maxsize=64)
 def _draws(n: int, stratum: int) -> npt.NDArray[np.int64]:
-    """int64 [RESAMPLES, n], which values each resample has; its own for every stratum."""
+    """Indices of the values in each resample, int64 [RESAMPLES, n]; another draw per stratum."""
     return np.random.default_rng((SEED, stratum)).integers(n, size=(RESAMPLES, n))
 
 
 def _unseen_score(value: float, n: int) -> tuple[float, float]:
     if value not in (0.0, 1.0):
         return value, value
-    estimate = wilson(value * n, n)
+    estimate = wilson(int(value) * n, n)
     return estimate.low, estimate.high
 
 

@@ -1,14 +1,16 @@
-"""Cells as Markdown tables."""
+"""Groups of results as Markdown tables."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from math import exp
 
-from vllm_kvcompress.tools.evaluation.cells import Cell, Difference
-from vllm_kvcompress.tools.evaluation.panels import Panel, Row
+import pandas as pd
+
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE
+from vllm_kvcompress.tools.evaluation.result_groups import Difference, ResultGroup, SettingRow
 from vllm_kvcompress.tools.evaluation.stats import Estimate
 
 PROTOCOL_NOTES = {
@@ -82,149 +84,152 @@ def task_name(task: str) -> str:
     return task.partition("/")[2] or task
 
 
-def held_text(panel: Panel, budget: str) -> str:
+def held_text(group: ResultGroup, budget: str) -> str:
     """What rows hold at a budget: ``128 tokens, 12.6 %``, or from least to most."""
-    cells = [cell for cell in panel.cells if cell.budget == budget]
-    tokens = sorted(cell.kept_tokens for cell in cells)
-    low, high = panel.shares(budget)
-    held = _span(f"{tokens[0]:.0f}", f"{tokens[-1]:.0f}")
-    return f"{held} tokens, {_span(per_cent(low), per_cent(high))} %"
+    tokens = group.cells.loc[group.cells["budget"] == budget, "kept_tokens"]
+    low, high = group.shares(budget)
+    return f"{span(tokens)} tokens, {_join(per_cent(low), per_cent(high))} %"
 
 
-def header(panel: Panel) -> str:
-    """What the figures of a panel are, in a paragraph."""
-    counts = sorted({cell.n for cell in panel.cells})
-    prompts = f"{_span(str(counts[0]), str(counts[-1]))} prompt{'' if counts == [1] else 's'}"
-    lengths = [cell.prompt_tokens for cell in panel.cells]
-    tokens = _span(f"{min(lengths):.0f}", f"{max(lengths):.0f}")
-    blocks = sorted({cell.block_size for cell in panel.cells if not cell.full})
-    note = PROTOCOL_NOTES.get(panel.protocol, "")
+def header(group: ResultGroup) -> str:
+    """A paragraph that says what the figures of a group are."""
+    cells = group.cells
+    prompts = f"{span(cells['prompts'])} prompt{'' if cells['prompts'].max() == 1 else 's'}"
+    blocks = sorted(set(cells.loc[cells["budget"] != "", "block_size"]))
+    note = PROTOCOL_NOTES.get(group.protocol, "")
+    tokens = span(cells["prompt_tokens"])
     sentences = [
-        f"Model {panel.model}, {panel.dtype}",
-        f"Protocol {panel.protocol}{': ' if note else ''}{note}",
-        f"{_count(len(panel.tasks), 'task')} of {panel.length} tokens (compressed: {tokens})",
-        f"{prompts} a task, setting and budget, {seeds_text(panel.cells)}",
+        f"Model {group.model}, {group.dtype}",
+        f"Protocol {group.protocol}{': ' if note else ''}{note}",
+        f"{_count(len(group.tasks), 'task')} of {group.length} tokens (compressed: {tokens})",
+        f"{prompts} a task, setting and budget, {seeds_text(group.frame['seed'])}",
     ]
     if blocks:
         sentences.append(f"Blocks of {' and '.join(map(str, blocks))} tokens")
-    if panel.likelihood:
+    if group.likelihood:
         sentences.append("Nats per token and, as ppl, the exponential of their mean")
-    sentences.append(f"Answered by {', '.join(sorted({cell.source for cell in panel.cells}))}")
+    sentences.append(f"Answered by {', '.join(sorted(set(cells['source'])))}")
     return ". ".join(sentences) + "."
 
 
-def means(panel: Panel) -> str:
-    """Settings by budgets: mean over the tasks in per cent, or nats per token."""
-    what = "mean over tasks" if len(panel.tasks) > 1 else panel.tasks[0]
-    head = [what, *map(budget_text, panel.budgets)]
-    held = ["*held*", *(held_text(panel, budget) for budget in panel.budgets)]
-    budgets = panel.budgets or ("",)
-    if not panel.budgets:
-        head, held = [what, "full cache"], []
-    bold = {budget: _ahead(panel, budget) for budget in budgets}
-    rows = [
-        [panel.names[row], *(_mean(panel, row, budget, bold[budget]) for budget in budgets)]
-        for row in panel.rows
-    ]
-    return table(head, [held, *rows] if held else rows)
+def means(group: ResultGroup, rows: Sequence[SettingRow] | None = None) -> str:
+    """Settings by budgets: mean over the tasks in per cent, or nats per token.
+
+    Settings without a mean, because they lack a task at every budget, are named below the table.
+
+    Args:
+        group: The results.
+        rows: Rows to show; None: all of them.
+
+    """
+    what = "mean over tasks" if len(group.tasks) > 1 else group.tasks[0]
+    head = [what, *(map(budget_text, group.budgets) if group.budgets else ["full cache"])]
+    budgets = group.budgets or ("",)
+    bold = {budget: _ahead(group, budget) for budget in budgets}
+    lines = [["*held*", *(held_text(group, budget) for budget in budgets)]] if group.budgets else []
+    partly = []
+    for row in group.rows if rows is None else rows:
+        if any(group.mean(row, budget) for budget in budgets):
+            found = [_mean(group, row, budget, bold[budget]) for budget in budgets]
+            lines.append([group.names[row], *found])
+        else:
+            count = max(len(group.tasks_of(row, budget)) for budget in budgets)
+            partly.append(f"{group.names[row]} ({count} of {len(group.tasks)})")
+    text = table(head, lines)
+    return f"{text}\n\nOnly some of the tasks: {'; '.join(partly)}." if partly else text
 
 
-def tasks(panel: Panel, budget: str) -> str:
+def tasks(group: ResultGroup, budget: str) -> str:
     """Tasks by settings at one budget: scores in per cent, or nats per token.
 
     Of several full caches the one that others are compared with is shown; intervals of a single
     task are wide, so their ends have no decimals.
     """
-    rows_of_budget = (row for row in (panel.full, *panel.compressed) if row is not None)
-    shown = [row for row in rows_of_budget if panel.select(row, budget)]
-    rows = []
-    for task in panel.tasks:
-        line = [task_name(task)]
-        for row in shown:
-            cell = next((c for c in panel.select(row, budget) if c.task == task), None)
-            line.append(MISSING if cell is None else _cell(cell))
-        rows.append(line)
-    if len(panel.tasks) > 1:
-        rows.append(["*mean*", *(_mean(panel, row, budget, None) for row in shown)])
-    return table([f"task, {budget_text(budget)}", *(panel.names[row] for row in shown)], rows)
+    rows = [row for row in (group.full, *group.compressed) if row is not None]
+    found = {row: group.task_means(row, budget) for row in rows}
+    found = {row: values for row, values in found.items() if values}
+    one = _nats if group.likelihood else partial(interval, digits=0)
+    lines = [
+        [task_name(task), *(one(v[task]) if task in v else MISSING for v in found.values())]
+        for task in group.tasks
+    ]
+    if len(group.tasks) > 1:
+        lines.append(["*mean*", *(_mean(group, row, budget, None) for row in found)])
+    head = [f"task, {budget_text(budget)}", *(group.names[row] for row in found)]
+    return table(head, lines)
 
 
-def differences(panel: Panel, reference: Row, rows: Sequence[Row] | None = None) -> str:
+def differences(group: ResultGroup, reference: SettingRow) -> str:
     """Settings by budgets: paired difference to a setting, in points or in nats per token.
 
     Args:
-        panel: The cells.
-        reference: One of the panel's rows; at the same budget, or the full cache.
-        rows: Which to show; None: all that are compressed.
+        group: The results.
+        reference: Row of the group to compare with; at the same budget, or the full cache.
 
     """
-    found: dict[Row, list[Difference | None]] = {}
-    for row in rows or panel.compressed:
-        if row == reference:
-            continue
-        line = [panel.difference(row, budget, reference) for budget in panel.budgets]
-        if any(line):
+    found: dict[SettingRow, list[Difference | None]] = {}
+    for row in group.compressed:
+        line = [group.difference(row, budget, reference) for budget in group.budgets]
+        if row != reference and any(line):
             found[row] = line
     counts = {difference.pairs for line in found.values() for difference in line if difference}
-    head = f"minus {panel.names[reference]}"
+    head = f"minus {group.names[reference]}"
     if len(counts) == 1:
         head += f", {_count(counts.pop(), 'pair')}"
     lines = [
-        [panel.names[row], *(_difference(panel, d, pairs=bool(counts)) for d in line)]
+        [group.names[row], *(_difference(group, d, pairs=bool(counts)) for d in line)]
         for row, line in found.items()
     ]
-    return table([head, *map(budget_text, panel.budgets)], lines)
+    return table([head, *map(budget_text, group.budgets)], lines)
 
 
-def seeds_text(cells: Iterable[Cell]) -> str:
-    """The seeds of some cells, such as ``seeds 0 to 4``."""
-    seeds = sorted({seed for cell in cells for seed in cell.seeds})
+def span(numbers: pd.Series) -> str:
+    """Smallest and largest number, rounded to whole ones: ``128 to 256``, or ``128``."""
+    return _join(f"{numbers.min():.0f}", f"{numbers.max():.0f}")
+
+
+def seeds_text(values: Iterable[int]) -> str:
+    """Seeds, such as ``seeds 0 to 4``."""
+    seeds = sorted(set(values))
     if len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1)):
         return f"seeds {seeds[0]} to {seeds[-1]}"
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def _difference(panel: Panel, difference: Difference | None, *, pairs: bool) -> str:
+def _difference(group: ResultGroup, difference: Difference | None, *, pairs: bool) -> str:
     if difference is None:
         return MISSING
     estimate = difference.estimate
-    text = signed(estimate, 1, 3) if panel.likelihood else signed(estimate)
+    text = signed(estimate, 1, 3) if group.likelihood else signed(estimate)
     return f"{text}, {_count(difference.pairs, 'pair')}" if pairs else text
 
 
-def _ahead(panel: Panel, budget: str) -> Row | None:
+def _ahead(group: ResultGroup, budget: str) -> SettingRow | None:
     """The compressed row that is better than the next one by more than the interval."""
-    sign = -1 if panel.likelihood else 1
+    sign = -1 if group.likelihood else 1
     found = [
         (sign * mean.value, row)
-        for row in panel.compressed
-        if (mean := panel.mean(row, budget)) is not None
+        for row in group.compressed
+        if (mean := group.mean(row, budget)) is not None
     ]
     if len(found) < 2:
         return None
     (_, best), (_, second), *_ = sorted(found, key=lambda item: -item[0])
-    difference = panel.difference(best, budget, second)
+    difference = group.difference(best, budget, second)
     if difference is None:
         return None
     low, high = difference.estimate.low, difference.estimate.high
-    return best if (high < 0 if panel.likelihood else low > 0) else None
+    return best if (high < 0 if group.likelihood else low > 0) else None
 
 
-def _mean(panel: Panel, row: Row, budget: str, bold: Row | None) -> str:
-    estimate = panel.mean(row, budget)
+def _mean(group: ResultGroup, row: SettingRow, budget: str, bold: SettingRow | None) -> str:
+    estimate = group.mean(row, budget)
     if estimate is None:
-        count = len(panel.select(row, budget))
-        return f"{count} of {len(panel.tasks)} tasks" if count else MISSING
-    text = _nats(estimate) if panel.likelihood else interval(estimate)
+        count = len(group.tasks_of(row, budget))
+        return f"{count} of {len(group.tasks)} tasks" if count else MISSING
+    text = _nats(estimate) if group.likelihood else interval(estimate)
     value, _, rest = text.partition(" ")
     return f"**{value}** {rest}" if row == bold else text
-
-
-def _cell(cell: Cell) -> str:
-    if cell.score is not None:
-        return interval(cell.score, 0)
-    assert cell.nll is not None  # a cell has either
-    return _nats(cell.nll)
 
 
 def _nats(estimate: Estimate) -> str:
@@ -237,7 +242,7 @@ def _round(value: float, digits: int) -> float:
     return round(round(value, 9), digits) + 0.0
 
 
-def _span(low: str, high: str) -> str:
+def _join(low: str, high: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 

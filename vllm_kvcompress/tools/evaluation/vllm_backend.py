@@ -11,7 +11,7 @@ from vllm_kvcompress import __version__
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.planning.request_policy import OFF
 from vllm_kvcompress.planning.request_settings import BUDGET_KEY, METHOD_KEY, PARAMS_KEY
-from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, Case
+from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, EncodedPrompt
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.setting import Setting, kept_tokens
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
@@ -102,10 +102,10 @@ class VllmBackend(Backend):
 
     def run(
         self,
-        cases: Sequence[Case],
+        cases: Sequence[EncodedPrompt],
         settings: Sequence[Setting],
-        wanted: Callable[[Case, Setting], bool],
-    ) -> Iterator[tuple[Case, Setting, Answer]]:
+        wanted: Callable[[EncodedPrompt, Setting], bool],
+    ) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
         """See the base class: the first setting prefills, all others then share one queue."""
         asked = [[(case, s) for case in cases if wanted(case, s)] for s in settings]
         asked = [pairs for pairs in asked if pairs]
@@ -118,11 +118,11 @@ class VllmBackend(Backend):
         self._llm.llm_engine.engine_core.shutdown()
 
     def _generate(
-        self, pairs: Sequence[tuple[Case, Setting]]
-    ) -> Iterator[tuple[Case, Setting, Any]]:
+        self, pairs: Sequence[tuple[EncodedPrompt, Setting]]
+    ) -> Iterator[tuple[EncodedPrompt, Setting, Any]]:
         """Run the engine until all have their output, each stopped where its score is settled."""
         engine = self._llm.llm_engine
-        running: dict[str, tuple[Case, Setting]] = {}
+        running: dict[str, tuple[EncodedPrompt, Setting]] = {}
         for case, setting in pairs:
             self._count += 1
             name = f"eval-{self._count}"
@@ -140,7 +140,7 @@ class VllmBackend(Backend):
                 del running[output.request_id]
                 yield case, setting, output
 
-    def _is_settled(self, case: Case, output: Any) -> bool:
+    def _is_settled(self, case: EncodedPrompt, output: Any) -> bool:
         if case.measured_ids or not case.prompt.metric:
             return False
         done = output.outputs[0]
@@ -149,14 +149,14 @@ class VllmBackend(Backend):
         metric = METRICS[case.prompt.metric]
         return metric.monotone and metric.settled(self._text(case, done), case.prompt.references)
 
-    def _text(self, case: Case, completion: Any) -> str:
+    def _text(self, case: EncodedPrompt, completion: Any) -> str:
         """What the model itself said."""
         if not case.fed_ids:
             return str(completion.text)
         own = list(completion.token_ids)[len(case.fed_ids) :]
         return str(self._llm.get_tokenizer().decode(own, skip_special_tokens=True))
 
-    def _answer(self, case: Case, setting: Setting, output: Any) -> Answer:
+    def _answer(self, case: EncodedPrompt, setting: Setting, output: Any) -> Answer:
         completion = output.outputs[0]
         kept = kept_tokens(
             setting.budget,
@@ -186,7 +186,7 @@ def config_of(setting: Setting) -> KVCompressionConfig:
     return KVCompressionConfig(setting.method, setting.budget or 0, dict(setting.params))
 
 
-def sampling(case: Case, setting: Setting) -> Any:
+def sampling(case: EncodedPrompt, setting: Setting) -> Any:
     """vLLM's sampling parameters for a case: greedy, under its setting, forced where it says so."""
     from vllm import SamplingParams
 

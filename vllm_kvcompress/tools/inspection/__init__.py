@@ -1,6 +1,6 @@
 """What a cut kept, as numbers, a picture and a page; no module here imports vLLM."""
 
-from vllm_kvcompress.tools.inspection.data import (
+from vllm_kvcompress.tools.inspection.kept_tokens import (
     Inspection,
     Passage,
     Run,
@@ -8,6 +8,6 @@ from vllm_kvcompress.tools.inspection.data import (
     binned,
     passages,
 )
-from vllm_kvcompress.tools.inspection.pieces import split_text
+from vllm_kvcompress.tools.inspection.token_texts import split_text
 
 __all__ = ["Inspection", "Passage", "Run", "bin_edges", "binned", "passages", "split_text"]

@@ -151,9 +151,9 @@ def write(inspection: Inspection, prefix: Path, *, raw: bool) -> list[Path]:
         CommandError: One of them cannot be written.
 
     """
-    from vllm_kvcompress.tools.inspection.page import save_page
-    from vllm_kvcompress.tools.inspection.picture import save_picture
-    from vllm_kvcompress.tools.inspection.store import save_arrays
+    from vllm_kvcompress.tools.inspection.arrays_file import save_arrays
+    from vllm_kvcompress.tools.inspection.html_page import save_page
+    from vllm_kvcompress.tools.inspection.png_picture import save_picture
 
     writers = {".png": save_picture, ".html": save_page, **({".npz": save_arrays} if raw else {})}
     written = []

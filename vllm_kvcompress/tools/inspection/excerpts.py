@@ -12,7 +12,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from vllm_kvcompress.tools.inspection.data import Inspection, Passage, Run, passages
+from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Passage, Run, passages
 from vllm_kvcompress.tools.inspection.style import MARK, one_line, strongest
 
 FONT_SIZE = 8.0

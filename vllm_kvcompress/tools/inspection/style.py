@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_kvcompress.tools.inspection.data import Inspection, Run
+from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Run
 
 HEAT = "Viridis"
 """Colour scale of shares, by plotly's name; matplotlib's is the same in small letters."""

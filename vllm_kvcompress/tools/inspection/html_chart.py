@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from matplotlib import colormaps
 from plotly.subplots import make_subplots
 
-from vllm_kvcompress.tools.inspection.data import Inspection, Ints, Run, bin_edges, binned
+from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Ints, Run, bin_edges, binned
 from vllm_kvcompress.tools.inspection.style import (
     BAR,
     BAR_TITLE,

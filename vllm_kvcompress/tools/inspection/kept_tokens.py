@@ -33,10 +33,6 @@ class Run:
         stats: Per layer, the numbers that the allocator read.
         weights: Relative preference of every layer, fp64 [L]; None if the method has none.
 
-    Raises:
-        ValueError: No layer, layers of unequal numbers of heads, an id outside the prompt, or
-            stats or weights of another number of layers.
-
     """
 
     method: str
@@ -46,27 +42,6 @@ class Run:
     kept: tuple[Ints, ...]
     stats: tuple[Mapping[str, float], ...] = ()
     weights: Floats | None = None
-
-    def __post_init__(self) -> None:
-        if not self.kept:
-            raise ValueError(f"{self.method}: a run needs at least one layer")
-        for layer, ids in enumerate(self.kept):
-            if ids.ndim != 2 or ids.shape[0] != self.kept[0].shape[0]:
-                raise ValueError(
-                    f"{self.method}: kept tokens of layer {layer} must have shape "
-                    f"[{self.kept[0].shape[0]}, tokens], got {list(ids.shape)}"
-                )
-            if ids.size and not 0 <= ids.min() <= ids.max() < self.prompt_len:
-                raise ValueError(
-                    f"{self.method}: layer {layer} keeps ids {ids.min()} to {ids.max()} of a "
-                    f"prompt of {self.prompt_len} tokens"
-                )
-        for name in ("stats", "weights"):
-            value = getattr(self, name)
-            if value is not None and len(value) not in (0, self.num_layers):
-                raise ValueError(
-                    f"{self.method}: {name} must be of {self.num_layers} layers, got {len(value)}"
-                )
 
     @classmethod
     def of(cls, ranks: Sequence[CutRecord]) -> Run:
@@ -152,10 +127,6 @@ class Inspection:
         layers: Numbers in the model of the layers of the runs, where only some are compressed;
             empty: all of them.
 
-    Raises:
-        ValueError: No run, one whose prompt or number of layers differs from the others', or
-            layers of another number.
-
     """
 
     model: str
@@ -165,24 +136,6 @@ class Inspection:
     runs: tuple[Run, ...]
     question: str = field(default="")
     layers: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.runs:
-            raise ValueError("an inspection needs at least one run")
-        if len(self.pieces) != self.prompt_len:
-            raise ValueError(
-                f"pieces must be as many as tokens ({self.prompt_len}), got {len(self.pieces)}"
-            )
-        for run in self.runs:
-            if (run.prompt_len, run.num_layers) != (self.prompt_len, self.num_layers):
-                raise ValueError(
-                    f"{run.method}: expected {self.prompt_len} tokens and {self.num_layers} "
-                    f"layers, got {run.prompt_len} and {run.num_layers}"
-                )
-        if len(self.layers) not in (0, self.num_layers):
-            raise ValueError(
-                f"layers must be as many as a run has ({self.num_layers}), got {len(self.layers)}"
-            )
 
     @property
     def prompt_len(self) -> int:

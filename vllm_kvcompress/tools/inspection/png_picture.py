@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,10 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
 from vllm_kvcompress.tools.inspection import excerpts
-from vllm_kvcompress.tools.inspection.data import Floats, Inspection, Run, bin_edges, binned
+from vllm_kvcompress.tools.inspection.kept_tokens import Floats, Inspection, Run, bin_edges, binned
+from vllm_kvcompress.tools.inspection.png_file import DPI, save_png
 from vllm_kvcompress.tools.inspection.style import (
     BAR,
     BAR_TITLE,
@@ -39,8 +38,6 @@ from vllm_kvcompress.tools.inspection.style import (
     strongest,
     window_note,
 )
-
-DPI = 120
 
 # All in inches.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.75, 1.0, 1.25, 0.1
@@ -104,14 +101,7 @@ def save_picture(inspection: Inspection, path: Path) -> None:
         OSError: The file cannot be written.
 
     """
-    drawn = BytesIO()
-    _draw(inspection).savefig(drawn, format="png", dpi=DPI)
-    # A palette of 256 colours cannot be told from the original here and takes a third of its size.
-    with Image.open(drawn) as image:
-        palette = image.convert("RGB").quantize(
-            256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-        )
-    palette.save(path, format="PNG", optimize=True)
+    save_png(_draw(inspection), path)
 
 
 def _draw(inspection: Inspection) -> Figure:

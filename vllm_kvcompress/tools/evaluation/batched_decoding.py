@@ -21,7 +21,7 @@ MEASURED_AT_ONCE = 32
 """Tokens whose logits are held together; over a vocabulary of 150 000 they are large."""
 
 
-class Row:
+class CacheRow:
     """One cache.
 
     Attributes:
@@ -65,7 +65,7 @@ class Row:
         return held_keys[:, :, :end], held_values[:, :, :end]
 
 
-class Rows:
+class CacheRows:
     """A batch of caches in the place of a cache of transformers.
 
     Attributes:
@@ -75,7 +75,7 @@ class Rows:
 
     is_compileable = False
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[CacheRow]) -> None:
         self.rows = list(rows)
 
     def update(
@@ -104,7 +104,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """SDPA of transformers, row by row where the cache is :class:`Rows`.
+    """SDPA of transformers, row by row where the cache is :class:`CacheRows`.
 
     Args:
         module: The attention layer.
@@ -144,7 +144,7 @@ def prepare(model: Any) -> None:
 
 
 class Continuation:
-    """Rows on their way, of one prompt or of several.
+    """CacheRows on their way, of one prompt or of several.
 
     Args:
         model: A causal language model of transformers that :func:`prepare` has been given.
@@ -155,16 +155,16 @@ class Continuation:
     """
 
     def __init__(
-        self, model: Any, rows: Sequence[Row], logits: torch.Tensor, positions: torch.Tensor
+        self, model: Any, rows: Sequence[CacheRow], logits: torch.Tensor, positions: torch.Tensor
     ) -> None:
         self._model = model
-        self._rows = Rows(rows)
+        self._rows = CacheRows(rows)
         self._positions = positions
         self.logits = logits
 
     @classmethod
     def after(
-        cls, model: Any, rows: Sequence[Row], logits: torch.Tensor, tokens: int
+        cls, model: Any, rows: Sequence[CacheRow], logits: torch.Tensor, tokens: int
     ) -> Continuation:
         """Caches of one prompt, ``logits`` [1, V] after all ``tokens`` of it."""
         count = len(rows)
@@ -187,7 +187,7 @@ class Continuation:
     def select(self, indices: Sequence[int]) -> None:
         """Go on with these rows alone."""
         chosen = torch.tensor(indices)
-        self._rows = Rows([self._rows.rows[index] for index in indices])
+        self._rows = CacheRows([self._rows.rows[index] for index in indices])
         self._positions = self._positions[chosen]
         self.logits = self.logits[chosen]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vllm_kvcompress.tools.evaluation.panels import Panel, Row
+from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, SettingRow
 from vllm_kvcompress.tools.inspection.style import BAR, MARK, MEAN, PROFILE
 
 COLORS = (
     *(BAR, MEAN, PROFILE["V"], PROFILE["P"], MARK, PROFILE["H"]),
     *("#7F7F7F", "#8C510A", "#332288", "#882255"),
 )
-"""Okabe and Ito's without the yellow that is too faint on white; grey, brown, indigo, wine."""
+"""Okabe and Ito's colours without yellow, too faint on white; then grey, brown, indigo, wine."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
@@ -23,15 +23,15 @@ OTHERS_HATCH = "////"
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """How a setting is drawn.
 
     Attributes:
-        color: Of line and mark.
-        marker: matplotlib's.
-        line: matplotlib's line style.
-        hollow: Whether the mark is not filled: another's implementation.
-        hatch: matplotlib's hatch of bars, None without one.
+        color: Colour of line and mark.
+        marker: Mark, as matplotlib names it.
+        line: Line style, as matplotlib takes it.
+        hollow: Whether the mark is not filled, as for another package's implementation.
+        hatch: Hatch of bars, as matplotlib names it; None for plain bars.
 
     """
 
@@ -42,32 +42,32 @@ class Look:
     hatch: str | None
 
 
-def looks_of(panels: Iterable[Panel]) -> dict[Row, Look]:
-    """A look for every compressed row; settings of one label share colour and marker.
+def styles_for(groups: Iterable[ResultGroup]) -> dict[SettingRow, Style]:
+    """Choose a style for every compressed row; settings of one label share colour and marker.
 
     Labels that are the same up to a comma, "cake" and "cake, faithful", share the colour. Colours
     repeat after ten such labels, with markers that no label before had with them, as long as there
     are markers.
     """
-    rows = list(dict.fromkeys(row for panel in panels for row in panel.rows if not row.full))
+    rows = list(dict.fromkeys(row for group in groups for row in group.rows if not row.full))
     families: dict[str, list[str]] = {}
     for label in dict.fromkeys(row.label for row in rows):
         families.setdefault(_family(label), []).append(label)
     longest = max(map(len, families.values()), default=0)
-    looks = {}
+    styles = {}
     for row in rows:
         family = _family(row.label)
         again, place = divmod(list(families).index(family), len(COLORS))
         turn = again * longest + families[family].index(row.label)
         hatch = HATCHES[turn % len(HATCHES)] + ("" if row.ours else OTHERS_HATCH)
-        looks[row] = Look(
+        styles[row] = Style(
             COLORS[place],
             MARKERS[(place + turn) % len(MARKERS)],
             LINES[turn % 2] if row.ours else LINES[2],
             not row.ours,
             hatch or None,
         )
-    return looks
+    return styles
 
 
 def _family(label: str) -> str:

@@ -15,8 +15,8 @@ import jinja2
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from vllm_kvcompress.tools.inspection.chart import chart, edges_of, min_width
-from vllm_kvcompress.tools.inspection.data import Inspection, Run
+from vllm_kvcompress.tools.inspection.html_chart import chart, edges_of, min_width
+from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Run
 from vllm_kvcompress.tools.inspection.style import (
     MARK,
     PROFILE_NAMES,

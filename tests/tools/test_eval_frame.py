@@ -1,10 +1,11 @@
-"""Cells, their intervals, paired differences and the packed form."""
+"""Statistics, frames of records, paired differences and the packed form."""
 
 import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from tests.support.eval_records import (
@@ -17,9 +18,15 @@ from tests.support.eval_records import (
     small_run,
 )
 from vllm_kvcompress.tools.evaluation import stats
-from vllm_kvcompress.tools.evaluation.cells import average, make_cells, paired
-from vllm_kvcompress.tools.evaluation.packed import pack, read_notes, unpack
+from vllm_kvcompress.tools.evaluation.packed_results import pack, read_notes, unpack
+from vllm_kvcompress.tools.evaluation.record import Record
+from vllm_kvcompress.tools.evaluation.result_groups import Difference, by_prompt, paired
+from vllm_kvcompress.tools.evaluation.results_frame import cell_means, make_frame
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
+
+
+def difference(first: list[Record], second: list[Record]) -> Difference | None:
+    return paired(by_prompt(make_frame(first)), by_prompt(make_frame(second)))
 
 
 @pytest.mark.parametrize(
@@ -71,24 +78,15 @@ def test_no_pair_that_differs_leaves_what_none_of_n_allows() -> None:
 
 
 def test_a_cell_has_all_seeds() -> None:
-    records = [*answers([1, 0], seed=1), *answers([1, 1], seed=0, kept_tokens=96)]
-    (cell,) = make_cells(records)
-    assert cell.prompts == ((0, 0), (0, 1), (1, 0), (1, 1))
-    assert list(cell.scores) == [1, 1, 1, 0]
-    assert cell.seeds == (0, 1)
-    assert [cell.n, cell.prompt_tokens, cell.kept_tokens] == [4, 1000, 112]
-    assert cell.share == pytest.approx(0.112)
-    assert cell.score == stats.wilson(3, 4)
-    assert cell.nll is None
-    assert cell.perplexity is None
-
-
-def test_perplexity_is_the_exponential_of_the_mean() -> None:
-    (cell,) = make_cells(measured([1.0, 2.0]))
-    assert cell.score is None
-    assert cell.nll is not None
-    assert cell.nll.value == 1.5
-    assert cell.perplexity == pytest.approx(math.exp(1.5))
+    frame = make_frame([*answers([1, 0], seed=1), *answers([1, 1], seed=0, kept_tokens=96)])
+    ordered = by_prompt(frame)["value"]
+    assert ordered.to_dict() == {
+        ("ruler/vt", seed, index): value
+        for seed, index, value in ((0, 0, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0))
+    }
+    ((*_, prompts, prompt_tokens, kept_tokens, share),) = cell_means(frame).to_numpy().tolist()
+    assert (prompts, prompt_tokens, kept_tokens) == (4, 1000, 112)
+    assert share == pytest.approx(0.112)
 
 
 def test_what_differs_makes_another_cell() -> None:
@@ -98,7 +96,8 @@ def test_what_differs_makes_another_cell() -> None:
         *({"length": 2048}, {"protocol": "query-agnostic"}, {"label": "b"}, {"budget": "64"}),
         {"block_size": 64},
     ]
-    assert len(make_cells([first, *(replace(first, **change) for change in changes)])) == 10
+    frame = make_frame([first, *(replace(first, **change) for change in changes)])
+    assert len(cell_means(frame)) == 10
 
 
 @pytest.mark.parametrize(
@@ -107,45 +106,41 @@ def test_what_differs_makes_another_cell() -> None:
         (record(), r"seed and index \(0, 0\) are there twice"),
         (record(index=1, params={"gamma": 5}), "the label stands for several settings"),
         (record(None, index=1, nll=2.0), "every prompt must have a score, or every one an nll"),
+        (record(1.0, index=1, nll=2.0), "every prompt must have a score, or every one an nll"),
         (record(None, index=1), "every prompt must have a score, or every one an nll"),
     ],
 )
-def test_records_that_do_not_fit_are_refused(second: object, message: str) -> None:
+def test_records_that_do_not_fit_are_refused(second: Record, message: str) -> None:
     with pytest.raises(EvaluationError, match=f"'cake' at 0.125 on ruler/vt.*{message}"):
-        make_cells([record(), second])  # type: ignore[list-item]
+        make_frame([record(), second])
 
 
 def test_paired_takes_the_prompts_that_both_have() -> None:
-    ours = make_cells(answers([1, 1, 0, 1]))
-    others = make_cells(answers([0, 1, 1], label="snapkv"))
-    difference = paired(ours, others)
-    assert difference is not None
-    assert (difference.pairs, difference.higher, difference.lower) == (3, 1, 1)
-    assert difference.estimate.value == 0
-    assert difference.estimate.low < -0.5
-    assert paired(ours, make_cells(answers([1], seed=9))) is None
+    ours = list(answers([1, 1, 0, 1]))
+    found = difference(ours, list(answers([0, 1, 1], label="snapkv")))
+    assert found is not None
+    assert (found.pairs, found.higher, found.lower) == (3, 1, 1)
+    assert found.estimate.value == 0
+    assert found.estimate.low < -0.5
+    assert difference(ours, list(answers([1], seed=9))) is None
 
 
 def test_paired_counts_tasks_alike() -> None:
-    ours = make_cells([*answers([1, 1]), *answers([1] * 8, task="ruler/cwe")])
-    others = make_cells([*answers([0, 0]), *answers([1] * 8, task="ruler/cwe")])
-    difference = paired(ours, others)
-    assert difference is not None
-    assert difference.estimate.value == 0.5
-    assert average(ours).value == 1
+    ours = [*answers([1, 1]), *answers([1] * 8, task="ruler/cwe")]
+    found = difference(ours, [*answers([0, 0]), *answers([1] * 8, task="ruler/cwe")])
+    assert found is not None
+    assert found.estimate.value == 0.5
 
 
-def test_paired_refuses_two_models_and_two_budgets() -> None:
-    ours = make_cells(answers([1]))
-    with pytest.raises(ValueError, match="one model"):
-        paired(ours, make_cells(answers([1], model="other")))
-    with pytest.raises(ValueError, match="twice"):
-        paired([*ours, *make_cells(answers([1], budget="0.25"))], ours)
-    with pytest.raises(ValueError, match="cells with scores"):
-        average(make_cells(measured([1.0])))
+def test_other_prompts_are_no_pairs() -> None:
+    ours = list(answers([1, 0], prompt_tokens=714))
+    with pytest.raises(EvaluationError, match=r"kvpress 0\.5\.5 were asked other prompts"):
+        difference(ours, list(answers([1, 1], source="kvpress 0.5.5", prompt_tokens=715)))
+    # Of fewer prompts the mean number of tokens may differ.
+    assert difference(ours, list(answers([1], prompt_tokens=715))) is not None
 
 
-def test_cells_of_packed_records_are_the_same(tmp_path: Path) -> None:
+def test_frames_of_packed_records_are_the_same(tmp_path: Path) -> None:
     records = [
         *small_run(),
         *needle_grid(),
@@ -158,7 +153,13 @@ def test_cells_of_packed_records_are_the_same(tmp_path: Path) -> None:
     path = tmp_path / "new" / "cells.csv"
     notes = {"command": "kvcompress eval --tasks a:b", "versions": "vllm 0.32.0"}
     pack(records, path, notes)
-    assert set(make_cells(unpack(path))) == set(make_cells(records))
+    before, after = (make_frame(found) for found in (records, unpack(path)))
+    for one, other in ((before, after), (cell_means(before), cell_means(after))):
+        # Tokens are equal in the mean over a line only.
+        compared = [name for name in one if not name.endswith("tokens") or "share" in one]
+        order = [name for name in compared if name not in ("value", "share")]
+        first, second = (f[compared].sort_values(order, ignore_index=True) for f in (one, other))
+        pd.testing.assert_frame_equal(first, second)
     assert read_notes(path) == notes
     again = tmp_path / "again.csv"
     pack(unpack(path), again, notes)
@@ -211,12 +212,3 @@ def test_a_missing_file_and_a_note_of_two_lines_are_refused(tmp_path: Path) -> N
         unpack(tmp_path / "none.csv")
     with pytest.raises(EvaluationError, match="one line"):
         pack(full([1]), tmp_path / "cells.csv", {"command": "a\nb"})
-
-
-def test_other_prompts_are_no_pairs() -> None:
-    ours = make_cells(answers([1, 0], prompt_tokens=714))
-    theirs = make_cells(answers([1, 1], source="kvpress 0.5.5", prompt_tokens=715))
-    with pytest.raises(EvaluationError, match=r"kvpress 0\.5\.5 were asked other prompts"):
-        paired(ours, theirs)
-    # Of fewer prompts the mean number of tokens may differ.
-    assert paired(ours, make_cells(answers([1], prompt_tokens=715))) is not None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_kvcompress.tools.inspection.data import Inspection
+from vllm_kvcompress.tools.inspection.kept_tokens import Inspection
 
 
 def save_arrays(inspection: Inspection, path: Path) -> None:

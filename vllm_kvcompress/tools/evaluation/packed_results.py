@@ -2,7 +2,7 @@
 
 A line holds all prompts of one task, length, protocol and seed under one setting: means of the
 tokens, and of every prompt its index, its score or likelihood with
-``cells.DIGITS`` decimals, and its needle's depth. Answers are left out.
+``results_frame.DIGITS`` decimals, and its needle's depth. Answers are left out.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from vllm_kvcompress.tools.evaluation.cells import DEPTH, DIGITS
 from vllm_kvcompress.tools.evaluation.record import Record
+from vllm_kvcompress.tools.evaluation.results_frame import DEPTH, DIGITS
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
 
-COLUMNS = (
+HEAD = (
     *("model", "dtype", "source", "task", "length", "protocol", "seed", "label", "method"),
-    *("params", "budget", "block_size", "prompt_tokens", "kept_tokens", "indices", "scores"),
-    *("nlls", "depths"),
+    *("params", "budget", "block_size"),
 )
+"""Columns that are equal in all prompts of a line."""
+
+COLUMNS = (*HEAD, "prompt_tokens", "kept_tokens", "indices", "scores", "nlls", "depths")
 
 _NOTE = "# "
 
@@ -31,17 +34,19 @@ def pack(records: Iterable[Record], path: Path, notes: Mapping[str, str] | None 
     """Write records to ``path``, which is replaced.
 
     Args:
-        records: In any order; settings stay in the order in which they first come.
-        path: CSV, with comment lines of :func:`read_notes` before its header.
-        notes: What else a reader has to know, such as the command line and the versions.
+        records: Records in any order; settings stay in the order in which they first come.
+        path: Path of the CSV file, which has the notes in comment lines before its header.
+        notes: Further remarks by name, such as the command line and the versions.
 
     Raises:
         EvaluationError: A note has a line end.
 
     """
-    groups: dict[tuple[str, ...], list[Record]] = {}
+    lines: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        groups.setdefault(_group(record), []).append(record)
+        params = json.dumps(record.params, sort_keys=True, default=dict, separators=(",", ":"))
+        values = (params if name == "params" else getattr(record, name) for name in HEAD)
+        lines.setdefault(tuple(values), []).append(record)
     text = io.StringIO()
     for name, note in (notes or {}).items():
         if "\n" in name + note or ":" in name:
@@ -49,19 +54,19 @@ def pack(records: Iterable[Record], path: Path, notes: Mapping[str, str] | None 
         text.write(f"{_NOTE}{name}: {note}\n")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    ordered = sorted(groups.items(), key=lambda item: _order(item[1][0]))
-    for head, group in ordered:
+    # Lines that differ only by their setting stay in the order in which they first come.
+    for head, group in sorted(lines.items(), key=lambda line: _place(line[1][0])):
         group.sort(key=lambda record: record.index)
         depths = [record.labels.get(DEPTH) for record in group]
         writer.writerow(
             [
                 *head,
-                _number(sum(record.prompt_tokens for record in group) / len(group)),
-                _number(sum(record.kept_tokens for record in group) / len(group)),
+                _number(fmean(record.prompt_tokens for record in group)),
+                _number(fmean(record.kept_tokens for record in group)),
                 _ranges([record.index for record in group]),
-                _row([record.score for record in group]),
-                _row([record.nll for record in group]),
-                _row([None if depth is None else float(depth) for depth in depths]),
+                _values([record.score for record in group]),
+                _values([record.nll for record in group]),
+                _values([None if depth is None else float(depth) for depth in depths]),
             ]
         )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +77,7 @@ def unpack(path: Path) -> list[Record]:
     """Read records back, without answers and with no label but the depth.
 
     Tokens are divided among the prompts of a line so that their sums are those that were packed;
-    cells are equal to those of the packed records.
+    a frame of them is equal to that of the packed records.
 
     Raises:
         EvaluationError: The file is not there, or a line is none that :func:`pack` writes.
@@ -116,22 +121,9 @@ def _lines(path: Path) -> list[str]:
         raise EvaluationError(f"there is no file {path}") from error
 
 
-def _group(record: Record) -> tuple[str, ...]:
-    values = (
-        *(record.model, record.dtype, record.source, record.task, record.length, record.protocol),
-        *(record.seed, record.label, record.method),
-        json.dumps(record.params, sort_keys=True, default=dict, separators=(",", ":")),
-        *(record.budget, record.block_size),
-    )
-    return tuple(map(str, values))
-
-
-def _order(record: Record) -> tuple[str, str, str, str, str, int, int]:
-    """Of lines; Python's sort leaves those in place that differ only by their setting."""
-    return (
-        *(record.model, record.dtype, record.source, record.protocol, record.task),
-        *(record.length, record.seed),
-    )
+def _place(record: Record) -> tuple[str | int, ...]:
+    names = ("model", "dtype", "source", "protocol", "task", "length", "seed")
+    return tuple(getattr(record, name) for name in names)
 
 
 def _number(value: float) -> str:
@@ -139,14 +131,14 @@ def _number(value: float) -> str:
     return str(int(value)) if value == int(value) else repr(value)
 
 
-def _row(values: Sequence[float | None]) -> str:
+def _values(values: Sequence[float | None]) -> str:
     """Space-separated; ``-`` for a prompt without value, nothing if none has one."""
     if all(value is None for value in values):
         return ""
     return " ".join("-" if value is None else _number(round(value, DIGITS)) for value in values)
 
 
-def _read_row(text: str, count: int) -> list[float | None]:
+def _read_values(text: str, count: int) -> list[float | None]:
     if not text:
         return [None] * count
     values = [None if word == "-" else float(word) for word in text.split()]
@@ -187,29 +179,20 @@ def _records(row: Mapping[str | Any, str | Any]) -> list[Record]:
     count = len(indices)
     columns = zip(
         indices,
-        _read_row(row["scores"], count),
-        _read_row(row["nlls"], count),
-        _read_row(row["depths"], count),
+        _read_values(row["scores"], count),
+        _read_values(row["nlls"], count),
+        _read_values(row["depths"], count),
         _spread(float(row["prompt_tokens"]), count),
         _spread(float(row["kept_tokens"]), count),
         strict=True,
     )
-    params = json.loads(row["params"])
+    common: dict[str, Any] = {name: row[name] for name in HEAD}
+    common |= {name: int(row[name]) for name in ("length", "seed", "block_size")}
+    common["params"] = json.loads(row["params"])
     return [
         Record(
-            model=row["model"],
-            dtype=row["dtype"],
-            source=row["source"],
-            task=row["task"],
-            length=int(row["length"]),
-            protocol=row["protocol"],
-            seed=int(row["seed"]),
+            **common,
             index=index,
-            label=row["label"],
-            method=row["method"],
-            params=params,
-            budget=row["budget"],
-            block_size=int(row["block_size"]),
             prompt_tokens=prompt_tokens,
             kept_tokens=kept_tokens,
             score=score,

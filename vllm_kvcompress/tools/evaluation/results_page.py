@@ -1,0 +1,81 @@
+"""The page that a run of ``kvcompress eval`` leaves beside its records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vllm_kvcompress.tools.evaluation.markdown_page import (
+    NOTES,
+    MarkdownPage,
+    add_groups,
+    add_needles,
+    add_tasks,
+    is_needles,
+)
+from vllm_kvcompress.tools.evaluation.packed_results import pack
+from vllm_kvcompress.tools.evaluation.record import RECORDS, Record, read
+from vllm_kvcompress.tools.evaluation.result_groups import by_length, make_groups
+from vllm_kvcompress.tools.evaluation.results_frame import make_frame
+from vllm_kvcompress.tools.evaluation.styles import styles_for
+from vllm_kvcompress.tools.evaluation.task import EvaluationError
+
+PAGE = "results.md"
+CELLS = "cells.csv"
+
+
+def write_results(
+    records: Path | Sequence[Record], out: Path, *, command: str, versions: Mapping[str, str]
+) -> list[Path]:
+    """Write tables and pictures, and the packed records from which they can be made again.
+
+    Args:
+        records: The records, or the folder of their ``results.jsonl``.
+        out: Folder for ``results.md``, ``cells.csv`` and pictures; made if it is not there.
+        command: Command line that made the records.
+        versions: Versions of the packages that took part, by name.
+
+    Returns:
+        Paths of the files written, the page first.
+
+    Raises:
+        EvaluationError: There are no records, or they do not fit together.
+        OSError: A file cannot be written.
+
+    """
+    where = records / RECORDS if isinstance(records, Path) else "the list of records"
+    found = list(read(records / RECORDS)) if isinstance(records, Path) else list(records)
+    if not found:
+        raise EvaluationError(f"{where} has no results to be written")
+    page = results_page(found, command=command, versions=versions)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PAGE).write_text(page.text(), encoding="utf-8")
+    pack(found, out / CELLS, {"command": command, "versions": _versions(versions)})
+    return [out / PAGE, out / CELLS, *page.draw(out)]
+
+
+def results_page(
+    records: Sequence[Record], *, command: str, versions: Mapping[str, str]
+) -> MarkdownPage:
+    """The page of :func:`write_results`, not yet written."""
+    groups = make_groups(make_frame(records))
+    styles = styles_for(groups)
+    page = MarkdownPage()
+    page.heading(1, "Results")
+    page.add(f"```sh\n{command}\n```")
+    if versions:
+        page.add(f"Versions: {_versions(versions)}.")
+    page.add("\n".join(f"* {note}" for note in NOTES))
+    for series in by_length(groups):
+        add_groups(page, series, styles, 2, against_full=True)
+        if any(map(is_needles, series)):
+            add_needles(page, series)
+        for group in series:
+            if len(group.tasks) > 1 and group.budgets and not is_needles(group):
+                page.heading(3, f"{group.length} tokens, per task")
+                add_tasks(page, group, styles)
+    return page
+
+
+def _versions(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
