@@ -229,6 +229,33 @@ def takes(ours: list[str], relied_on: str) -> bool:
     return ours[: len(wanted) - 1] == wanted[:-1] and {"*args", "**kwargs"} <= set(ours)
 
 
+def test_every_wrapper_takes_what_the_table_says() -> None:
+    """Found by its name, which is that of the function it is put around."""
+    functions: dict[str, list[list[str]]] = {}
+    for node in (node for tree in TREES for node in ast.walk(tree)):
+        if isinstance(node, ast.FunctionDef):
+            functions.setdefault(node.name, []).append(without_owner(arguments(node.args)))
+    other = []
+    for hooks in TABLE.values():
+        for name, (use, relied_on) in hooks.items():
+            if use is Use.WRAP:
+                ours = functions.get(name.rsplit(".", 1)[-1], [])
+                wanted = ", ".join(without_owner(relied_on.split(", ")))
+                if not any(takes(found, wanted) for found in ours):
+                    other.append(f"{name} with ({relied_on})")
+    assert other == []
+
+
+def arguments(args: ast.arguments) -> list[str]:
+    names = [arg.arg for arg in args.args]
+    names += [f"*{args.vararg.arg}"] if args.vararg else []
+    return names + ([f"**{args.kwarg.arg}"] if args.kwarg else [])
+
+
+def without_owner(names: list[str]) -> list[str]:
+    return names[1:] if names[:1] in (["self"], ["cls"]) else names
+
+
 def used() -> set[str]:
     """All names that occur in engine/, and those in strings."""
     found: set[str] = set()

@@ -10,7 +10,7 @@ from vllm_kvcompress.engine.model_layers import pool_for_arena
 from vllm_kvcompress.engine.settings import compression_of, resolver_of
 from vllm_kvcompress.planning.request_settings import SettingsResolver
 
-_PLANS = "_kv_compression_plans"
+_RESOLVER = "_kv_compression_resolver"
 
 _LONGEST = 500
 """Most characters of an error message."""
@@ -83,9 +83,9 @@ def _printable(error: ValueError) -> str:
 
 
 def _resolver(processor: Any) -> SettingsResolver:
-    resolver: SettingsResolver | None = getattr(processor, _PLANS, None)
+    resolver: SettingsResolver | None = getattr(processor, _RESOLVER, None)
     if resolver is None:
         config = processor.vllm_config
         resolver = resolver_of(config, config.cache_config.block_size)
-        setattr(processor, _PLANS, resolver)
+        setattr(processor, _RESOLVER, resolver)
     return resolver

@@ -33,7 +33,9 @@ class ArenaSpec(FullAttentionSpec):
 def _count_compressed(original: Any) -> Any:
     """Let vLLM's line on maximum concurrency count what compressed requests hold."""
 
-    def get_max_concurrency(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:
+    def get_max_concurrency_for_kv_cache_config(
+        vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+    ) -> float:
         specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
         arena = next((spec for spec in specs if isinstance(spec, ArenaSpec)), None)
         if arena is None:
@@ -50,7 +52,7 @@ def _count_compressed(original: Any) -> Any:
             ),
         )
 
-    return get_max_concurrency
+    return get_max_concurrency_for_kv_cache_config
 
 
 def register_spec() -> None:
