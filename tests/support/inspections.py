@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kvcompress.tools.inspection import Inspection, Run
+from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Run
 
 WORDS = ["The", " captain", " saw", " a", " ship", ",", "\n", " & then", " <b>", "</script>"]
 

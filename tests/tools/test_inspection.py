@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from tests.support.inspections import inspection, made
 from vllm_kvcompress.eviction.records import make_record
 from vllm_kvcompress.methods import LayerInput, get_method
-from vllm_kvcompress.tools.inspection import Run, bin_edges, binned, passages, split_text
 from vllm_kvcompress.tools.inspection.arrays_file import save_arrays
+from vllm_kvcompress.tools.inspection.kept_tokens import Run, bin_edges, binned, passages
 from vllm_kvcompress.tools.inspection.style import run_title, shorten, strongest
+from vllm_kvcompress.tools.inspection.token_texts import split_text
 
 SMALL_RUN = Run(
     method="cake",

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.support.inspections import inspection
-from vllm_kvcompress.tools.inspection import binned, html_page
+from vllm_kvcompress.tools.inspection import html_page
+from vllm_kvcompress.tools.inspection.kept_tokens import binned
 from vllm_kvcompress.tools.inspection.style import run_title
 
 

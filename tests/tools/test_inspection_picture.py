@@ -8,7 +8,8 @@ from PIL import Image
 
 from tests.support.figures import check_labels
 from tests.support.inspections import inspection
-from vllm_kvcompress.tools.inspection import Inspection, Run, excerpts, passages, png_picture
+from vllm_kvcompress.tools.inspection import excerpts, png_picture
+from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Run, passages
 
 SIZES = [
     (tokens, layers, methods)

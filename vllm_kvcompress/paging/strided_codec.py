@@ -15,7 +15,7 @@ from vllm_kvcompress.paging.attention_layer import AttentionParams
 from vllm_kvcompress.paging.page_codec import PageCodec
 
 OBSERVED_BYTES = 256 << 20
-"""Statistics held at once: layers are scored in groups whose mean and variance fit in this."""
+"""Bytes of statistics held at one time: layers are scored in groups whose statistics fit."""
 
 
 class StridedPageCodec(PageCodec):

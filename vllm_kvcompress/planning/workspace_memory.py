@@ -1,4 +1,4 @@
-"""Memory that compression takes beside the KV-cache pool, so that a worker can set it aside."""
+"""Memory that compression needs outside the KV-cache pool, which a GPU worker must reserve."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,22 @@ from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES
 from vllm_kvcompress.planning.request_settings import SettingsResolver
 
 _OPEN_WINDOWS = 32
-"""Prompts whose windows are assumed to be collected in one step; more take activation memory."""
+"""Number of prompts of one step whose observation windows are reserved for.
+
+The windows of further prompts take memory that vLLM reserved for activations.
+"""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the sizes depend on, per worker.
+    """Sizes of the compressed layers, as one worker has them.
 
     Attributes:
-        layers: L.
-        heads: Query heads H.
-        kv_heads: N.
-        head_size: D.
-        itemsize: Bytes of an element outside of the cache.
+        layers: Number of compressed layers L.
+        heads: Number of query heads H.
+        kv_heads: Number of KV heads N.
+        head_size: Elements of a head D.
+        itemsize: Bytes of an element of the model's dtype.
 
     """
 
@@ -39,18 +42,18 @@ def workspace_bytes(
     max_num_batched_tokens: int,
     max_model_len: int,
 ) -> tuple[int, int]:
-    """Bytes that compression takes on a GPU beside the pool.
+    """Return the bytes that compression needs on a GPU outside the pool.
 
     Args:
-        resolver: Of the engine.
-        shape: Of the worker's part of the model.
-        max_num_seqs: Most requests of one step.
-        max_num_batched_tokens: Most tokens of one step.
+        resolver: The engine's resolver of request settings.
+        shape: Sizes of the worker's part of the model.
+        max_num_seqs: Largest number of requests of one step.
+        max_num_batched_tokens: Largest number of tokens of one step.
         max_model_len: Tokens of the longest request.
 
     Returns:
-        What is held all the time (page tables, and queries if there is a decode budget), and what
-        is held while one prompt of max_model_len tokens is compressed.
+        Bytes that are always held (page tables, and queries if there is a decode budget), and bytes
+        that are held while one prompt of max_model_len tokens is compressed.
 
     """
     planner = resolver.default_planner
@@ -74,13 +77,13 @@ def workspace_bytes(
 
 
 def table_bytes(shape: ModelShape, limits: TableLimits, staged_pages: int = 0) -> int:
-    """Bytes of the per-layer page tables, lengths and slot mappings, held all the time.
+    """Return the bytes of all layers' page tables, lengths and slot mappings, always held.
 
     Args:
-        shape: Of the worker's part of the model.
+        shape: Sizes of the worker's part of the model.
         limits: The largest batch.
-        staged_pages: Pages of the longest prompt that is compressed while it runs: the device's
-            copy of the arena's tables grows to it.
+        staged_pages: Pages of the longest prompt with a cascade prefill; the device's copy of the
+            arena's tables must have room for them.
 
     """
     entries = limits.rows * (limits.width + 1 + staged_pages)
@@ -88,12 +91,12 @@ def table_bytes(shape: ModelShape, limits: TableLimits, staged_pages: int = 0) -
 
 
 def query_buffer_bytes(shape: ModelShape, rows: int, queries: int) -> int:
-    """Bytes of the queries of generated tokens that wait for a cut, held all the time.
+    """Return the bytes of the buffer for queries of generated tokens, always held.
 
     Args:
-        shape: Of the worker's part of the model.
-        rows: Most requests at one time.
-        queries: That one cut looks at.
+        shape: Sizes of the worker's part of the model.
+        rows: Largest number of requests at one time.
+        queries: Number of queries that one cut uses.
 
     """
     row = shape.layers * shape.heads * shape.head_size * shape.itemsize
@@ -103,14 +106,14 @@ def query_buffer_bytes(shape: ModelShape, rows: int, queries: int) -> int:
 def transient_bytes(
     shape: ModelShape, *, max_model_len: int, window: int, most_kept: int, observed: int
 ) -> int:
-    """Bytes held while one prompt of max_model_len tokens is compressed.
+    """Return the bytes held while one prompt of max_model_len tokens is compressed.
 
     Args:
-        shape: Of the worker's part of the model.
-        max_model_len: Longest prompt.
-        window: Protected tokens, whose queries are collected.
-        most_kept: Most tokens that one layer keeps.
-        observed: Bytes of statistics that are held at once, before they become scores.
+        shape: Sizes of the worker's part of the model.
+        max_model_len: Tokens of the longest prompt.
+        window: Tokens of the observation window, whose queries are collected.
+        most_kept: Largest number of tokens that one layer keeps.
+        observed: Bytes of statistics that are held at one time, before they become scores.
 
     """
     one_layer = 2 * 4 * shape.heads * max_model_len

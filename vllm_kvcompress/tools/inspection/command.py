@@ -13,7 +13,7 @@ from vllm_kvcompress.tools.arguments import DTYPES, CommandError, count, json_ob
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
-    from vllm_kvcompress.tools.inspection import Inspection
+    from vllm_kvcompress.tools.inspection.kept_tokens import Inspection
     from vllm_kvcompress.tools.inspection.run import InspectionJob
 
 DEFAULT_METHOD = "cake"

@@ -19,7 +19,8 @@ from vllm_kvcompress.tools.engine_arguments import (
     llm_arguments,
     user_errors,
 )
-from vllm_kvcompress.tools.inspection import Inspection, Run, split_text
+from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Run
+from vllm_kvcompress.tools.inspection.token_texts import split_text
 from vllm_kvcompress.tools.plan.model import ServedModel, read_model
 
 if TYPE_CHECKING:

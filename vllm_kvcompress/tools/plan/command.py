@@ -1,4 +1,4 @@
-"""``kvcompress plan``: what a model, memory and a budget come to, without loading weights."""
+"""``kvcompress plan``: what fits into a given memory, without loading weights."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     """Plan, and write the result to stdout.
 
     Args:
-        args: As parsed.
+        args: The parsed arguments.
 
     Returns:
         0.
@@ -127,7 +127,7 @@ def make_report(args: argparse.Namespace) -> PlanReport:
     """Work out a plan.
 
     Args:
-        args: As parsed.
+        args: The parsed arguments.
 
     Raises:
         CommandError: What the user can put right.
@@ -159,7 +159,7 @@ def make_report(args: argparse.Namespace) -> PlanReport:
     block = model.block_bytes(size, args.kv_cache_dtype)
     windows = SlidingWindows(model.groups, size, server.in_flight, server.lag)
     pool = Pool(memory, block, size)
-    # A pool sized by hand keeps its size; else the worker sets its own needs aside.
+    # If the user chose the size of the pool, the worker takes nothing off it.
     less = beside if args.gpu_memory is not None else 0
     smaller = Pool(max(memory - less, 0), block, size)
     plain = plain_figures(pool, work, windows)
@@ -274,7 +274,7 @@ def _beside_bytes(resolver: SettingsResolver, server: ServerSettings, model: Ser
 def _left_of_gpu(
     args: argparse.Namespace, model: ServedModel, loaded: Any, assumed: list[str]
 ) -> int:
-    """Bytes for the KV cache; says in ``assumed`` how they come about."""
+    """Return the bytes for the KV cache; appends to ``assumed`` how they are calculated."""
     from vllm_kvcompress.tools.plan.weights import weight_bytes
 
     weights, source = weight_bytes(model, loaded)

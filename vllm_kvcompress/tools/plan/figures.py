@@ -58,7 +58,7 @@ class SlidingWindows:
     """Blocks that one request holds in the sliding-window groups; 0 where there are none.
 
     Attributes:
-        layers: Of the model.
+        layers: The model's layers by kind.
         block_size: Tokens per block.
         in_flight: Most tokens that are scheduled and not processed.
         lag: Steps planned before the last one's result is known.
@@ -151,8 +151,8 @@ def compressed_figures(
     Args:
         pool: The KV cache.
         work: The requests.
-        planner: Of the engine; its limits are those of the server.
-        windows: Of the layers that are not compressed.
+        planner: The planner of the engine, with the limits of the server.
+        windows: Blocks of the layers that are not compressed.
 
     """
     plain = plain_figures(pool, work, windows)
@@ -194,10 +194,10 @@ def longest_model_len(
     """Longest --max-model-len with which an engine starts.
 
     Args:
-        planner: Of the engine.
+        planner: The planner of the engine.
         usable: Blocks that can be handed out.
         longest: Most that the model allows.
-        windows: Of the layers that are not compressed.
+        windows: Blocks of the layers that are not compressed.
 
     Returns:
         Between 0 and longest.

@@ -23,15 +23,15 @@ class ServedModel:
     """A model as vLLM serves it.
 
     Attributes:
-        name: What ``vllm serve`` is given: a folder or a hub id.
+        name: The model's folder or hub id, for ``vllm serve``.
         architecture: Name of its class.
         layers: Number of layers of the whole model.
         groups: The layers with full attention, which are compressed, and the others.
         compressed: Numbers of the compressed layers; empty: all layers.
-        heads: Query heads H.
-        kv_heads: KV heads N.
-        head_size: D.
-        dtype: Of weights and activations, as served.
+        heads: Number of query heads H.
+        kv_heads: Number of KV heads N.
+        head_size: Elements of a head D.
+        dtype: Type of weights and activations, as served.
         max_model_len: Tokens of the longest context that vLLM allows; None: not stated.
         default_model_len: What vLLM takes without --max-model-len; None: not stated.
         quantized: Whether the weights are stored in another way than as plain numbers.

@@ -1,4 +1,4 @@
-"""What to know beside a plan's figures: when compression does not pay, and why."""
+"""Notes on a plan's figures: when compression gains little or nothing, and why."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from vllm_kvcompress.tools.plan.model import ServedModel
 from vllm_kvcompress.tools.plan.server import ServerSettings
 
 _LITTLE = 0.75
-"""Share of its uncompressed blocks above which a compressed request saves little."""
+"""Ratio of compressed to uncompressed blocks above which a request saves little."""
 
 
 def gain_notes(
@@ -25,8 +25,8 @@ def gain_notes(
         plain: Figures without compression.
         compressed: Figures with compression.
         work: The requests.
-        planner: Of the engine.
-        server: Its settings.
+        planner: The planner of the engine.
+        server: The settings of the server.
 
     """
     notes = []
@@ -86,7 +86,7 @@ def window_notes(model: ServedModel, work: Workload, windows: SlidingWindows) ->
     Args:
         model: The model.
         work: The requests.
-        windows: Of the layers that are not compressed.
+        windows: Blocks of the layers that are not compressed.
 
     """
     groups = model.groups
@@ -110,7 +110,7 @@ def _why_little(work: Workload, planner: BlockPlanner) -> str:
 
 
 def _prefill_notes(compressed: Figures, work: Workload, planner: BlockPlanner) -> list[str]:
-    """What a prompt that does not run in one step costs, where a longer step would help."""
+    """Note on prompts that run in several steps, if longer steps would save blocks."""
     one_step, config = planner.limits.one_step_tokens, planner.config
     if config.prefill in ("full", "streaming") or planner.prompt_cut(work.prompt) is None:
         return []

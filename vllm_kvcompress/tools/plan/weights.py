@@ -20,11 +20,11 @@ _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def weight_bytes(model: ServedModel, config: Any) -> tuple[int, str]:
-    """Bytes of the weights in the served dtype, and in words where the figure is from.
+    """Return the bytes of the weights in the served dtype, and the source of this figure in words.
 
     Args:
-        model: As it is served.
-        config: Its configuration.
+        model: The model as vLLM serves it.
+        config: Its configuration, an object of transformers.
 
     Raises:
         CommandError: No files are here, and the model cannot be laid out without them.
