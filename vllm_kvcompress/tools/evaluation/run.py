@@ -44,8 +44,8 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
         0, or 130 after an interrupt.
 
     Raises:
-        CommandError: A number is none.
-        EvaluationError: What the user can put right about tasks, data, settings or engine.
+        CommandError: An argument is not a number.
+        EvaluationError: The user can correct tasks, data, settings or engine options.
 
     """
     console = Console(stderr=True)
@@ -82,7 +82,7 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
 
 
 def versions() -> dict[str, str]:
-    """Versions of what took part, as far as it is installed."""
+    """Versions of the packages that took part, as far as they are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -85,7 +85,7 @@ def task_name(task: str) -> str:
 
 
 def held_text(group: ResultGroup, budget: str) -> str:
-    """What rows hold at a budget: ``128 tokens, 12.6 %``, or from least to most."""
+    """Tokens that rows hold at a budget: ``128 tokens, 12.6 %``, or from least to most."""
     tokens = group.cells.loc[group.cells["budget"] == budget, "kept_tokens"]
     low, high = group.shares(budget)
     return f"{span(tokens)} tokens, {_join(per_cent(low), per_cent(high))} %"

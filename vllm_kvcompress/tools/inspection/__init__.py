@@ -1,4 +1,7 @@
-"""What a cut kept, as numbers, a picture and a page; no module here imports vLLM."""
+"""The tokens that a cut kept, as numbers, a picture and a page.
+
+No module here but ``run`` imports vLLM.
+"""
 
 from vllm_kvcompress.tools.inspection.kept_tokens import (
     Inspection,
