@@ -76,7 +76,7 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
         backend.close()
     from vllm_kvcompress.tools.evaluation.results_page import write_results
 
-    page, *_ = write_results(args.output, args.output, command=_command(words), versions=versions())
+    page, *_ = write_results(args.output, command=_command(words), versions=versions())
     console.print(f"written: {page}")
     return STOPPED if stopped else 0
 

@@ -63,9 +63,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """Runs a generator so that a seed means the same prompts everywhere.
 
 Generators set the seed and then import transformers. If that is the first import of rich, rich
-draws a random number; whether it is depends on the other installed packages. Therefore everything is
-imported before the seed is set, and the number is drawn for all generators but niah's. This gives the
-prompts that the generators make beside vLLM, where niah's nltk has imported rich already.
+draws a random number; whether it is depends on the other installed packages. Therefore everything
+is imported before the seed is set, and the number is drawn for all generators but niah's. This
+gives the prompts that the generators make beside vLLM, where niah's nltk has imported rich already.
 """
 
 _NOTHING_FITS = re.compile(r"Num(ber of)? \w+: 0$")
