@@ -21,8 +21,8 @@ PROTOCOL_NOTES = {
 MISSING = "\u2013"
 
 NOTES = """\
-* Budgets are tokens that a layer holds on average after the prefill, its window included, given as \
-a number or as a share of the prompt and rounded up to whole blocks; the row *held* says what \
+* Budgets are tokens that a layer holds on average after the prefill, its window included, given \
+as a number or as a share of the prompt and rounded up to whole blocks; the row *held* says what \
 came of it.
 * In brackets the 95 % confidence interval: Wilson's for right or wrong answers, a bootstrap over \
 the prompts of each task for all others. Means over tasks count every task alike.
