@@ -45,7 +45,7 @@ def verdict(row: Mapping[str, str]) -> str:
 
 
 def _runs(row: Mapping[str, str]) -> str:
-    """What a reader has to know of a row without a spread."""
+    """A remark for rows without a spread."""
     return "" if row.get(SPREAD) or len(row.get(ROUNDS, "").split()) > 1 else ", one run"
 
 
@@ -73,7 +73,7 @@ def _add(page: MarkdownPage, rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def _add_bench(page: MarkdownPage, rows: Sequence[Mapping[str, str]]) -> None:
-    """What ``kvcompress bench`` wrote, as its own page shows it."""
+    """Rows of ``kvcompress bench``, as its own page shows them."""
     facts = [name for name in rows[0] if name not in COLUMNS and rows[0][name]]
     page.add(LEGEND)
     page.add("\n".join(f"* {_words(name)}: `{rows[0][name]}`" for name in facts))
@@ -112,7 +112,7 @@ def _both(row: Mapping[str, str], name: str) -> str:
 
 
 def _place(rows: Sequence[Mapping[str, str]], row: Mapping[str, str]) -> int:
-    """Where the first run of the same case stands, so that runs of a case lie together."""
+    """Place of the first run of the same case, so that runs of a case stand together."""
     keys = ("case", "model", "what")
     return next(i for i, r in enumerate(rows) if all(r.get(k) == row.get(k) for k in keys))
 

@@ -125,10 +125,6 @@ def _find(results: Results, protocol: str, length: int) -> ResultGroup | None:
     return None
 
 
-def _labels(group: ResultGroup) -> set[str]:
-    return {row.label for row in group.rows}
-
-
 def _row(group: ResultGroup, label: str) -> SettingRow:
     return next(row for row in group.rows if row.ours and row.label == label)
 

@@ -90,12 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def folder(run: Run | Bench) -> Path:
-    """Where its records lie."""
+    """Folder of a run's records."""
     return RECORDS / run.name
 
 
 def speed_file(bench: Bench) -> Path:
-    """Where its rows are committed."""
+    """File in which a benchmark's rows are committed."""
     return RESULTS / f"{bench.name}.csv"
 
 
@@ -152,7 +152,7 @@ def take_committed(run: Run) -> None:
 
 
 def committed(run: Run) -> Path:
-    """Where its records are packed for the repository."""
+    """File in which a run's records are committed."""
     return RESULTS / "quality" / f"{run.name}.csv"
 
 
@@ -204,7 +204,7 @@ def keep(run: Run) -> None:
 
 
 def _place(run: Run, record: Record) -> int:
-    """Of the record's setting among the run's: whenever it was answered, it is shown there."""
+    """Place of the record's setting among the run's, whenever it was answered."""
     labels = [*run.methods, *run.variants]
     return labels.index(record.label) if record.label in labels else len(labels)
 
@@ -227,7 +227,7 @@ def _note_pace(name: str, answers: int, seconds: float) -> None:
 
 
 def _devices(packed: Path) -> list[str]:
-    """Where answers were made that are committed, and may have been gone on from."""
+    """Devices of the committed answers, from which a run may have continued."""
     note = read_notes(packed).get("device", "") if packed.is_file() else ""
     return note.split(", ") if note else []
 

@@ -20,7 +20,8 @@ from benchmarks import report_quality as quality  # noqa: E402
 from benchmarks.report_data import Results, read_results  # noqa: E402
 from benchmarks.report_speed import speed  # noqa: E402
 from benchmarks.report_summary import opening, papers  # noqa: E402
-from vllm_kvcompress.tools.evaluation.markdown_page import NOTES, MarkdownPage  # noqa: E402
+from vllm_kvcompress.tools.evaluation.markdown_page import MarkdownPage  # noqa: E402
+from vllm_kvcompress.tools.evaluation.tables import NOTES  # noqa: E402
 from vllm_kvcompress.tools.evaluation.task import EvaluationError  # noqa: E402
 
 START = "results.md"
@@ -79,7 +80,7 @@ def build(results: Results, folder: str) -> dict[str, MarkdownPage]:
     contents += [f"* [{title}](#{_anchor(title)})" for title in titles]
     start.add("\n".join(contents))
     start.heading(2, HOW_TO_READ)
-    start.add("\n".join(f"* {note}" for note in NOTES), GENERATED)
+    start.add(NOTES, GENERATED)
     papers(start)
     return pages
 

@@ -1,12 +1,12 @@
 """The runner leaves out what is there, and goes on where a killed run stopped."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, EncodedPrompt
+from vllm_kvcompress.tools.evaluation.backend import Answer, Asked, Backend, EncodedPrompt
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE, Record, Store, read
 from vllm_kvcompress.tools.evaluation.runner import (
     PromptSet,
@@ -65,17 +65,10 @@ class Parrot(Backend):
     def cases_at_once(self, longest: int) -> int:
         return 2
 
-    def run(
-        self,
-        cases: Sequence[EncodedPrompt],
-        settings: Sequence[Setting],
-        wanted: Callable[[EncodedPrompt, Setting], bool],
-    ) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
-        self.chunks.append(len(cases))
-        for setting in settings:
-            for case in cases:
-                if not wanted(case, setting):
-                    continue
+    def run(self, chunk: Sequence[Asked]) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
+        self.chunks.append(len(chunk))
+        for case, settings in chunk:
+            for setting in settings:
                 if len(self.asked) == self.fail_after:
                     raise KeyboardInterrupt
                 self.asked.append((case.prompt.index, setting.label))

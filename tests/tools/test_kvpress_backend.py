@@ -103,7 +103,7 @@ def answers(
     backend: KvpressBackend, cases: list[EncodedPrompt], settings: tuple[Setting, ...] = SETTINGS
 ) -> dict[tuple[int, str], Answer]:
     backend.check(settings)
-    found = backend.run(cases, settings, lambda case, setting: True)
+    found = backend.run([(case, settings) for case in cases])
     return {(case.prompt.index, setting.label): answer for case, setting, answer in found}
 
 

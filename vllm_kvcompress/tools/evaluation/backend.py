@@ -1,9 +1,9 @@
-"""Who answers: a model behind a cache that is compressed or not."""
+"""The interface of the software that answers: a model with a cache that may be compressed."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vllm_kvcompress.tools.evaluation.setting import Setting
@@ -12,14 +12,14 @@ from vllm_kvcompress.tools.evaluation.task import Prompt
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as it is run.
+    """A prompt in tokens.
 
     Attributes:
-        prompt: What is asked.
-        token_ids: What is prefilled, and compressed then.
-        fed_ids: Given to the model after the compression, before it answers: the question in the
-            query-agnostic protocol, else nothing.
-        measured_ids: Continuation whose likelihood is measured; empty: the model answers.
+        prompt: The prompt.
+        token_ids: Tokens that are prefilled and then compressed.
+        fed_ids: Tokens given to the model after the compression, before it answers: the question
+            in the query-agnostic protocol, else none.
+        measured_ids: Continuation whose likelihood is measured; empty if the model answers.
 
     """
 
@@ -37,13 +37,14 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a case.
+    """What a backend answered.
 
     Attributes:
-        text: Generated; empty where a likelihood was measured.
-        tokens: Generated or measured.
-        kept_tokens: A layer's average after the prefill.
-        nll: Mean negative log-likelihood of the measured tokens, in nats; None where one answered.
+        text: Generated text; empty where a likelihood was measured.
+        tokens: Number of tokens generated or measured.
+        kept_tokens: Tokens that a layer held on average after the prefill.
+        nll: Mean negative log-likelihood of the measured tokens in nats; None if text was
+            generated.
 
     """
 
@@ -53,12 +54,16 @@ class Answer:
     nll: float | None = None
 
 
+Asked = tuple[EncodedPrompt, Sequence[Setting]]
+"""A prompt and the settings under which it is to be answered, at least one."""
+
+
 class Backend(ABC):
-    """Answers cases.
+    """Software that answers prompts.
 
     Attributes:
         source: Name and version, as in the records.
-        block_size: Tokens of a block, by which budgets are rounded up.
+        block_size: Tokens of a block; budgets are rounded up to whole blocks.
 
     """
 
@@ -76,25 +81,17 @@ class Backend(ABC):
 
     @abstractmethod
     def cases_at_once(self, longest: int) -> int:
-        """How many cases of up to ``longest`` tokens in all make a good chunk; at least 1."""
+        """Number of prompts of up to ``longest`` tokens in all for a good chunk, at least 1."""
 
     @abstractmethod
-    def run(
-        self,
-        cases: Sequence[EncodedPrompt],
-        settings: Sequence[Setting],
-        wanted: Callable[[EncodedPrompt, Setting], bool],
-    ) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
-        """Answer every wanted pair of a chunk of cases, in any order, each prefilled as seldom as
-        the backend can.
+    def run(self, chunk: Sequence[Asked]) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
+        """Answer every pair of a chunk, in any order, with as few prefills as the backend can.
 
         Args:
-            cases: At most :meth:`cases_at_once`.
-            settings: What :meth:`check` has passed.
-            wanted: Whether a pair is to be answered.
+            chunk: At most :meth:`cases_at_once` prompts, with settings that :meth:`check` passed.
 
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the backend holds."""
+        """Free what the backend holds."""

@@ -1,6 +1,6 @@
-"""Going on from many caches at once, whatever their lengths.
+"""Decoding from many caches of any lengths in one batch.
 
-Everything but attention is worked out for all caches in one batch; attention is run for each on its
+Everything but attention is computed for all caches in one batch; attention is run for each on its
 own keys, so layers and caches may differ in length and nothing is padded or masked. Needs torch and
 transformers, not kvpress.
 """
@@ -110,9 +110,9 @@ def attend(
         module: The attention layer.
         query: [B, H, Q, D].
         key: [B, N, T, D], or for each row [1, N, T of the row, D].
-        value: As ``key``.
+        value: The same shape as ``key``.
         attention_mask: None; causal for want of one.
-        kwargs: For :func:`sdpa_attention_forward`.
+        kwargs: Further arguments of :func:`sdpa_attention_forward`.
 
     Returns:
         [B, Q, H, D] and no weights.
@@ -144,13 +144,13 @@ def prepare(model: Any) -> None:
 
 
 class Continuation:
-    """CacheRows on their way, of one prompt or of several.
+    """Rows of one prompt or of several that are being decoded.
 
     Args:
         model: A causal language model of transformers that :func:`prepare` has been given.
         rows: Caches; they grow.
         logits: After each row's last token, [B, V].
-        positions: Of each row's next token, int64 [B]; compression moves none.
+        positions: Position of each row's next token, int64 [B]; compression changes none.
 
     """
 
@@ -185,7 +185,7 @@ class Continuation:
         self.logits = self._forward(token_ids, 1)[:, -1]
 
     def select(self, indices: Sequence[int]) -> None:
-        """Go on with these rows alone."""
+        """Continue with these rows alone."""
         chosen = torch.tensor(indices)
         self._rows = CacheRows([self._rows.rows[index] for index in indices])
         self._positions = self._positions[chosen]

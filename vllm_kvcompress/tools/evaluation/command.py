@@ -25,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the sub-command's arguments.
 
     Args:
-        subparsers: What ``ArgumentParser.add_subparsers`` returned.
+        subparsers: Object that ``ArgumentParser.add_subparsers`` returned.
 
     """
     parser = subparsers.add_parser(
@@ -96,16 +96,16 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is missing, and write table and plots.
+    """Have the missing answers made, and write tables and plots.
 
     Args:
-        args: As parsed.
+        args: Parsed arguments.
 
     Returns:
         0, or 130 after an interrupt.
 
     Raises:
-        CommandError: What the user can put right.
+        CommandError: The user can correct the arguments.
 
     """
     from vllm_kvcompress.tools.evaluation.task import EvaluationError
@@ -127,7 +127,7 @@ def settings_of(args: argparse.Namespace) -> list[Setting]:
     """Methods x budgets, the full cache first and once.
 
     Raises:
-        CommandError: A budget is none, or a variant has no method.
+        CommandError: A budget is not a number, or a variant has no method.
 
     """
     from vllm_kvcompress.planning.config import parse_budget

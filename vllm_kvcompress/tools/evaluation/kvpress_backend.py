@@ -1,4 +1,4 @@
-"""kvpress in transformers as the one who answers, with as many tokens kept as here.
+"""Answers of kvpress in transformers, which keeps as many tokens as this package.
 
 Runs where kvpress is installed (scripts/setup_kvpress_env.sh) and imports no vLLM. kvpress cuts a
 layer's cache after that layer's attention, so what the prefill computes is the same for every press
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, EncodedPrompt
+from vllm_kvcompress.tools.evaluation.backend import Answer, Asked, Backend, EncodedPrompt
 from vllm_kvcompress.tools.evaluation.batched_decoding import CacheRow, Continuation, prepare
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.setting import Setting, kept_tokens
@@ -110,7 +110,7 @@ def ratio_for(method: str, kept: int, tokens: int) -> float:
 
 
 class OncePerLayer:
-    """Scores that do not depend on the budget, worked out once for all presses that share them.
+    """Scores that do not depend on the budget, computed once for all presses that share them.
 
     Args:
         score: A press's own method.
@@ -123,7 +123,7 @@ class OncePerLayer:
         self._scores = torch.empty(0)
 
     def __call__(self, module: Any, *args: Any) -> torch.Tensor:
-        """As ``ScorerPress.score``: [1, N, S]."""
+        """Scores as of ``ScorerPress.score``, [1, N, S]."""
         if module.layer_idx != self._layer:
             self._scores = self._score(module, *args)
             self._layer = module.layer_idx
@@ -131,7 +131,7 @@ class OncePerLayer:
 
 
 class PressCut(NamedTuple):
-    """One setting of a prompt: what cuts (None: nothing is to be cut) and what is left."""
+    """One setting of a prompt: its press (None: no cut), tokens to keep, and the cut cache."""
 
     setting: Setting
     press: Any
@@ -144,13 +144,13 @@ class KvpressBackend(Backend):
 
     Args:
         model: Folder of the model; nothing is fetched.
-        dtype: Of weights and cache, one of :data:`DTYPES`.
-        block_size: Of the engine that is compared with: budgets are rounded up to its blocks.
-        threads: Of torch; None leaves them as they are.
+        dtype: Data type of weights and cache, one of :data:`DTYPES`.
+        block_size: Block size of the engine that is compared with; budgets are rounded up to it.
+        threads: Number of torch's threads; None leaves it as it is.
 
     Attributes:
         source: Such as ``kvpress 0.5.5``.
-        versions: Of kvpress, transformers and torch, by name.
+        versions: Versions of kvpress, transformers and torch, by name.
 
     Raises:
         EvaluationError: kvpress is not installed, or the model is none that can be compared.
@@ -197,36 +197,28 @@ class KvpressBackend(Backend):
             check_setting(setting, self.block_size)
 
     def cases_at_once(self, longest: int) -> int:
-        """As many as share a decoding step well and whose caches do not fill the memory."""
+        """As many prompts as make a good batch and whose caches do not fill the memory."""
         return max(1, min(16, 16384 // longest))
 
-    def run(
-        self,
-        cases: Sequence[EncodedPrompt],
-        settings: Sequence[Setting],
-        wanted: Callable[[EncodedPrompt, Setting], bool],
-    ) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
-        """Prefill each case once, then decode all cases under all settings together.
+    def run(self, chunk: Sequence[Asked]) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
+        """Prefill each prompt once, then decode all prompts under all settings together.
 
         Raises:
             EvaluationError: A press cannot cut a prompt that short, or to a budget that small.
 
         """
-        asked = [(case, [s for s in settings if wanted(case, s)]) for case in cases]
-        yield from self._answers([(case, chosen) for case, chosen in asked if chosen])
+        yield from self._answers(chunk)
 
     def close(self) -> None:
-        """Give back the model."""
+        """Free the model."""
         self._model = None
 
     @torch.inference_mode()
-    def _answers(
-        self, asked: Sequence[tuple[EncodedPrompt, Sequence[Setting]]]
-    ) -> list[tuple[EncodedPrompt, Setting, Answer]]:
+    def _answers(self, chunk: Sequence[Asked]) -> list[tuple[EncodedPrompt, Setting, Answer]]:
         answers: list[tuple[EncodedPrompt, Setting, Answer]] = []
         answering: list[tuple[EncodedPrompt, PressCut]] = []
         parts = []
-        for case, settings in asked:
+        for case, settings in chunk:
             cuts = self._cuts(settings, len(case.token_ids))
             after = self._prefill(case, cuts)
             if case.fed_ids:

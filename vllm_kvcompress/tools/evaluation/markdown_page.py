@@ -21,14 +21,6 @@ RULER = "ruler"
 SHOWN = 0.125
 """Share of the cache whose tables per task are not folded, or the nearest one that was run."""
 
-NOTES = (
-    tables.BUDGET_NOTE,
-    tables.INTERVAL_NOTE,
-    tables.BOLD_NOTE,
-    tables.FULL_NOTE,
-)
-"""Remarks that a reader of the tables has to know."""
-
 
 @dataclass
 class MarkdownPage:

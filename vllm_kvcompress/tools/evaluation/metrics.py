@@ -11,7 +11,7 @@ class Metric:
     """A score.
 
     Attributes:
-        score: From an answer and its references to 0 ... 1.
+        score: Function from an answer and its references to a score from 0 to 1.
         monotone: Whether more text can only raise it, so that an answer which has reached 1 need
             not be generated to its end.
 
@@ -43,4 +43,4 @@ METRICS: dict[str, Metric] = {
     "match_all": Metric(match_all, monotone=True),
     "match_part": Metric(match_part, monotone=True),
 }
-"""By name; tasks with metrics of their own add them when they are imported."""
+"""Metrics by name; tasks with their own metrics add them when they are imported."""

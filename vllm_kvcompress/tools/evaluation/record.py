@@ -69,7 +69,7 @@ class Record:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells this result from every other; whether it is there decides what is run."""
+        """Values that identify this result; a prompt is run if no record has its key."""
         return (
             *(self.model, self.dtype, self.source, self.task, self.length, self.protocol),
             *(self.seed, self.index, self.label, _frozen(self.params), self.budget),

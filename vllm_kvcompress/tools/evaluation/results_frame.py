@@ -64,7 +64,7 @@ def check_frame(frame: pd.DataFrame) -> None:
     """Check that records fit together.
 
     Raises:
-        EvaluationError: As for :func:`make_frame`.
+        EvaluationError: The same as for :func:`make_frame`.
 
     """
     prompts = frame[frame.duplicated([*CELL, *PROMPT])]

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vllm_kvcompress.tools.evaluation.markdown_page import (
-    NOTES,
     MarkdownPage,
     add_groups,
     add_needles,
@@ -18,20 +17,19 @@ from vllm_kvcompress.tools.evaluation.record import RECORDS, Record, read
 from vllm_kvcompress.tools.evaluation.result_groups import by_length, make_groups
 from vllm_kvcompress.tools.evaluation.results_frame import make_frame
 from vllm_kvcompress.tools.evaluation.styles import styles_for
+from vllm_kvcompress.tools.evaluation.tables import NOTES
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
 
 PAGE = "results.md"
 CELLS = "cells.csv"
 
 
-def write_results(
-    records: Path | Sequence[Record], out: Path, *, command: str, versions: Mapping[str, str]
-) -> list[Path]:
+def write_results(folder: Path, *, command: str, versions: Mapping[str, str]) -> list[Path]:
     """Write tables and pictures, and the packed records from which they can be made again.
 
     Args:
-        records: The records, or the folder of their ``results.jsonl``.
-        out: Folder for ``results.md``, ``cells.csv`` and pictures; made if it is not there.
+        folder: Folder of ``results.jsonl``, to which ``results.md``, ``cells.csv`` and the
+            pictures are written.
         command: Command line that made the records.
         versions: Versions of the packages that took part, by name.
 
@@ -43,15 +41,13 @@ def write_results(
         OSError: A file cannot be written.
 
     """
-    where = records / RECORDS if isinstance(records, Path) else "the list of records"
-    found = list(read(records / RECORDS)) if isinstance(records, Path) else list(records)
+    found = list(read(folder / RECORDS))
     if not found:
-        raise EvaluationError(f"{where} has no results to be written")
+        raise EvaluationError(f"{folder / RECORDS} has no results to be written")
     page = results_page(found, command=command, versions=versions)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / PAGE).write_text(page.text(), encoding="utf-8")
-    pack(found, out / CELLS, {"command": command, "versions": _versions(versions)})
-    return [out / PAGE, out / CELLS, *page.draw(out)]
+    (folder / PAGE).write_text(page.text(), encoding="utf-8")
+    pack(found, folder / CELLS, {"command": command, "versions": _versions(versions)})
+    return [folder / PAGE, folder / CELLS, *page.draw(folder)]
 
 
 def results_page(
@@ -65,7 +61,7 @@ def results_page(
     page.add(f"```sh\n{command}\n```")
     if versions:
         page.add(f"Versions: {_versions(versions)}.")
-    page.add("\n".join(f"* {note}" for note in NOTES))
+    page.add(NOTES)
     for series in by_length(groups):
         add_groups(page, series, styles, 2, against_full=True)
         if any(map(is_needles, series)):

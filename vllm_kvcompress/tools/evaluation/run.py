@@ -44,8 +44,8 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
         0, or 130 after an interrupt.
 
     Raises:
-        CommandError: A number is none.
-        EvaluationError: What the user can put right about tasks, data, settings or engine.
+        CommandError: An argument is not a number.
+        EvaluationError: The user can correct tasks, data, settings or engine options.
 
     """
     console = Console(stderr=True)
@@ -76,13 +76,13 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
         backend.close()
     from vllm_kvcompress.tools.evaluation.results_page import write_results
 
-    page, *_ = write_results(args.output, args.output, command=_command(words), versions=versions())
+    page, *_ = write_results(args.output, command=_command(words), versions=versions())
     console.print(f"written: {page}")
     return STOPPED if stopped else 0
 
 
 def versions() -> dict[str, str]:
-    """Versions of what took part, as far as it is installed."""
+    """Versions of the packages that took part, as far as they are installed."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

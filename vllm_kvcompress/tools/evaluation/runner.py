@@ -1,4 +1,4 @@
-"""Has sets of prompts answered, and leaves out the answers that the results hold already."""
+"""Runs sets of prompts under settings, without the pairs that already have a result."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def longest(batches: Sequence[PromptSet]) -> int:
 
 
 class Runner:
-    """Has batches answered under settings.
+    """Runs batches of prompts under settings.
 
     Args:
         backend: Software that answers.
@@ -101,17 +101,13 @@ class Runner:
     def run(self, batch: PromptSet, settings: Sequence[Setting]) -> Iterator[Record]:
         """Answer what is missing; every record is in the store when it is returned."""
         at_once = self.backend.cases_at_once(max(case.most_tokens for case in batch.cases))
-        pending = [
-            case
+        asked = [
+            (case, [setting for setting in settings if not self._is_done(batch, case, setting)])
             for case in batch.cases
-            if not all(self._is_done(batch, case, setting) for setting in settings)
         ]
+        pending = [(case, missing) for case, missing in asked if missing]
         for start in range(0, len(pending), at_once):
-            answers = self.backend.run(
-                pending[start : start + at_once],
-                settings,
-                lambda case, setting: not self._is_done(batch, case, setting),
-            )
+            answers = self.backend.run(pending[start : start + at_once])
             for case, setting, answer in answers:
                 record = self._record(batch, case, setting, answer)
                 self.store.append(record)

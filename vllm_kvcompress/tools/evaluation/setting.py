@@ -1,4 +1,4 @@
-"""What is compared: a method, its parameters and a budget."""
+"""Settings that are compared: a method, its parameters and a budget."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Setting:
-    """One column of the table.
+    """A method with its parameters and a budget.
 
     Attributes:
-        label: How the method with its parameters is called, such as ``cake`` or ``cake, faithful``.
-        method: Its name; for another backend than vLLM the name there.
-        params: Its parameters.
+        label: Name of the method with its parameters, such as ``cake`` or ``cake, faithful``.
+        method: Name of the method in the backend.
+        params: Parameters of the method.
         budget: Tokens per layer, or a share of what is compressed; None: the full cache.
 
     """
@@ -45,15 +45,15 @@ def full() -> Setting:
 
 
 def kept_tokens(budget: float | None, tokens: int, block_size: int, window: int = 32) -> int:
-    """Tokens that a layer holds on average after the prefill, a prompt's own where it is not cut.
+    """Tokens that a layer holds on average after the prefill; all of a prompt that is not cut.
 
-    Whoever answers is given just as many, so that what is compared has the same bytes.
+    Every backend keeps as many, so that settings are compared at the same number of bytes.
 
     Args:
-        budget: As in :class:`Setting`.
-        tokens: Of what is compressed.
+        budget: The same as in :class:`Setting`.
+        tokens: Number of tokens that are compressed.
         block_size: Tokens of a block; budgets are whole blocks.
-        window: Tokens that no method drops.
+        window: Tokens of the observation window, which no method drops.
 
     """
     if budget is None:

@@ -20,23 +20,16 @@ PROTOCOL_NOTES = {
 
 MISSING = "\u2013"
 
-BUDGET_NOTE = (
-    "Budgets are tokens that a layer holds on average after the prefill, its window included, "
-    "given as a number or as a share of the prompt and rounded up to whole blocks; the row *held* "
-    "says what came of it."
-)
-
-INTERVAL_NOTE = (
-    "In brackets the 95 % confidence interval: Wilson's for right or wrong answers, a bootstrap "
-    "over the prompts of each task for all others. Means over tasks count every task alike."
-)
-
-BOLD_NOTE = (
-    "Bold: the best of a column, where on the same prompts the interval of its difference to the "
-    "next best leaves out 0."
-)
-
-FULL_NOTE = "The full cache has no budget; its figure is repeated in every column."
+NOTES = """\
+* Budgets are tokens that a layer holds on average after the prefill, its window included, given \
+as a number or as a share of the prompt and rounded up to whole blocks; the row *held* says what \
+came of it.
+* In brackets the 95 % confidence interval: Wilson's for right or wrong answers, a bootstrap over \
+the prompts of each task for all others. Means over tasks count every task alike.
+* Bold: the best of a column, where on the same prompts the interval of its difference to the \
+next best leaves out 0.
+* The full cache has no budget; its figure is repeated in every column."""
+"""Remarks that a reader of the tables has to know."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -85,7 +78,7 @@ def task_name(task: str) -> str:
 
 
 def held_text(group: ResultGroup, budget: str) -> str:
-    """What rows hold at a budget: ``128 tokens, 12.6 %``, or from least to most."""
+    """Tokens that rows hold at a budget: ``128 tokens, 12.6 %``, or from least to most."""
     tokens = group.cells.loc[group.cells["budget"] == budget, "kept_tokens"]
     low, high = group.shares(budget)
     return f"{span(tokens)} tokens, {_join(per_cent(low), per_cent(high))} %"

@@ -1,4 +1,4 @@
-"""What is asked: prompts with their references, and the tasks that make them."""
+"""Prompts with their references, and the tasks that make them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class EvaluationError(Exception):
-    """What a user can put right; its text is one sentence and all that the user is shown."""
+    """An error that the user can correct; the user is shown its text, one sentence, and no more."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Prompt:
     """One question about one context.
 
     Attributes:
-        index: Of the prompt among those of its task, length and seed.
-        context: What is compressed in both protocols.
-        question: What follows the context, up to where the answer begins; may be empty.
+        index: Number of the prompt among those of its task, length and seed.
+        context: Text that is compressed in both protocols.
+        question: Text between the context and the answer; may be empty.
         references: Right answers, or parts of it; the metric says which.
         max_tokens: Most tokens that the answer may have.
         metric: Name in ``metrics.METRICS``; empty where only the likelihood of ``measured`` is
@@ -29,7 +29,7 @@ class Prompt:
         stop: Texts that end the answer.
         measured: A continuation whose likelihood is measured instead of an answer's score; None: an
             answer is generated.
-        labels: What plots group by, such as the depth of a needle.
+        labels: Labels by which plots group prompts, such as the depth of a needle.
         opening: End of ``question`` with which the answer is begun for the model; may be empty.
 
     """
@@ -48,11 +48,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Source:
-    """What a task makes its prompts from.
+    """Model and data from which a task makes its prompts.
 
     Attributes:
         model: The model's folder or hub identifier, whose tokenizer counts.
-        tokenizer: That tokenizer, of transformers.
+        tokenizer: The tokenizer itself, an object of transformers.
         data: Folder of the data that needs one, such as the one scripts/fetch_ruler.py makes.
         cache: Folder where generated prompts may be kept between runs.
 
@@ -72,7 +72,7 @@ class Task(ABC):
     """Makes prompts.
 
     Attributes:
-        name: As on the command line and in results, such as ``ruler/vt``.
+        name: Name on the command line and in results, such as ``ruler/vt``.
 
     """
 
@@ -85,7 +85,7 @@ class Task(ABC):
         Args:
             source: Data and tokenizer.
             length: Most tokens of context and question; what it means in detail is the task's.
-            count: How many; a task that has fewer returns those.
+            count: Number of prompts; a task that has fewer returns all it has.
             seed: Another one makes other prompts.
 
         Raises:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from vllm_kvcompress import __version__
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.planning.request_policy import OFF
 from vllm_kvcompress.planning.request_settings import BUDGET_KEY, METHOD_KEY, PARAMS_KEY
-from vllm_kvcompress.tools.evaluation.backend import Answer, Backend, EncodedPrompt
+from vllm_kvcompress.tools.evaluation.backend import Answer, Asked, Backend, EncodedPrompt
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.setting import Setting, kept_tokens
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""What vLLM is told where the user's environment says nothing else."""
+"""Environment variables for vLLM, set where the user's environment does not set them."""
 
 MOST_AT_ONCE = 96
 
@@ -34,7 +34,7 @@ class EngineOptions:
 
     Attributes:
         model: Folder or hub identifier.
-        dtype: As vLLM takes it.
+        dtype: Data type, as vLLM takes it.
         block_size: Tokens of a block.
         max_model_len: Tokens of the longest case, its answer included.
         cache_mib: KV cache, MiB; None: what vLLM chooses.
@@ -96,20 +96,16 @@ class VllmBackend(Backend):
                 raise EvaluationError(f"{setting.label}: {error}") from error
 
     def cases_at_once(self, longest: int) -> int:
-        """As many as the pool holds whole, and half as much again for what is compressed."""
+        """As many prompts as fit the pool, with half as much again for their compressed copies."""
         blocks = -(-longest // self.block_size)
         return max(1, min(MOST_AT_ONCE, int(self._blocks / (1.5 * blocks))))
 
-    def run(
-        self,
-        cases: Sequence[EncodedPrompt],
-        settings: Sequence[Setting],
-        wanted: Callable[[EncodedPrompt, Setting], bool],
-    ) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
-        """See the base class: the first setting prefills, all others then share one queue."""
-        asked = [[(case, s) for case in cases if wanted(case, s)] for s in settings]
-        asked = [pairs for pairs in asked if pairs]
-        for pairs in (asked[0], [pair for later in asked[1:] for pair in later]) if asked else ():
+    def run(self, chunk: Sequence[Asked]) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
+        """See the base class: the first settings prefill, all others then share one queue."""
+        first = [(case, settings[0]) for case, settings in chunk]
+        most = max(len(settings) for _, settings in chunk)
+        others = [(case, s[n]) for n in range(1, most) for case, s in chunk if n < len(s)]
+        for pairs in (first, others):
             for case, setting, output in self._generate(pairs):
                 yield case, setting, self._answer(case, setting, output)
 
@@ -150,7 +146,7 @@ class VllmBackend(Backend):
         return metric.monotone and metric.settled(self._text(case, done), case.prompt.references)
 
     def _text(self, case: EncodedPrompt, completion: Any) -> str:
-        """What the model itself said."""
+        """Text that the model itself generated, without the tokens that it was given."""
         if not case.fed_ids:
             return str(completion.text)
         own = list(completion.token_ids)[len(case.fed_ids) :]

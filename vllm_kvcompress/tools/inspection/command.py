@@ -28,7 +28,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the sub-command's arguments.
 
     Args:
-        subparsers: What ``ArgumentParser.add_subparsers`` returned.
+        subparsers: Object that ``ArgumentParser.add_subparsers`` returned.
 
     """
     parser = subparsers.add_parser(
@@ -82,13 +82,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the prompt, and write the files.
 
     Args:
-        args: As parsed.
+        args: Parsed arguments.
 
     Returns:
         0.
 
     Raises:
-        CommandError: What the user can put right.
+        CommandError: The user can correct the arguments.
 
     """
     missing = [name for name in DRAWING if find_spec(name) is None]
@@ -113,10 +113,10 @@ def make_job(args: argparse.Namespace) -> InspectionJob:
     """Check everything that can be checked without the model.
 
     Args:
-        args: As parsed.
+        args: Parsed arguments.
 
     Raises:
-        CommandError: What the user can put right.
+        CommandError: The user can correct the arguments.
 
     """
     if not (args.model / "config.json").is_file():
@@ -140,8 +140,8 @@ def write(inspection: Inspection, prefix: Path, *, raw: bool) -> list[Path]:
     """Write the files and name them on stdout.
 
     Args:
-        inspection: What to draw.
-        prefix: Of the files' names.
+        inspection: The kept tokens to draw.
+        prefix: Beginning of the files' names.
         raw: Whether to write the numbers too.
 
     Returns:

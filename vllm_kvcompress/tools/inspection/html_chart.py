@@ -130,7 +130,7 @@ def _draw(figure: go.Figure, column: _Column, inspection: Inspection) -> None:
 
 
 def _bar_words(run: Run, layer: int) -> str:
-    """What there is to say of a layer beside its budget."""
+    """Further facts on a layer beside its budget."""
     length = int(run.lengths[layer])
     share, times = length / run.prompt_len, length / run.mean_length
     words = [f"{share:.1%} of the prompt, {times:.2f} \u00d7 the mean"]

@@ -79,7 +79,7 @@ def levels(inspection: Inspection, run: Run) -> list[int]:
 
 
 def page_data(inspection: Inspection) -> dict[str, Any]:
-    """What the page's script reads.
+    """Data for the page's script.
 
     ``numbers``: of every layer its number in the model.
     ``columns``: of every bin of the heat maps its positions and text. ``runs``: of every method its

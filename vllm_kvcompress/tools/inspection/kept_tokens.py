@@ -1,4 +1,4 @@
-"""What one or more methods kept of one prompt, and the arithmetic of showing it.
+"""The tokens that methods kept of one prompt, as shares for pictures.
 
 A share is always a share of KV heads: of one layer in the heat map, of all layers in the text.
 """
@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Run:
-    """What one method kept of the prompt.
+    """The tokens that one method kept of the prompt.
 
     Attributes:
         method: The method's name.
@@ -45,7 +45,7 @@ class Run:
 
     @classmethod
     def of(cls, ranks: Sequence[CutRecord]) -> Run:
-        """What the ranks of an engine recorded of one cut; each has KV heads of its own."""
+        """Put together what an engine's ranks recorded of one cut; each has its own KV heads."""
         first = ranks[0]
         return cls(
             method=first.method,
@@ -121,9 +121,9 @@ class Inspection:
         model: Name of the model, for titles.
         budget: The budget as it was asked for: tokens of a layer, or a share of the prompt.
         token_ids: The prompt, int64 [S].
-        pieces: Its text cut up by tokens, S strings.
+        pieces: Text of each token, S strings.
         runs: One for each method, at least one.
-        question: What was asked at the end of the prompt, or empty.
+        question: Question at the end of the prompt, or empty.
         layers: Numbers in the model of the layers of the runs, where only some are compressed;
             empty: all of them.
 
@@ -154,7 +154,7 @@ class Inspection:
 
     @property
     def layer_title(self) -> str:
-        """What the axis of layers is called."""
+        """Title of the axis of layers."""
         return "compressed layer" if self.layers else "layer"
 
     @property
@@ -201,10 +201,10 @@ def passages(
     kept anyway.
 
     Args:
-        run: What was kept.
+        run: The kept tokens.
         pieces: The prompt's text by tokens.
         length: Tokens of a passage; all of the history if that is shorter.
-        count: How many passages at most.
+        count: Largest number of passages.
         margin: Tokens at the prompt's beginning that are left out too (attention sinks).
 
     """

@@ -54,7 +54,7 @@ _LETTERS = 9.0
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where things go, in inches from the left and from the top."""
+    """Places of the diagrams, in inches from the left and from the top."""
 
     inspection: Inspection
 

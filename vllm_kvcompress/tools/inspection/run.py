@@ -31,21 +31,21 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
 }
-"""What vLLM is told where the user's environment says nothing else."""
+"""Environment variables for vLLM, set where the user's environment does not set them."""
 
 
 @dataclass(frozen=True)
 class InspectionJob:
-    """What to run.
+    """A prompt and the methods to run it with.
 
     Attributes:
         model: The model's folder.
         text: The document.
-        question: Put after the text; may be empty.
+        question: Question that is put after the text; may be empty.
         chat: Whether to use the model's chat template.
         configs: Settings for each method, in the order they are drawn; all have one budget.
         block_size: Tokens of a block.
-        dtype: Of the model, as vLLM takes it.
+        dtype: Data type of the model, as vLLM takes it.
         max_model_len: Tokens; None: as many as the prompt needs.
         engine_args: Further keyword arguments for vLLM.
 
@@ -76,7 +76,7 @@ def inspect(job: InspectionJob) -> Inspection:
     Changes the process's environment variables (:data:`ENVIRONMENT`) where they are not set.
 
     Args:
-        job: What to run.
+        job: The prompt and the methods.
 
     Raises:
         CommandError: The prompt is kept whole, or vLLM refuses a setting.
@@ -106,7 +106,7 @@ def read_prompt(job: InspectionJob) -> TokenizedPrompt:
     """Tokenize the document with its question.
 
     Args:
-        job: What to run.
+        job: The prompt and the methods.
 
     Raises:
         CommandError: The model has no tokenizer here, or no chat template.
@@ -139,9 +139,9 @@ def check_length(job: InspectionJob, model: ServedModel, tokens: int) -> int:
     """Return the context to start the engine with.
 
     Args:
-        job: What to run.
-        model: Its model.
-        tokens: Of the prompt.
+        job: The prompt and the methods.
+        model: Shape of its model.
+        tokens: Number of tokens of the prompt.
 
     Raises:
         CommandError: A method keeps the prompt whole, or it is longer than the context.
@@ -173,8 +173,8 @@ def cache_bytes(job: InspectionJob, model: ServedModel, max_model_len: int) -> i
     """Memory for the cache of one prompt; without being told vLLM takes most of the machine's.
 
     Args:
-        job: What to run.
-        model: Its model.
+        job: The prompt and the methods.
+        model: Shape of its model.
         max_model_len: Tokens of the context.
 
     """
@@ -189,8 +189,8 @@ def start(job: InspectionJob, model: ServedModel, max_model_len: int) -> Any:
     """Start an engine with the first method whose requests may ask for the others.
 
     Args:
-        job: What to run.
-        model: Its model.
+        job: The prompt and the methods.
+        model: Shape of its model.
         max_model_len: Tokens of the context.
 
     Raises:
@@ -223,7 +223,7 @@ def record(llm: Any, prompt: TokenizedPrompt, config: KVCompressionConfig, *, fi
 
     Args:
         llm: A ``vllm_kvcompress.LLM`` that records.
-        prompt: To run.
+        prompt: The prompt in tokens.
         config: The method and its parameters.
         first: Whether they are the engine's own.
 

@@ -50,7 +50,7 @@ def run_title(run: Run) -> str:
 
 
 def window_note(inspection: Inspection) -> str:
-    """What the passages leave out."""
+    """A note on the tokens that the passages leave out."""
     windows = {run.window for run in inspection.runs}
     last = f"last {windows.pop()} tokens" if len(windows) == 1 else "methods' windows"
     return f"the {last}, always kept, left out"
@@ -74,7 +74,7 @@ def one_line(text: str) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most ``limit`` characters, an ellipsis for what is left out in the middle."""
+    """Shorten a text to ``limit`` characters, with an ellipsis in the middle."""
     if len(text) <= limit:
         return text
     half = (limit - 1) // 2

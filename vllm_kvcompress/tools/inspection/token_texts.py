@@ -1,4 +1,4 @@
-"""The text of a prompt cut up by its tokens."""
+"""The text of each token of a prompt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def split_text(text: str, offsets: Sequence[tuple[int, int]], names: Sequence[st
     tokenizer adds, shows its name.
 
     Args:
-        text: What was tokenized.
+        text: Text that was tokenized.
         offsets: Begin and end in ``text``, in characters, of every token.
         names: The vocabulary's name of every token.
 

@@ -15,7 +15,7 @@ def all_tasks(longbench_hub: str | None = None) -> Mapping[str, Task]:
     """Every task by name.
 
     Args:
-        longbench_hub: Where LongBench is read from instead of its files, as in
+        longbench_hub: Hub dataset from which LongBench is read instead of its files, as in
             :class:`~vllm_kvcompress.tools.evaluation.tasks.longbench.LongBench`.
 
     """
@@ -33,7 +33,7 @@ def find(names: Iterable[str], longbench_hub: str | None = None) -> list[Task]:
         names: Names of tasks; what stands before the slash, such as ``ruler``, for all of a suite;
             ``chat/`` before either for the model's chat template around it, and ``nll/`` before
             all for the likelihood of the right answers.
-        longbench_hub: As for :func:`all_tasks`.
+        longbench_hub: The same as for :func:`all_tasks`.
 
     Raises:
         EvaluationError: There is no such task.

@@ -21,7 +21,7 @@ class Chat(Task):
     """A task's prompts, as one message of the user and the beginning of the answer to it.
 
     Attributes:
-        task: Whose prompts.
+        task: Task whose prompts are asked.
 
     """
 
@@ -54,7 +54,7 @@ def _wrapped(prompt: Prompt, before: str, after: str) -> Prompt:
 
 
 def _template(source: Source) -> tuple[str, str]:
-    """What the template puts before and after the user's message.
+    """Text that the template puts before and after the user's message.
 
     The tokenizer adds a beginning-of-sequence token again, so the template's is left out.
     """

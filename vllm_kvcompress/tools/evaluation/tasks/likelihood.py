@@ -25,7 +25,7 @@ _WORDS_A_TOKEN = 1.5
 
 @dataclass(frozen=True)
 class Perplexity(Task):
-    """What follows a piece of a text: ``perplexity.txt`` in the data folder, or the essays."""
+    """Continuations of pieces of a text: ``perplexity.txt`` in the data folder, or the essays."""
 
     name: str = "perplexity"
 
@@ -63,7 +63,7 @@ class AnswerLikelihood(Task):
     """The right answers of a task's prompts: all references, or the first where one is enough.
 
     Attributes:
-        task: Whose prompts.
+        task: Task whose prompts are used.
 
     """
 

@@ -38,7 +38,7 @@ SETS = (
     *("passage_count", "passage_retrieval_en", "passage_retrieval_zh"),
     *("lcc", "repobench-p"),
 )
-"""As LongBench calls them; its files are named so."""
+"""Names in LongBench, also of its files."""
 
 CLASSES = "<classes>"
 """Among the references of a set that has classes: before it right answers, after it all classes."""
@@ -91,8 +91,8 @@ class LongBench(Task):
 
     Attributes:
         name: ``longbench/`` and the set's name.
-        dataset: As given.
-        hub: As given.
+        dataset: One of :data:`SETS`.
+        hub: Dataset on a hub, or a folder; None: files are read.
 
     """
 
@@ -107,8 +107,8 @@ class LongBench(Task):
         Args:
             source: Data and tokenizer.
             length: Most tokens of context and question, special tokens included.
-            count: How many; as many as there are, if that is fewer.
-            seed: Of the shuffle; 0: none.
+            count: Number of prompts; all if the set has fewer.
+            seed: Seed of the shuffle; 0: no shuffle.
 
         Raises:
             EvaluationError: lm_eval, the data or room for the question is missing.
@@ -175,7 +175,7 @@ def tasks(hub: str | None = None) -> Mapping[str, Task]:
     """Return all sets' tasks by name.
 
     Args:
-        hub: As for :class:`LongBench`.
+        hub: The same as for :class:`LongBench`.
 
     """
     made = [LongBench(dataset, hub) for dataset in SETS]

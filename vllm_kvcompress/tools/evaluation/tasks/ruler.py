@@ -35,11 +35,11 @@ NEEDS = ("nltk", "scipy", "tenacity", "wonderwords", "yaml")
 """Modules that the generators import."""
 
 START_SECONDS = 900
-"""After which a generator that has not begun to speak is given up; it loads a tokenizer first."""
+"""Time after which a generator without any output is given up; it loads a tokenizer first."""
 
 SILENT_SECONDS = 120
-"""After which one that has begun is given up: where a length is too short for a question's own
-documents, it asks for the same prompt for ever."""
+"""Time after which a generator that has begun is given up: if a length is too short for a
+question's own documents, it tries the same prompt for ever."""
 
 QUESTION_STRIDE = 50
 """Questions that lie between the first ones of two seeds in SQuAD and HotpotQA."""
@@ -62,14 +62,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """Runs a generator so that a seed means the same prompts everywhere.
 
-Generators set the seed and then import transformers; where that is the first to import rich, rich
-draws a number, and what comes first hangs on what else is installed. So all is imported before, and
-the number is drawn as rich does, for all generators but niah's: that is what they make beside vLLM,
-where niah's nltk brings rich along.
+Generators set the seed and then import transformers. If that is the first import of rich, rich
+draws a random number; whether it is depends on the other installed packages. Therefore everything
+is imported before the seed is set, and the number is drawn for all generators but niah's. This
+gives the prompts that the generators make beside vLLM, where niah's nltk has imported rich already.
 """
 
 _NOTHING_FITS = re.compile(r"Num(ber of)? \w+: 0$")
-"""What a generator prints before it asks for the same too long prompt for ever."""
+"""Output of a generator before it tries the same too long prompt for ever."""
 
 # Where the question begins: behind the context, at the last of these.
 _MARKS = {
@@ -89,7 +89,7 @@ class Ruler(Task):
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """As on the command line."""
+        """Name on the command line."""
         return f"ruler/{self.subtask}"
 
     def prompts(self, source: Source, *, length: int, count: int, seed: int) -> list[Prompt]:
@@ -137,7 +137,7 @@ def _opening(prefix: str, text: str) -> str:
 
 @lru_cache(maxsize=32)
 def _config(folder: Path, subtask: str) -> Mapping[str, Any]:
-    """What RULER's prepare.py makes of a task's entry: arguments, template, tokens to generate."""
+    """A task's entry as RULER's prepare.py makes it: arguments, template, tokens to generate."""
     if not (folder / "long_context_eval" / "synthetic.yaml").is_file():
         raise EvaluationError(
             f"RULER is not in {folder}: run scripts/fetch_ruler.py, or name with --data the folder "
@@ -260,19 +260,19 @@ def _run(command: list[str], environment: Mapping[str, str], subtask: str, lengt
 
 
 class _Watch:
-    """Kills a process that does not begin to speak, or has fallen silent."""
+    """Kills a process that prints nothing at first, or nothing more."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self._count(START_SECONDS)
 
     def restart(self) -> None:
-        """Count the silence from now on."""
+        """Start measuring the silence."""
         self.stop()
         self._count(SILENT_SECONDS)
 
     def stop(self) -> None:
-        """Count no more."""
+        """Stop measuring."""
         self._timer.cancel()
 
     def _count(self, seconds: float) -> None:
