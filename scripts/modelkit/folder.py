@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "kvcompress-manifest.json"
-FORMAT = 1  # raised when the conversion changes, so that older folders are made anew
+FORMAT = 1  # raised when the conversion changes, so that older folders are made again
 
 Advance = Callable[[int], object]
 

@@ -45,7 +45,7 @@ def rows(prefix: Path) -> dict[tuple[str, int], dict[str, str]]:
         return {(row["case"], int(row["prompt"])): row for row in csv.DictReader(file)}
 
 
-def test_blocks_are_those_that_the_planner_foretells(prefix: Path) -> None:
+def test_blocks_are_those_that_the_planner_predicts(prefix: Path) -> None:
     found = rows(prefix)
     assert list(found) == [
         *(("time to first token", SHORT), ("time to first token", PROMPT)),
