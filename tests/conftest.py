@@ -16,4 +16,4 @@ from tests.support.interpreted_kernels import import_interpreted
 
 import_interpreted()
 
-pytest_plugins = ["tests.support.golden_option"]
+pytest_plugins = ["tests.support.golden_option", "tests.support.worker_groups"]

@@ -1,21 +1,20 @@
 """The real `vllm serve` on a real port, for tests, and what they ask of it."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from openai import OpenAI
 
-from serving import free_port, healthy, stop
+import serving
 from tests.e2e.harness import DEFAULTS
 
 VLLM = Path(sys.executable).with_name("vllm")
@@ -29,19 +28,17 @@ class Server:
     """A running server.
 
     Args:
-        port: Where it listens, on 127.0.0.1.
+        url: Without a path and a slash at the end.
         log: File its output goes to.
 
     Attributes:
-        url: Without a path and a slash at the end.
         client: OpenAI's, that never asks twice.
 
     """
 
-    def __init__(self, port: int, log: Path) -> None:
-        self.port = port
+    def __init__(self, url: str, log: Path) -> None:
+        self.url = url
         self.log = log
-        self.url = f"http://127.0.0.1:{port}"
         self.client = OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=300, max_retries=0)
 
     def lines(self, prefix: str) -> list[dict[str, Any]]:
@@ -109,13 +106,11 @@ def serve(
         options: More of `vllm serve`.
 
     Raises:
-        AssertionError: It does not start.
+        ServerError: It does not start.
 
     """
-    port = free_port()
     settings = {"log_requests": True, "check_integrity": True, **(config or {})}
-    command = [
-        str(VLLM), "serve", str(model), "--host", "127.0.0.1", "--port", str(port),
+    words = [
         "--served-model-name", NAME, "--dtype", DEFAULTS["dtype"], "--enforce-eager",
         "--max-model-len", str(DEFAULTS["max_model_len"]),
         "--block-size", str(DEFAULTS["block_size"]),
@@ -125,21 +120,9 @@ def serve(
         "--kv-compression", method, "--kv-compression-budget", str(budget),
         "--kv-compression-config", json.dumps(settings), *options,
     ]  # fmt: skip
-    env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-        try:
-            _wait_healthy(process, port, log)
-            yield Server(port, log)
-        finally:
-            stop(process)
-
-
-def _wait_healthy(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
-    end = time.monotonic() + 300
-    while not healthy(f"http://127.0.0.1:{port}"):
-        assert process.poll() is None, log.read_text()[-4000:]
-        assert time.monotonic() < end, log.read_text()[-4000:]
-        time.sleep(0.5)
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+            started = stack.enter_context(serving.serve(str(model), words, log, timeout=500))
+        yield Server(started.url, log)

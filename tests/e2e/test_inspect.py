@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.harness import MODELS, REPO, SMALL
+from tests.e2e.harness import LAYERS, REPO, small_model
 
 pytestmark = pytest.mark.engine
 
-LAYERS, HEADS, WINDOW = 30, 3, 32
+HEADS, WINDOW = 3, 32
 BUDGET, BLOCK = 128, 32
 QUESTION = "Who spoke <first>?"
 
 
 def inspect(*words: str, text: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "vllm_kvcompress.tools.cli", "inspect"]
-    given = ["--model", str(MODELS / SMALL), "--input", "-", "--dtype", "float32"]
+    given = ["--model", str(small_model()), "--input", "-", "--dtype", "float32"]
     return subprocess.run(
         [*command, *given, *words],
         input=text,
@@ -34,9 +34,9 @@ def inspect(*words: str, text: str) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.fixture(scope="module")
-def text() -> str:
+def text(novel: str) -> str:
     """About 600 tokens of prose."""
-    return (REPO / "scripts" / "data" / "persuasion.txt").read_text(encoding="utf-8")[:2600]
+    return novel[:2600]
 
 
 @pytest.fixture(scope="module")
