@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,6 +47,25 @@ def page_bytes(layers: int = LAYERS) -> int:
 def small_model() -> Path:
     """Folder of the model that engines have unless told otherwise."""
     return first_layers(MODELS / SMALL, LAYERS)
+
+
+def kvcompress(*words: str, text: str = "") -> "subprocess.CompletedProcess[str]":
+    """Run our command line as a user does.
+
+    Args:
+        words: Behind ``kvcompress``.
+        text: What is typed in.
+
+    """
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_kvcompress.tools.cli", *words],
+        input=text,
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 class Engine:

@@ -1,14 +1,11 @@
 """``kvcompress bench`` as a user starts it, on the small model: structure and blocks, no times."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import REPO, small_model
+from tests.e2e.harness import kvcompress, small_model
 
 pytestmark = pytest.mark.engine
 
@@ -25,15 +22,7 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["--model", str(small_model()), "--output", str(prefix), "--budget", str(BUDGET)]
     words += ["--lengths", f"{SHORT},{PROMPT}", "--batches", "2", "--rounds", "2", "--steps", "2"]
     words += ["--cases", "ttft,decode"]
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_kvcompress.tools.cli", "bench", *words],
-        cwd=REPO,
-        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = kvcompress("bench", *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == [f"{prefix}.csv", f"{prefix}.md"]
     assert "kvcompress bench: decode 2 x 260, round 2 of 2" in done.stderr.splitlines()

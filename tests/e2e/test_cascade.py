@@ -13,6 +13,11 @@ BUDGET = 128
 R = BUDGET // BLOCK
 SMALLER = setting("cake", BUDGET)
 """For an engine of a larger budget."""
+SHORT_OF_ROOM: dict[str, Any] = {
+    "max_model_len": 4096,
+    "max_num_batched_tokens": 4096,
+    "kv_cache_memory_bytes": 40 * page_bytes(),
+}
 
 
 def paths(engines: Engines) -> tuple[Engine, Engine]:
@@ -53,16 +58,11 @@ def test_a_cascade_keeps_and_answers_what_the_full_path_does(
 def test_a_prompt_whose_cache_does_not_fit_is_served_in_one_step(
     engines: Engines, prose: list[int]
 ) -> None:
-    settings: dict[str, Any] = {
-        "max_model_len": 4096,
-        "max_num_batched_tokens": 4096,
-        "kv_cache_memory_bytes": 40 * page_bytes(),
-    }
     prompt = prose[:3500]
     needed = -(-len(prompt) // BLOCK)
     with pytest.raises(ValueError, match="larger than the available KV cache memory"):
-        engines.get(**settings)
-    small = engines.get("cake", BUDGET, **settings)
+        engines.get(**SHORT_OF_ROOM)
+    small = engines.get("cake", BUDGET, **SHORT_OF_ROOM)
     assert needed > 2 * small.total_blocks()
     # What vLLM's log says of maximum concurrency: one prompt at its peak, the others at R.
     peak = R + -(-4096 // (BLOCK * LAYERS))
@@ -73,20 +73,17 @@ def test_a_prompt_whose_cache_does_not_fit_is_served_in_one_step(
     assert max(held) <= R + -(-needed // LAYERS) + 2
     assert small.stats["prefills_cascade"] == 1
     large = engines.get(
-        "cake", BUDGET, config={"prefill": "full"}, **{**settings, "kv_cache_memory_bytes": 2**28}
+        "cake",
+        BUDGET,
+        config={"prefill": "full"},
+        **{**SHORT_OF_ROOM, "kv_cache_memory_bytes": 2**28},
     )
     assert large.generate([prompt], 24) == [answer]
 
 
 def test_a_generation_ends_where_the_pool_does(engines: Engines, prose: list[int]) -> None:
     """What could never be held is the request's own error, or is not begun if it was not asked."""
-    small = engines.get(
-        "cake",
-        BUDGET,
-        max_model_len=4096,
-        max_num_batched_tokens=4096,
-        kv_cache_memory_bytes=12 * page_bytes(),
-    )
+    small = engines.get("cake", BUDGET, **SHORT_OF_ROOM)
     # Not imported with the module: the kernels' tests arrange for Triton's interpreter first.
     from vllm.exceptions import VLLMValidationError
 

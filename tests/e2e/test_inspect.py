@@ -1,15 +1,13 @@
 """``kvcompress inspect`` as a user starts it: two methods, one engine, all files."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.e2e.harness import LAYERS, REPO, small_model
+from tests.e2e.harness import LAYERS, kvcompress, small_model
 
 pytestmark = pytest.mark.engine
 
@@ -19,18 +17,8 @@ QUESTION = "Who spoke <first>?"
 
 
 def inspect(*words: str, text: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "vllm_kvcompress.tools.cli", "inspect"]
     given = ["--model", str(small_model()), "--input", "-", "--dtype", "float32"]
-    return subprocess.run(
-        [*command, *given, *words],
-        input=text,
-        cwd=REPO,
-        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return kvcompress("inspect", *given, *words, text=text)
 
 
 @pytest.fixture(scope="module")
