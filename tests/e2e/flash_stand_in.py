@@ -27,7 +27,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
         ("reshape_and_cache_flash", reshape_and_cache),
         ("_FA4_DENSE_ATTENTION_KERNEL", attention),
     ):
-        patch.setattr(module, name, stand_in)
+        patch.setattr(module, name, stand_in, raising=False)  # some only exist on a GPU
 
 
 def schedule(*, cache_seqlens: Tensor, **_: Any) -> Tensor:
