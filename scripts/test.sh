@@ -5,8 +5,9 @@
 #   scripts/test.sh --all           the slow ones too
 #   scripts/test.sh tests/test_x.py -k name         further arguments go to pytest
 #
-# Files of tests run side by side, KVC_TEST_WORKERS at a time (default: 2, on one core 1). Each takes
-# up to 7 GB.
+# The tests of what needs no vLLM run first, with vLLM blocked from import, and then the others; with
+# further arguments all run together. They run in KVC_TEST_WORKERS processes side by side (default:
+# 2, on one core 1), each of which takes up to 8 GB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/setup_env.sh
@@ -35,7 +36,20 @@ export TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 cores="$(env -u OMP_NUM_THREADS nproc)" # it would obey the variable
 workers="${KVC_TEST_WORKERS:-$((cores < 2 ? 1 : 2))}"
-# A file's tests share engines, so it stays in one process. Files with engines come first: they take
-# longest, and the quick ones fill what time is left.
-PATH="$VENV/bin:$PATH" exec "$PYTHON" -m pytest -n "$workers" --dist loadfile --no-loadscope-reorder \
-    "${selection[@]}" "${arguments[@]}"
+# Files that share engines or a server share a process, and those that take longest come first
+# (tests/support/worker_groups.py).
+run_tests() {
+    PATH="$VENV/bin:$PATH" "$PYTHON" -m pytest -n "$workers" --dist loadgroup \
+        --no-loadscope-reorder "${selection[@]}" "$@"
+}
+
+if ((${#arguments[@]})); then
+    run_tests "${arguments[@]}"
+    exit
+fi
+# What needs no vLLM passes where there is none.
+without_vllm=(tests/methods tests/paging tests/planning tests/eviction tests/kernels)
+status=0
+run_tests -p tests.support.vllm_blocked "${without_vllm[@]}" || status=$?
+run_tests "${without_vllm[@]/#/--ignore=}" || status=$?
+exit "$status"

@@ -24,4 +24,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_hooks.py")
 
 
-pytest_plugins = ["tests.support.golden_option"]
+pytest_plugins = ["tests.support.golden_option", "tests.support.worker_groups"]

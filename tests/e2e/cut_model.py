@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from safetensors import safe_open
@@ -35,3 +37,22 @@ def cut_model(source: Path, target: Path, num_layers: int) -> Path:
             shutil.copy(file, target)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Where the models of this process lie until it ends."""
+    return tempfile.TemporaryDirectory(prefix="first-layers-")
+
+
+@cache
+def first_layers(source: Path, num_layers: int) -> Path:
+    """Return a folder with a model's first layers, made once per process.
+
+    Args:
+        source: As for :func:`cut_model`.
+        num_layers: How many layers to keep.
+
+    """
+    target = Path(_folder().name) / f"{source.name}-{num_layers}"
+    return cut_model(source, target, num_layers)

@@ -2,18 +2,30 @@
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+
+from tests.e2e.cut_model import first_layers
 
 REPO = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("KVC_TEST_MODELS", REPO / "models"))
 SMALL = "smollm2-135m-instruct"
 QUALITY = "qwen2.5-coder-0.5b-instruct"
 HYBRID = "gemma-3-270m"
+
+LAYERS = 6
+"""Layers of the model that engines have unless told otherwise: the first ones of SMALL."""
+
+ALL = {"method": True, "budget": {"min": 1}, "params": True, "keep": True, "decode": True}
+"""An ``allow`` that lets requests set everything."""
 
 DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
@@ -22,8 +34,38 @@ DEFAULTS: dict[str, Any] = {
     "max_model_len": 2048,
     "max_num_seqs": 16,
     "max_num_batched_tokens": 2048,
+    "enable_prefix_caching": True,
     "kv_cache_memory_bytes": 256 << 20,
 }
+
+
+def page_bytes(layers: int = LAYERS) -> int:
+    """Bytes of one block of the small model in fp32: layers x heads x tokens x keys and values."""
+    return layers * 3 * int(DEFAULTS["block_size"]) * 128 * 4
+
+
+def small_model() -> Path:
+    """Folder of the model that engines have unless told otherwise."""
+    return first_layers(MODELS / SMALL, LAYERS)
+
+
+def kvcompress(*words: str, text: str = "") -> "subprocess.CompletedProcess[str]":
+    """Run our command line as a user does.
+
+    Args:
+        words: Behind ``kvcompress``.
+        text: What is typed in.
+
+    """
+    return subprocess.run(
+        [sys.executable, "-m", "vllm_kvcompress.tools.cli", *words],
+        input=text,
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 class Engine:
@@ -39,6 +81,7 @@ class Engine:
         self.llm = llm
         self.compressed = compressed
         self._count = 0
+        self._before = Counter[str]()
         self.caller_id: dict[str, str] = {}
 
     @property
@@ -62,10 +105,76 @@ class Engine:
         """The worker's compression session."""
         return self.core.model_executor.driver_worker.worker._session
 
+    # What tests reach into: one place, so that a new name inside is one edit here.
+
     @property
-    def stats(self) -> dict[str, int]:
-        """Counters of the session."""
-        return dict(self.session.stats)
+    def arena(self) -> Any:
+        """Where the worker's compressed requests lie."""
+        return self.session.arena
+
+    @property
+    def codec(self) -> Any:
+        """Reads and writes tokens of pages."""
+        return self.session._codec
+
+    @property
+    def planner(self) -> Any:
+        """The planner of requests that set nothing."""
+        return self.session._resolver.default_planner
+
+    def worker_request(self, request_id: str) -> Any:
+        """What the worker knows of a request."""
+        return self.session._ledger[request_id]
+
+    def watch_cuts(
+        self, patch: pytest.MonkeyPatch, seen: Callable[[Any, Any, list[Tensor]], None]
+    ) -> None:
+        """Call ``seen`` at every cut after a step, before a token moves.
+
+        Args:
+            patch: Ends it.
+            seen: Called with the held tokens, the pages that each layer has been dealt (None at the
+                first cut), and per layer the tokens to be kept.
+
+        """
+        from vllm_kvcompress.eviction import compressor as module
+
+        compressor = self.session._compressor
+        find_held, select = compressor._held, vars(module)["select_survivors"]
+        held: Any = None
+
+        def noting(*args: Any) -> Any:
+            nonlocal held
+            held = find_held(*args)
+            return held
+
+        def telling(*args: Any, **kwargs: Any) -> Any:
+            found = select(*args, **kwargs)
+            seen(held, kwargs["pages"], found.tokens)
+            return found
+
+        patch.setattr(compressor, "_held", noting)
+        patch.setattr(module, "select_survivors", telling)
+
+    def _counted(self) -> Counter[str]:
+        if not self.compressed:
+            return Counter()
+        counters = self.manager.counters
+        found = Counter({**self.session.stats, "blocks_freed": counters.blocks_freed})
+        found.update({f"prefills_{path}": n for path, n in counters.prefills.items()})
+        return found
+
+    @property
+    def stats(self) -> Counter[str]:
+        """Counts of the worker's session and the scheduler's arena since the test began."""
+        return Counter({name: n - self._before[name] for name, n in self._counted().items()})
+
+    def begin_test(self) -> None:
+        """Forget what earlier tests have left: cached prefixes, counts and whoever listens."""
+        assert self.llm.reset_prefix_cache()
+        self._before = self._counted()
+        if self.compressed:
+            self.session.records = None
 
     def free_blocks(self) -> int:
         """Blocks in the pool's free queue."""
@@ -169,6 +278,19 @@ class Engine:
                     done[output.request_id] = list(output.outputs[0].token_ids)
         return done
 
+    def preempt(self, request_id: str) -> None:
+        """Throw a running request out; it will be replayed."""
+        request = self.scheduler.requests[request_id]
+        self.scheduler.running.remove(request)
+        self.scheduler._preempt_request(request, 0.0)
+
+    def ask(self, prompt: Sequence[int], max_tokens: int, **params: Any) -> tuple[list[int], int]:
+        """Greedy tokens of one prompt, and how many of its own came from the prefix cache."""
+        (output,) = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)}], greedy(max_tokens, **params), use_tqdm=False
+        )
+        return list(output.outputs[0].token_ids), int(output.num_cached_tokens)
+
     def count_preemptions(self) -> Callable[[], int]:
         """Count from now on; the function returned stops that and says how many there were."""
         scheduler, count = self.scheduler, 0
@@ -204,20 +326,54 @@ def greedy(max_tokens: int, **params: Any) -> Any:
     )
 
 
+def setting(
+    method: str | None = None,
+    budget: int | float | None = None,
+    *,
+    keep: Sequence[int] | None = None,
+    decode: bool | None = None,
+    **params: Any,
+) -> dict[str, Any]:
+    """Arguments of a request with settings of its own, for :meth:`Engine.generate` and others.
+
+    Args:
+        method: None for the engine's.
+        budget: None for the engine's.
+        keep: Starts and ends of prompt tokens that must stay.
+        decode: False: generated tokens are left alone.
+        params: Of the method.
+
+    """
+    given = {
+        "kv_compression": method,
+        "kv_compression_budget": budget,
+        "kv_compression_config": params or None,
+        "kv_compression_keep": keep,
+        "kv_compression_decode": decode,
+    }
+    return {"extra_args": {name: value for name, value in given.items() if value is not None}}
+
+
 class Engines:
     """Engines by their settings, those used last.
 
     Args:
-        limit: How many; one of the small model takes about a gigabyte.
+        memory: Bytes that all of them together may take, about.
 
     """
 
-    def __init__(self, limit: int = 5) -> None:
-        self._limit = limit
-        self._made: dict[str, Engine] = {}
+    def __init__(self, memory: int = 5 << 30) -> None:
+        self._memory = memory
+        self._made: dict[str, tuple[Engine, int]] = {}
+        self._in_use: set[str] = set()
 
     def __iter__(self) -> Iterator[Engine]:
-        return iter(self._made.values())
+        """Those that the running test has asked for."""
+        return iter([engine for key, (engine, _) in self._made.items() if key in self._in_use])
+
+    def begin_test(self) -> None:
+        """Note that from now on another test asks."""
+        self._in_use.clear()
 
     def close(self) -> None:
         """Shut all engines down and let go of their memory."""
@@ -225,7 +381,7 @@ class Engines:
             self._close(next(iter(self._made)))
 
     def _close(self, key: str) -> None:
-        engine = self._made.pop(key)
+        engine, _ = self._made.pop(key)
         engine.llm.llm_engine.engine_core.shutdown()
         del engine
         gc.collect()
@@ -235,8 +391,8 @@ class Engines:
         method: str | None = None,
         budget: int | float | None = None,
         *,
-        model: str = SMALL,
-        config: dict[str, Any] | None = None,
+        model: str | Path | None = None,
+        config: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Engine:
         """Return the engine with these settings; every compressed one checks each step.
@@ -244,29 +400,50 @@ class Engines:
         Args:
             method: None for plain vLLM.
             budget: As for the LLM.
-            model: A folder under models/.
+            model: A folder, or the name of one under models/; None for :func:`small_model`.
             config: Method parameters.
             settings: vLLM's engine arguments beside :data:`DEFAULTS`.
 
         """
-        key = repr((method, budget, model, config, sorted(settings.items())))
+        path = MODELS / (model or small_model())
+        compression: dict[str, Any] = {}
+        if method is not None:
+            compression = {
+                "kv_compression": method,
+                "kv_compression_budget": budget,
+                "kv_compression_config": {"check_integrity": True, **(config or {})},
+            }
+        wanted = {"model": str(path), **compression, **DEFAULTS, **settings}
+        key = repr(sorted(wanted.items()))
         if key in self._made:
             self._made[key] = self._made.pop(key)  # the last one is the one used last
         else:
-            if len(self._made) == self._limit:
+            if not path.is_dir():
+                raise FileNotFoundError(f"{path} is missing: run scripts/fetch_model.py {model}")
+            size = memory_of(path, wanted)
+            while self._made and size + sum(n for _, n in self._made.values()) > self._memory:
                 self._close(next(iter(self._made)))
             from vllm_kvcompress import LLM
 
-            path = MODELS / model
-            if not path.is_dir():
-                raise FileNotFoundError(f"{path} is missing: run scripts/fetch_model.py {model}")
-            compression: dict[str, Any] = {}
-            if method is not None:
-                compression = {
-                    "kv_compression": method,
-                    "kv_compression_budget": budget,
-                    "kv_compression_config": {"check_integrity": True, **(config or {})},
-                }
-            llm = LLM(str(path), **compression, **{**DEFAULTS, **settings})
-            self._made[key] = Engine(llm, compressed=method is not None)
-        return self._made[key]
+            self._made[key] = Engine(LLM(**wanted), compressed=method is not None), size
+        engine, _ = self._made[key]
+        if key not in self._in_use:
+            self._in_use.add(key)
+            engine.begin_test()
+        return engine
+
+    def limited(self) -> Engine:
+        """Return an engine that cuts what is generated back to 128 tokens, 32 at a time."""
+        config = {"decode_budget": 128, "decode_buffer": 32, "allow": ALL}
+        return self.get("cake", 128, config=config)
+
+    def open(self, **settings: Any) -> Engine:
+        """Return an engine of CAKE and 256 tokens per layer whose requests may set everything."""
+        config = {"allow": ALL, **settings.pop("config", {})}
+        return self.get("cake", 256, config=config, **settings)
+
+
+def memory_of(model: Path, settings: Mapping[str, Any]) -> int:
+    """Bytes that an engine takes, about: fp32 is twice what lies in the file, and is packed too."""
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    return 3 * weights + int(settings["kv_cache_memory_bytes"]) + (100 << 20)

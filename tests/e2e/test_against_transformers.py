@@ -9,10 +9,8 @@ shares no code with the package.
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.e2e.harness import MODELS, QUALITY, REPO, Engines
 from vllm_kvcompress.methods import LayerInput, LayerScores, Method, Scorer
 from vllm_kvcompress.tools.evaluation.tasks.haystack import niah_single_2
 
 pytestmark = pytest.mark.engine
 
-REPO = Path(__file__).resolve().parents[2]
-MODELS = Path(os.environ.get("KVC_TEST_MODELS", REPO / "models"))
-MODEL = MODELS / "qwen2.5-coder-0.5b-instruct"
+MODEL = MODELS / QUALITY
 RULER = REPO / "models" / "ruler"
 
 LENGTH = 640
@@ -39,7 +36,7 @@ NEW_TOKENS = 12
 
 
 @dataclass
-class Engine:
+class Seen:
     """What the engine computed for the prompt, layer by layer, and what it then generated."""
 
     scores: list[LayerScores] = field(default_factory=list)
@@ -74,13 +71,9 @@ def prompt() -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def engine(prompt: list[int]) -> Engine:
+def engine(engines: Engines, prompt: list[int]) -> Seen:
     """Run the engine, looking over CAKE's shoulder."""
-    from vllm import SamplingParams
-
-    from vllm_kvcompress import LLM
-
-    seen = Engine()
+    seen = Seen()
     score, select = Method.score, Scorer.select
 
     def recorded_score(self: Method, layer: LayerInput) -> LayerScores:
@@ -91,30 +84,12 @@ def engine(prompt: list[int]) -> Engine:
         seen.kept.append(select(self, tokens, count))
         return seen.kept[-1]
 
-    llm = LLM(
-        str(MODEL),
-        kv_compression="cake",
-        kv_compression_budget=BUDGET,
-        kv_compression_config={"check_integrity": True},
-        dtype="float32",
-        enforce_eager=True,
-        block_size=BLOCK_SIZE,
-        max_model_len=2048,
-        kv_cache_memory_bytes=256 << 20,
-    )
+    running = engines.get("cake", BUDGET, model=QUALITY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Method, "score", recorded_score)
         patch.setattr(Scorer, "select", recorded_select)
-        (output,) = llm.generate(
-            [{"prompt_token_ids": prompt}],
-            SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True),
-            use_tqdm=False,
-        )
+        (seen.generated,) = running.generate([prompt], NEW_TOKENS)
     assert seen.scores, "the engine must run in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0)"
-    seen.generated = list(output.outputs[0].token_ids)
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
     return seen
 
 
@@ -163,21 +138,21 @@ def _shares(preference: Tensor, total: int, cap: int) -> Tensor:
         full |= share >= cap
 
 
-def test_layer_statistics(engine: Engine, reference: Reference) -> None:
+def test_layer_statistics(engine: Seen, reference: Reference) -> None:
     entropy = torch.tensor([s.stat("log_entropy") for s in engine.scores]).double().exp()
     shift = torch.tensor([s.stat("log_shift") for s in engine.scores]).double().exp()
     torch.testing.assert_close(entropy, reference.entropy, rtol=1e-3, atol=0.0)
     torch.testing.assert_close(shift, reference.shift, rtol=1e-3, atol=0.0)
 
 
-def test_token_scores(engine: Engine, reference: Reference) -> None:
+def test_token_scores(engine: Seen, reference: Reference) -> None:
     ours = torch.stack([s.tokens for s in engine.scores])
     assert ours.shape == reference.scores.shape
     error = (ours - reference.scores).abs().amax(dim=-1) / reference.scores.amax(dim=-1)
     assert float(error.max()) < 2e-3
 
 
-def test_page_budgets(engine: Engine, reference: Reference, prompt: list[int]) -> None:
+def test_page_budgets(engine: Seen, reference: Reference, prompt: list[int]) -> None:
     layers = len(engine.kept)
     pages = np.array([(k.shape[1] + WINDOW) / BLOCK_SIZE for k in engine.kept])
     assert (pages == pages.round()).all(), "whole pages"
@@ -193,7 +168,7 @@ def test_page_budgets(engine: Engine, reference: Reference, prompt: list[int]) -
     assert np.abs(pages - 1 - shares.numpy()).max() < 1.0, "rounded to a neighbouring page"
 
 
-def test_kept_tokens(engine: Engine, reference: Reference) -> None:
+def test_kept_tokens(engine: Seen, reference: Reference) -> None:
     shared = total = 0
     for kept, scores in zip(engine.kept, reference.scores, strict=True):
         expected = scores.topk(kept.shape[1], dim=-1).indices
@@ -204,7 +179,7 @@ def test_kept_tokens(engine: Engine, reference: Reference) -> None:
     assert shared / total >= 0.99
 
 
-def test_decoding(engine: Engine, reference: Reference, prompt: list[int]) -> None:
+def test_decoding(engine: Seen, reference: Reference, prompt: list[int]) -> None:
     """transformers, with its cache cut down to the same tokens, generates the same."""
     cache, model = reference.cache, reference.model
     for layer, kept in zip(cache.layers, engine.kept, strict=True):

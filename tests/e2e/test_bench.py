@@ -1,14 +1,11 @@
 """``kvcompress bench`` as a user starts it, on the small model: structure and blocks, no times."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import MODELS, REPO, SMALL
+from tests.e2e.harness import kvcompress, small_model
 
 pytestmark = pytest.mark.engine
 
@@ -22,18 +19,10 @@ HELD = BUDGET // BLOCK
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The prefix of the files that a small run wrote."""
     prefix = tmp_path_factory.mktemp("bench") / "out"
-    words = ["--model", str(MODELS / SMALL), "--output", str(prefix), "--budget", str(BUDGET)]
+    words = ["--model", str(small_model()), "--output", str(prefix), "--budget", str(BUDGET)]
     words += ["--lengths", f"{SHORT},{PROMPT}", "--batches", "2", "--rounds", "2", "--steps", "2"]
     words += ["--cases", "ttft,decode"]
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_kvcompress.tools.cli", "bench", *words],
-        cwd=REPO,
-        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = kvcompress("bench", *words)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2:] == [f"{prefix}.csv", f"{prefix}.md"]
     assert "kvcompress bench: decode 2 x 260, round 2 of 2" in done.stderr.splitlines()
@@ -67,11 +56,11 @@ def test_every_row_can_be_traced(prefix: Path) -> None:
         assert low <= ratio <= high
         assert len(row["ratio_rounds"].split()) == 2
         assert float(row["plain"]) > 0
-        assert row["model"] == SMALL
+        assert row["model"] == small_model().name
         assert (row["method"], row["budget"], row["vllm"][:4]) == ("cake", str(BUDGET), "0.32")
         if case == "decode step":
             assert (row["running_plain"], row["preemptions_plain"]) == ("2", "0")
-        # Weights of 256 MiB hide what a few blocks save.
+        # The weights hide what a few blocks save.
         bound = float(row["byte_bound"])
         assert 1 < bound < 1.05 if (case, prompt) == ("decode step", PROMPT) else bound == 1
     text = prefix.with_suffix(".md").read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.harness import Engine, Engines
+from tests.e2e.harness import LAYERS, Engine, Engines, setting
 
 pytestmark = pytest.mark.engine
 
@@ -16,7 +16,7 @@ R = BUDGET // BLOCK
 
 def test_holds_the_promised_blocks(engines: Engines, prose: list[int]) -> None:
     """Prompt blocks while it runs, R after it, one more per block of new tokens; rest is free."""
-    engine = engines.get("cake", BUDGET)
+    engine = engines.open()
     prompt = prose[:1000]
     n = -(-len(prompt) // BLOCK)
     before = engine.free_blocks()
@@ -27,8 +27,8 @@ def test_holds_the_promised_blocks(engines: Engines, prose: list[int]) -> None:
             blocks = engine.blocks_of(request_id)
             assert engine.free_blocks() == before - len(blocks)
             held.append(len(blocks))
-        if request_id in engine.session.arena and pages is None:
-            pages = engine.session.arena.pages_per_layer(request_id)
+        if request_id in engine.arena and pages is None:
+            pages = engine.arena.pages_per_layer(request_id)
     # The step that ends the prefill holds both; then R, plus a block from the first new token on,
     # and another from the 33rd on.
     assert held[0] == n + R
@@ -43,9 +43,9 @@ def test_holds_the_promised_blocks(engines: Engines, prose: list[int]) -> None:
 
 def test_layers_keep_what_their_tables_say(engines: Engines, prose: list[int]) -> None:
     """Arena pages hold exactly the prompt's own keys of the kept tokens, window last."""
-    engine = engines.get("cake", BUDGET)
-    codec, seen = engine.session._codec, []
-    window = engine.session._resolver.default_planner.window
+    engine = engines.open()
+    codec, seen = engine.codec, []
+    window = engine.planner.window
     move = codec.move
 
     def spy(sources: Any, kept: Any, targets: Any) -> None:
@@ -64,38 +64,35 @@ def test_layers_keep_what_their_tables_say(engines: Engines, prose: list[int]) -
         engine.generate([prose[:777]], 4)
     finally:
         codec.move = move
-    assert len(seen) == 30
-    assert sum(seen) == 30 * BUDGET
+    assert len(seen) == LAYERS
+    assert sum(seen) == LAYERS * BUDGET
 
 
 def test_second_question_hits_the_prefix_and_leaves_it_alone(
     engines: Engines, prose: list[int]
 ) -> None:
-    engine = engines.get("cake", BUDGET)
-    engine.llm.reset_prefix_cache()
+    engine = engines.open()
     document, first, second = prose[:960], prose[2000:2050], prose[3000:3050]
     request_id = engine.add(document + first, 8)
     for _ in engine.steps():
-        if request_id in engine.session.arena:
-            blocks = engine.session._ledger[request_id].blocks[: len(document) // BLOCK]
+        if request_id in engine.arena:
+            blocks = engine.worker_request(request_id).blocks[: len(document) // BLOCK]
             break
     written = engine.page_contents(blocks)
     engine.drain()
     assert torch.equal(engine.page_contents(blocks), written)
-    (output,) = engine.llm.generate(
-        [{"prompt_token_ids": document + second}], _greedy(8), use_tqdm=False
-    )
-    assert output.num_cached_tokens == len(document), "every full block of the document"
+    answer, hits = engine.ask(document + second, 8)
+    assert hits == len(document), "every full block of the document"
     assert torch.equal(engine.page_contents(blocks), written), "the first one's blocks are intact"
     engine.llm.reset_prefix_cache()
     alone = engine.generate([document + second], 8)
-    assert list(output.outputs[0].token_ids) == alone[0], "compressed for its own question"
+    assert answer == alone[0], "compressed for its own question"
 
 
 @pytest.mark.parametrize("tail", [1, 5, 31])
 def test_last_chunk_shorter_than_the_window(engines: Engines, prose: list[int], tail: int) -> None:
     """The window's queries come from two chunks; the result is that of one step."""
-    whole = engines.get("cake", BUDGET)
+    whole = engines.open()
     chunked = engines.get("cake", BUDGET, max_num_batched_tokens=160)
     prompt = prose[100 : 100 + 5 * 160 + tail]
     pages = [_pages_of(engine, prompt) for engine in (whole, chunked)]
@@ -108,42 +105,32 @@ def test_prompt_within_the_budget_is_left_alone(
     engines: Engines, prose: list[int], length: int
 ) -> None:
     """One token, shorter than the window, up to the budget: plain vLLM, not even our tables."""
-    engine, plain = engines.get("cake", BUDGET), engines.get()
-    before = engine.stats
+    engine, plain = engines.open(), engines.get()
     assert engine.generate([prose[:length]], 40) == plain.generate([prose[:length]], 40)
-    after = engine.stats
-    assert after["prompt_cuts"] == before["prompt_cuts"]
-    assert after["compressed_steps"] == before["compressed_steps"]
-    assert after["plain_steps"] > before["plain_steps"]
+    assert engine.stats["prompt_cuts"] == engine.stats["compressed_steps"] == 0
+    assert engine.stats["plain_steps"] > 0
 
 
 @pytest.mark.parametrize("method", ["cake", "dynamickv", "uniform", "random"])
 def test_every_method_serves(engines: Engines, prose: list[int], method: str) -> None:
-    engine = engines.get(method, BUDGET)
-    before = engine.stats["prompt_cuts"]
-    outputs = engine.generate([prose[:700], prose[500:1100]], 40)
+    engine = engines.open()
+    outputs = engine.generate([prose[:700], prose[500:1100]], 40, **setting(method))
     assert [len(o) for o in outputs] == [40, 40]
-    assert engine.stats["prompt_cuts"] == before + 2
+    assert engine.stats["prompt_cuts"] == 2
 
 
 def test_a_share_of_the_prompt(engines: Engines, prose: list[int]) -> None:
     engine = engines.get("cake", 0.25)
-    assert sum(_pages_of(engine, prose[:1024])) == 8 * 30
-    assert sum(_pages_of(engine, prose[:512])) == 4 * 30
+    assert sum(_pages_of(engine, prose[:1024])) == 8 * LAYERS
+    assert sum(_pages_of(engine, prose[:512])) == 4 * LAYERS
 
 
 def _pages_of(engine: Engine, prompt: list[int]) -> list[int]:
     """Pages per layer right after compression."""
     request_id = engine.add(prompt, 2)
     for _ in engine.steps():
-        if request_id in engine.session.arena:
-            pages = engine.session.arena.pages_per_layer(request_id)
+        if request_id in engine.arena:
+            pages = engine.arena.pages_per_layer(request_id)
             break
     engine.drain()
     return [int(p) for p in pages]
-
-
-def _greedy(max_tokens: int) -> object:
-    from tests.e2e.harness import greedy
-
-    return greedy(max_tokens)

@@ -10,47 +10,46 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from openai import OpenAI
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from tests.e2e.cut_model import cut_model
-from tests.e2e.harness import MODELS, REPO, SMALL, Engine, Engines, greedy
-from vllm_kvcompress.tools.serving import serve
+from tests.e2e.harness import (
+    LAYERS,
+    REPO,
+    SMALL,
+    Engine,
+    Engines,
+    greedy,
+    setting,
+    small_model,
+)
+from tests.e2e.server import NAME, serve
 
 pytestmark = pytest.mark.engine
 
-BUDGET = 128
-LAYERS = 6
+BUDGET = 256
 POOL: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20}
 METHODS: dict[str | None, int | None] = {None: None, "scatter": 1024, "cake": BUDGET}
-
-
-@pytest.fixture(scope="module")
-def engines() -> Iterator[Engines]:
-    """No more at a time than a test compares."""
-    made = Engines(limit=len(METHODS))
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first layers of the small model."""
-    return cut_model(MODELS / SMALL, tmp_path_factory.mktemp("cut") / "model", LAYERS)
+EITHER = {"allow": {"method": ["scatter", "cake"]}}
 
 
 @pytest.fixture
-def three(engines: Engines, model: Path) -> dict[str | None, Engine]:
+def three(engines: Engines) -> dict[str | None, Engine]:
     """Plain vLLM, every token kept, and real compression."""
-    return {m: engines.get(m, b, model=str(model), **POOL) for m, b in METHODS.items()}
+    return {None: engines.get(), "scatter": engines.get("scatter"), "cake": engines.open()}
+
+
+def two(engines: Engines, **settings: Any) -> dict[str | None, tuple[Engine, dict[str, Any]]]:
+    """As `three`, with one engine for both methods: engines and what requests set."""
+    plain = engines.get(**settings, **POOL)
+    either = engines.get("scatter", BUDGET, config=EITHER, **settings, **POOL)
+    return {None: (plain, {}), "scatter": (either, {}), "cake": (either, setting("cake"))}
 
 
 def ask(engine: Engine, prompts: list[Any], params: Any, **options: Any) -> list[Any]:
@@ -98,7 +97,7 @@ def test_beam_search_is_plain_vllms(three: dict[str | None, Engine], prose: list
     params = BeamSearchParams(beam_width=3, max_tokens=5, ignore_eos=True)
     found = {}
     for method, engine in three.items():
-        before = engine.stats["prompt_cuts"] if engine.compressed else 0
+        before = engine.stats["prompt_cuts"]
         (result,) = engine.llm.beam_search([{"prompt_token_ids": prose[:400]}], params)
         found[method] = [(s.tokens, round(s.cum_logprob, 4)) for s in result.sequences]
         assert not engine.compressed or engine.stats["prompt_cuts"] > before
@@ -155,16 +154,15 @@ def test_pausing_and_going_on(three: dict[str | None, Engine], prose: list[int])
 # --- prompts -------------------------------------------------------------------------------------
 
 
-def test_prompt_embeds_answer_as_tokens_do(engines: Engines, model: Path, prose: list[int]) -> None:
-    with safe_open(str(model / "model.safetensors"), "pt") as file:
+def test_prompt_embeds_answer_as_tokens_do(engines: Engines, prose: list[int]) -> None:
+    with safe_open(str(small_model() / "model.safetensors"), "pt") as file:
         (name,) = (n for n in file.keys() if "embed_tokens" in n)  # noqa: SIM118 - not a dict
         table = file.get_tensor(name).float()
-    engine = engines.get("cake", BUDGET, model=str(model), enable_prompt_embeds=True, **POOL)
+    engine = engines.get("cake", BUDGET, enable_prompt_embeds=True, **POOL)
     by_tokens = ask(engine, [prose[:400]], greedy(12))
-    before = engine.stats["prompt_cuts"]
     embeds = {"prompt_embeds": table[torch.tensor(prose[:400])]}
     by_embeds = ask(engine, [embeds], greedy(12))
-    assert engine.stats["prompt_cuts"] == before + 1
+    assert engine.stats["prompt_cuts"] == 2
     assert answers(by_embeds)[0][0][0] == answers(by_tokens)[0][0][0]
 
 
@@ -190,17 +188,16 @@ def make_adapter(folder: Path) -> Path:
     return folder
 
 
-def test_lora(engines: Engines, model: Path, prose: list[int], tmp_path: Path) -> None:
+def test_lora(engines: Engines, prose: list[int], tmp_path: Path) -> None:
     """The same prompt with and without an adapter in one batch: kept apart, also in the cache."""
     from vllm.lora.request import LoRARequest
 
     adapter = LoRARequest("random", 1, str(make_adapter(tmp_path / "adapter")))
     # With room for one adapter only, vLLM's CPU build gives it to requests without one, too.
-    lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, **POOL}
+    lora: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2}
     found = {}
-    for method, budget in METHODS.items():
-        engine = engines.get(method, budget, model=str(model), **lora)
-        params = greedy(12, logprobs=0)
+    for method, (engine, asked) in two(engines, **lora).items():
+        params = greedy(12, logprobs=0, **asked)
         pair = answers(ask(engine, [prose[:400]] * 2, params, lora_request=[None, adapter]))
         turned = answers(ask(engine, [prose[:400]] * 2, params, lora_request=[adapter, None]))
         assert turned == pair[::-1]
@@ -239,13 +236,12 @@ def quantize(source: Path, target: Path) -> Path:
     return target
 
 
-def test_quantized_weights(engines: Engines, model: Path, prose: list[int], tmp_path: Path) -> None:
-    small = str(quantize(model, tmp_path / "w8a8"))
+def test_quantized_weights(engines: Engines, prose: list[int], tmp_path: Path) -> None:
+    small = quantize(small_model(), tmp_path / "w8a8")
     prompts = [prose[:400], prose[300:500]]
     found = {}
-    for method, budget in METHODS.items():
-        engine = engines.get(method, budget, model=small, dtype="bfloat16", **POOL)
-        found[method] = answers(ask(engine, prompts, greedy(12, logprobs=0)))
+    for method, (engine, asked) in two(engines, model=small, dtype="bfloat16").items():
+        found[method] = answers(ask(engine, prompts, greedy(12, logprobs=0, **asked)))
         worker = engine.core.model_executor.driver_worker.worker
         layer = worker.model_runner.model.model.layers[0].self_attn.qkv_proj
         # Not the weight: where oneDNN multiplies, it has packed it and vLLM has let go of it.
@@ -279,16 +275,15 @@ for method, budget in methods:
     engine = engines.get(method, budget, model=folder)
     outputs = engine.complete(prompts, 12, logprobs=0)
     found.append([[list(o.token_ids), o.cumulative_logprob] for o in outputs])
-    cuts = engine.stats["prompt_cuts"] if engine.compressed else 0
-    found[-1].append(cuts)
+    found[-1].append(engine.stats["prompt_cuts"])
     engine.check()
 print("RESULT", json.dumps(found))
 """
 
 
-def test_mixture_of_experts(model: Path, prose: list[int], tmp_path: Path) -> None:
+def test_mixture_of_experts(prose: list[int], tmp_path: Path) -> None:
     """Random weights. In a process of its own: vLLM makes groups of experts for the first model."""
-    folder = str(make_mixture(model, tmp_path / "moe"))
+    folder = str(make_mixture(small_model(), tmp_path / "moe"))
     job = [folder, list(METHODS.items()), [prose[:400], prose[300:500]]]
     done = subprocess.run(
         [sys.executable, "-c", RUN_MIXTURE], input=json.dumps(job), cwd=REPO,
@@ -303,19 +298,16 @@ def test_mixture_of_experts(model: Path, prose: list[int], tmp_path: Path) -> No
     assert cake[:-1] != plain[:-1]
 
 
-def test_compiled_model(engines: Engines, model: Path, prose: list[int]) -> None:
+def test_compiled_model(engines: Engines, prose: list[int]) -> None:
     """As `vllm serve` starts without --enforce-eager: on the CPU a compiled model, no graphs."""
     from vllm.config import CompilationMode
 
     prompts = [prose[:400], prose[300:364], prose[300:500]]
-    params = greedy(12, logprobs=0)
-    eager = engines.get("cake", BUDGET, model=str(model), **POOL)
-    expected = answers(ask(eager, prompts, params))
+    expected = answers(ask(engines.open(), prompts, greedy(12, logprobs=0)))
     found = {}
-    for method, budget in METHODS.items():
-        engine = engines.get(method, budget, model=str(model), enforce_eager=False, **POOL)
+    for method, (engine, asked) in two(engines, enforce_eager=False).items():
         assert engine.llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
-        found[method] = answers(ask(engine, prompts, params))
+        found[method] = answers(ask(engine, prompts, greedy(12, logprobs=0, **asked)))
     assert found["scatter"] == found[None]
     for [(tokens, logprob)], [(same, near)] in zip(found["cake"], expected, strict=True):
         assert tokens == same
@@ -326,33 +318,23 @@ def test_compiled_model(engines: Engines, model: Path, prose: list[int]) -> None
 
 
 @pytest.mark.slow
-def test_data_parallel(model: Path, prose: list[int], tmp_path: Path) -> None:
+def test_data_parallel(prose: list[int], tmp_path: Path) -> None:
     """Two engines with a pool each behind one server; either gives the same answers."""
-    options = [
-        "--served-model-name", "small", "--dtype", "float32", "--enforce-eager",
-        "--max-model-len", "1024", "--block-size", "32", "--max-num-seqs", "4",
-        "--kv-cache-memory-bytes", str(64 << 20), "--data-parallel-size", "2",
-        "--kv-compression", "cake", "--kv-compression-budget", str(BUDGET),
-        "--kv-compression-config", '{"log_requests": true, "check_integrity": true}',
-    ]  # fmt: skip
     log = tmp_path / "log.txt"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        with serve(str(model), options, log, timeout=500) as server:
-            client = OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=300)
+    options = ["--data-parallel-size", "2"]
+    with serve(small_model(), log, method="cake", budget=BUDGET, options=options) as server:
 
-            def complete(start: int) -> str:
-                answer = client.completions.create(
-                    model="small", prompt=prose[start : start + 400], max_tokens=24,
-                    temperature=0, extra_body={"ignore_eos": True},
-                )  # fmt: skip
-                return answer.choices[0].text
+        def complete(start: int) -> str:
+            answer = server.client.completions.create(
+                model=NAME, prompt=prose[start : start + 400], max_tokens=24,
+                temperature=0, extra_body={"ignore_eos": True},
+            )  # fmt: skip
+            return answer.choices[0].text
 
-            starts = [0, 50, 100, 150]
-            with ThreadPoolExecutor(4) as pool:
-                together = list(pool.map(complete, starts))
-            assert [complete(start) for start in starts] == together
+        starts = [0, 50, 100, 150]
+        with ThreadPoolExecutor(4) as pool:
+            together = list(pool.map(complete, starts))
+        assert [complete(start) for start in starts] == together
     # Each process names itself in front of what it logs.
     lines = [line for line in log.read_text().splitlines() if "KVCOMPRESS {" in line]
     assert len(lines) == 8

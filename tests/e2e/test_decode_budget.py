@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.harness import Engine, Engines
+from tests.e2e.harness import LAYERS, Engines, page_bytes, setting
 from tests.support.released_pipelines import ReleasedCake
-from vllm_kvcompress.eviction.selection import select_survivors
 
 pytestmark = pytest.mark.engine
 
@@ -15,12 +14,12 @@ BLOCK = 32
 BUDGET = 128
 BUFFER = 32
 R = BUDGET // BLOCK
-PAGE_BYTES = 30 * 3 * BLOCK * 128 * 4
 
 
-def limited(engines: Engines, method: str = "cake", **settings: Any) -> Engine:
-    config = {"decode_budget": BUDGET, "decode_buffer": BUFFER, "allow": {"decode": True}}
-    return engines.get(method, BUDGET, config=config, **settings)
+def unlimited(engines: Engines, prompt: list[int], max_tokens: int, method: str) -> list[int]:
+    """The answer of an engine that never cuts while it generates."""
+    (answer,) = engines.open().generate([prompt], max_tokens, **setting(method, BUDGET))
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -29,19 +28,18 @@ def limited(engines: Engines, method: str = "cake", **settings: Any) -> Engine:
 def test_a_long_generation_holds_bounded_blocks(
     engines: Engines, prose: list[int], method: str, length: int
 ) -> None:
-    engine, unlimited = limited(engines, method), engines.get(method, BUDGET)
-    before = engine.stats["decode_cuts"]
-    (answer,), held = engine.run_counting([prose[:length]], 160)
+    engine = engines.limited()
+    (answer,), held = engine.run_counting([prose[:length]], 160, **setting(method))
     text = length + 160 - 1  # the last token is never computed
     first = max(length, BUDGET) + BUFFER
     cuts = (text - first) // BUFFER + 1
-    assert engine.stats["decode_cuts"] - before == cuts
+    assert engine.stats["decode_cuts"] == cuts
     # After the first cut: the arena, a buffer of growth, and nothing else.
     assert max(held[-(text - first) :]) <= R + BUFFER // BLOCK + 1
     assert held[-2] <= R + BUFFER // BLOCK
     # Up to the first cut nothing is different.
     same = first - length
-    assert answer[:same] == unlimited.generate([prose[:length]], 160)[0][:same]
+    assert answer[:same] == unlimited(engines, prose[:length], 160, method)[:same]
     engine.check()
 
 
@@ -49,9 +47,8 @@ def test_a_cut_keeps_tokens_as_they_were_and_the_window_last(
     engines: Engines, prose: list[int]
 ) -> None:
     """Packed within the request's own pages, byte for byte what the kept tokens' slots held."""
-    engine = limited(engines)
-    session = engine.session
-    codec, window = session._codec, session._resolver.default_planner.window
+    engine = engines.limited()
+    codec, window = engine.codec, engine.planner.window
     rewrite, seen = codec.rewrite, []
 
     def spy(source: Any, kept: Any, target: Any) -> None:
@@ -71,26 +68,25 @@ def test_a_cut_keeps_tokens_as_they_were_and_the_window_last(
         request_id = engine.add(prose[:400], BUFFER + 8)
         codec.rewrite = rewrite
         for _ in engine.steps():
-            if request_id in session.arena:
+            if request_id in engine.arena:
                 codec.rewrite = spy
     finally:
         codec.rewrite = rewrite
-    assert len(seen) == 30
-    assert sum(seen) == 30 * R
+    assert len(seen) == LAYERS
+    assert sum(seen) == LAYERS * R
 
 
 def test_requests_say_whether_they_want_it(engines: Engines, prose: list[int]) -> None:
-    engine, unlimited = limited(engines), engines.get("cake", BUDGET)
+    engine, off = engines.limited(), setting(decode=False)
     prompt = prose[:300]
-    before = engine.stats["decode_cuts"]
-    off = {"extra_args": {"kv_compression_decode": False}}
-    assert engine.generate([prompt], 90, **off) == unlimited.generate([prompt], 90)
-    assert engine.stats["decode_cuts"] == before
+    whole = unlimited(engines, prompt, 90, "cake")
+    assert engine.generate([prompt], 90, **off) == [whole]
+    assert engine.stats["decode_cuts"] == 0
     on = engine.generate([prompt], 90)
     # One of each kind in a batch.
-    names = [engine.add(prompt, 90, extra_args=off["extra_args"]), engine.add(prompt, 90)]
+    names = [engine.add(prompt, 90, **off), engine.add(prompt, 90)]
     done = engine.drain()
-    assert [done[engine.caller_id[n]] for n in names] == [*unlimited.generate([prompt], 90), *on]
+    assert [done[engine.caller_id[n]] for n in names] == [whole, *on]
 
 
 def test_preempted_requests_are_cut_where_they_were_the_first_time(
@@ -98,16 +94,16 @@ def test_preempted_requests_are_cut_where_they_were_the_first_time(
 ) -> None:
     config = {"decode_budget": BUDGET, "decode_buffer": BUFFER, "reserve_tokens": 0}
     small = engines.get(
-        "cake", BUDGET, config=config, max_model_len=1024, kv_cache_memory_bytes=20 * PAGE_BYTES
+        "cake", BUDGET, config=config, max_model_len=1024, kv_cache_memory_bytes=20 * page_bytes()
     )
-    large = limited(engines, max_model_len=1024)
+    large = engines.limited()
     prompts = [prose[31 * i : 31 * i + 20 + 60 * i] for i in range(6)]
     expected = large.generate(prompts, 330)
-    before, preempted = small.stats["decode_cuts"], small.count_preemptions()
+    preempted = small.count_preemptions()
     assert small.generate(prompts, 330) == expected
     assert preempted() > 0, "the pool was not small enough"
     # Some were thrown out after they had been cut, so that cuts were made again.
-    assert small.stats["decode_cuts"] - before > large.stats["decode_cuts"]
+    assert small.stats["decode_cuts"] > large.stats["decode_cuts"]
     small.check()
 
 
@@ -117,7 +113,7 @@ def test_a_wrong_setting_is_the_requests_own_error(
 ) -> None:
     from vllm.exceptions import VLLMValidationError
 
-    engine = limited(engines)
+    engine = engines.limited()
     with pytest.raises(VLLMValidationError, match="kv_compression_decode must be true or false"):
         engine.generate([prose[:50]], 4, extra_args={"kv_compression_decode": wrong})
     engine.check()
@@ -129,40 +125,25 @@ def test_faithful_cake_evicts_as_the_release_does(
     """One token out for each that comes in, by its query alone, pooled in storage order."""
     config = {"faithful": True, "decode_budget": BUDGET, "decode_buffer": 1}
     engine = engines.get("cake", BUDGET, config=config)
-    compressor, method = engine.session._compressor, engine.session._resolver.default_planner.method
-    find_held = compressor._held
-    checked: list[int] = []
-    held: Any = None
+    window, checked = engine.planner.window, []
 
-    def seeing(*args: Any) -> Any:
-        nonlocal held
-        held = find_held(*args)
-        return held
+    def check(held: Any, dealt: Any, kept: list[torch.Tensor]) -> None:
+        if dealt is None:  # the prompt's cut
+            return
+        for layer in (0, 2, LAYERS - 1):
+            length, query = held.lengths[layer], held.windows[layer]
+            keys = engine.codec.read_keys(held.pages[layer], length)
+            assert length == dealt[layer] * BLOCK + 1
+            assert query.shape[0] == 1
+            released = ReleasedCake(window=window, capacity=BUDGET)
+            before = torch.arange(length - 1).expand(1, len(keys), -1)
+            budget = length - 1 - window
+            after, _ = released.decode(before, budget, query, keys[None], keys[None], length - 1)
+            assert torch.equal(kept[layer], after[0])
+            checked.append(layer)
 
-    def checking(*args: Any, **kwargs: Any) -> Any:
-        found = select_survivors(*args, **kwargs)
-        if (dealt := kwargs["pages"]) is not None:
-            for layer in (0, 7, 29):
-                length, query = held.lengths[layer], held.windows[layer]
-                keys = engine.session._codec.read_keys(held.pages[layer], length)
-                assert length == dealt[layer] * BLOCK + 1
-                assert query.shape[0] == 1
-                released = ReleasedCake(window=method.window, capacity=BUDGET)
-                before = torch.arange(length - 1).expand(1, len(keys), -1)
-                budget = length - 1 - method.window
-                after, _ = released.decode(
-                    before, budget, query, keys[None], keys[None], length - 1
-                )
-                assert torch.equal(found.tokens[layer], after[0])
-                checked.append(layer)
-        return found
-
-    compressor._held = seeing
-    monkeypatch.setattr("vllm_kvcompress.eviction.compressor.select_survivors", checking)
-    try:
-        (answer,), blocks = engine.run_counting([prose[:400]], 12)
-    finally:
-        compressor._held = find_held
+    engine.watch_cuts(monkeypatch, check)
+    (answer,), blocks = engine.run_counting([prose[:400]], 12)
     assert len(answer) == 12
     assert len(checked) == 3 * 11
     # What each token is written to goes back with it.

@@ -8,14 +8,13 @@ captured (see ``v2_run.py``).
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.cut_model import cut_model
-from tests.e2e.harness import MODELS, SMALL, Engines
-from tests.e2e.test_v2 import run_v2
+from tests.e2e.cut_model import first_layers
+from tests.e2e.harness import MODELS, SMALL, Engines, setting
+from tests.e2e.interpreted import Interpreted
 
 pytestmark = pytest.mark.engine
 
@@ -35,27 +34,17 @@ KERNELS["dynamickv"] = {*KERNELS["cake"], "_layer_histogram_kernel", "_layer_thr
 Run = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The small model's first layers, by backend."""
-    folder = tmp_path_factory.mktemp("cut")
-    return {
-        backend: str(cut_model(Path(MODELS / SMALL), folder / backend, count))
-        for backend, count in LAYERS.items()
-    }
+def model(backend: str) -> str:
+    """The small model's first layers, as many as the backend has time for."""
+    return str(first_layers(MODELS / SMALL, LAYERS[backend]))
 
 
-@pytest.fixture(scope="module")
-def run(models: dict[str, str]) -> Run:
-    """Run one engine with a GPU's attention; equal jobs run once."""
-    done: dict[str, dict[str, Any]] = {}
+@pytest.fixture
+def run(v2: Interpreted) -> Run:
+    """Run one engine with a GPU's attention."""
 
     def once(backend: str, **job: Any) -> dict[str, Any]:
-        job = {"settings": SETTINGS, "backend": backend, "model": models[backend], **job}
-        key = repr(sorted(job.items()))
-        if key not in done:
-            done[key] = run_v2(LIMIT, **job)
-        return done[key]
+        return v2.run(LIMIT, **{"settings": SETTINGS, **job}, backend=backend, model=model(backend))
 
     return once
 
@@ -120,13 +109,7 @@ def test_fp8_scatter_equals_fp8_plain(run: Run, prompts: list[list[int]]) -> Non
     ],
 )
 def test_a_method_keeps_what_it_keeps_on_the_cpu_backend(
-    run: Run,
-    engines: Engines,
-    models: dict[str, str],
-    prose: list[int],
-    method: str,
-    backend: str,
-    dtype: str,
+    run: Run, engines: Engines, prose: list[int], method: str, backend: str, dtype: str
 ) -> None:
     """The same tokens, though the last chunks are 1 and 31 tokens long and steps replay graphs.
 
@@ -139,11 +122,9 @@ def test_a_method_keeps_what_it_keeps_on_the_cpu_backend(
         "max_num_batched_tokens": 64,
         "max_model_len": 256,
     }
-    reference = engines.get(
-        method, 96, model=models[backend], **{**settings, "max_num_batched_tokens": 512}
-    )
+    reference = engines.open(model=model(backend), **{**settings, "max_num_batched_tokens": 512})
     kept = reference.record_kept()
-    outputs = reference.generate(prompts, tokens)
+    outputs = reference.generate(prompts, tokens, **setting(method, 96))
     job = {"prompts": prompts, "max_tokens": tokens, "method": method, "budget": 96}
     settings["kv_cache_dtype"] = dtype
     result = run(backend, **job, settings=settings, graphs=GRAPHS, warm_up=True)
@@ -167,7 +148,7 @@ def test_a_method_keeps_what_it_keeps_on_the_cpu_backend(
 
 
 def test_cuts_within_a_step_and_while_generating(
-    run: Run, engines: Engines, models: dict[str, str], prose: list[int]
+    run: Run, engines: Engines, prose: list[int]
 ) -> None:
     """A cascade, and then cuts by queries that replayed graphs have put aside."""
     prompts = [prose[:193], prose[300:459], prose[500:520]]
@@ -177,11 +158,10 @@ def test_cuts_within_a_step_and_while_generating(
         "max_model_len": 256,
     }
     config = {"prefill": "cascade", "decode_budget": 96, "decode_buffer": 32}
-    model = models["FLASH_ATTN"]
-    reference = engines.get("cake", 96, model=model, config=config, **settings)
+    reference = engines.get("cake", 96, model=model("FLASH_ATTN"), config=config, **settings)
     kept = reference.record_kept()
     outputs = reference.generate(prompts, 40)
-    assert reference.manager.counters.prefills["cascade"] == 2
+    assert reference.stats["prefills_cascade"] == 2
     result = run(
         "FLASH_ATTN",
         prompts=prompts,

@@ -1,42 +1,30 @@
 """``kvcompress inspect`` as a user starts it: two methods, one engine, all files."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.e2e.harness import MODELS, REPO, SMALL
+from tests.e2e.harness import LAYERS, kvcompress, small_model
 
 pytestmark = pytest.mark.engine
 
-LAYERS, HEADS, WINDOW = 30, 3, 32
+HEADS, WINDOW = 3, 32
 BUDGET, BLOCK = 128, 32
 QUESTION = "Who spoke <first>?"
 
 
 def inspect(*words: str, text: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "vllm_kvcompress.tools.cli", "inspect"]
-    given = ["--model", str(MODELS / SMALL), "--input", "-", "--dtype", "float32"]
-    return subprocess.run(
-        [*command, *given, *words],
-        input=text,
-        cwd=REPO,
-        env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    given = ["--model", str(small_model()), "--input", "-", "--dtype", "float32"]
+    return kvcompress("inspect", *given, *words, text=text)
 
 
 @pytest.fixture(scope="module")
-def text() -> str:
+def text(novel: str) -> str:
     """About 600 tokens of prose."""
-    return (REPO / "scripts" / "data" / "persuasion.txt").read_text(encoding="utf-8")[:2600]
+    return novel[:2600]
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,12 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.cut_model import cut_model
-from tests.e2e.harness import DEFAULTS, MODELS, REPO, SMALL
+from tests.e2e.harness import DEFAULTS, small_model
 
 pytestmark = pytest.mark.engine
 
 LM_EVAL = Path(sys.executable).with_name("lm_eval")
-LAYERS, BUDGET, EXAMPLES = 6, 96, 3
+BUDGET, EXAMPLES = 96, 3
 CHOICES = [" Anne", " the weather", " a letter"]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
@@ -57,13 +56,11 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, novel: str) -> Path:
     """Tasks on pages of a novel: go on, with requests' own settings too, or choose how to."""
     folder = tmp_path_factory.mktemp("tasks")
-    (novel,) = (REPO / "scripts" / "data").glob("*.txt")
-    text = novel.read_text(encoding="utf-8")
     starts = range(3_000, 3_000 + EXAMPLES * 6_000, 6_000)
-    pages = [{"text": text[start : start + 1_500], "answer": CHOICES[0]} for start in starts]
+    pages = [{"text": novel[start : start + 1_500], "answer": CHOICES[0]} for start in starts]
     lines = "".join(json.dumps(page) + "\n" for page in pages)
     (folder / "pages.jsonl").write_text(lines, encoding="utf-8")
     common: dict[str, Any] = {
@@ -100,8 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """All runs by name, two at a time; settings reach lm_eval in each of the ways it has."""
     out = tmp_path_factory.mktemp("out")
-    model = cut_model(MODELS / SMALL, out / "model", LAYERS)
-    engine = {"pretrained": str(model), **DEFAULTS}
+    engine = {"pretrained": str(small_model()), **DEFAULTS}
     wanted = {
         "method": "cake",
         "budget": BUDGET,

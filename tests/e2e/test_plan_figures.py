@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import HYBRID, MODELS, SMALL, Engines
+from tests.e2e.harness import HYBRID, MODELS, SMALL, Engines, small_model
 from vllm_kvcompress.tools.cli import build_parser
 from vllm_kvcompress.tools.plan.command import make_report
 from vllm_kvcompress.tools.plan.report import PlanReport
@@ -29,10 +29,10 @@ def plan(model: Path, *words: str) -> PlanReport:
 def test_an_engine_has_the_blocks_and_the_concurrency_of_its_plan(engines: Engines) -> None:
     from vllm.v1.core import kv_cache_utils
 
-    engine = engines.get("cake", 256)
+    engine = engines.open()
     words = "--device cpu --dtype float32 --block-size 32 --context 2048 --budget 256"
     words += " --kv-cache-memory 256MiB --max-num-batched-tokens 2048"
-    report = plan(MODELS / SMALL, *words.split())
+    report = plan(small_model(), *words.split())
     assert report.plain.blocks == report.compressed.blocks == engine.total_blocks() + 1
     config = engine.llm.llm_engine.vllm_config
     assert config.scheduler_config.max_num_batched_tokens == report.server.max_num_batched_tokens

@@ -8,20 +8,16 @@ are thrown out and replayed. Each answer must be the one that its request gets a
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.cut_model import cut_model
-from tests.e2e.harness import MODELS, SMALL, Engine, Engines
+from tests.e2e.harness import Engine, Engines, page_bytes, setting
 
 pytestmark = pytest.mark.engine
 
 BLOCK = 32
 BUDGET = 96
-LAYERS = 4
-PAGE_BYTES = LAYERS * 3 * BLOCK * 128 * 4
 LENGTHS = [1, 5, 32, 64, 97, 128, 200, 256, 300, 420, 511, 513, 700, 1000]
 CONFIG = {
     "prefill": "streaming",
@@ -44,7 +40,7 @@ class Ask:
 
     @property
     def params(self) -> dict[str, Any]:
-        return {"extra_args": {"kv_compression_decode": self.cut_while_decoding}}
+        return setting(decode=self.cut_while_decoding)
 
 
 @pytest.mark.parametrize(
@@ -52,18 +48,16 @@ class Ask:
     [(30, 14, 40), pytest.param(2000, 250, 200, marks=pytest.mark.slow)],
 )
 def test_every_answer_is_the_one_produced_alone(
-    engines: Engines, prose: list[int], tmp_path: Path, requests: int, kinds: int, longest: int
+    engines: Engines, prose: list[int], requests: int, kinds: int, longest: int
 ) -> None:
-    model = cut_model(MODELS / SMALL, tmp_path / "cut", LAYERS)
     settings: dict[str, Any] = {
-        "model": str(model),
         "config": CONFIG,
         "max_model_len": 1536,
         "max_num_batched_tokens": 512,
         "max_num_seqs": 12,
         "scheduling_policy": "priority",
     }
-    small = engines.get("cake", BUDGET, kv_cache_memory_bytes=22 * PAGE_BYTES, **settings)
+    small = engines.get("cake", BUDGET, kv_cache_memory_bytes=22 * page_bytes(), **settings)
     large = engines.get("cake", BUDGET, **settings)
     dice = random.Random(7)
     asks = _asks(dice, prose, kinds, longest)
@@ -77,11 +71,11 @@ def test_every_answer_is_the_one_produced_alone(
         assert answer == expected, f"request {index}: {len(ask.prompt)} prompt tokens"
     small.check()
     # Nothing of what this test is about failed to happen.
-    counts, stats = small.manager.counters.prefills, small.stats
+    stats = small.stats
     assert aborted
     # A few short answers find room as they grow; thousands of long ones do not.
     assert preemptions > requests // 100 or requests < 1000
-    assert all(counts[path] > 0 for path in ("full", "cascade", "streaming"))
+    assert all(stats[f"prefills_{path}"] > 0 for path in ("full", "cascade", "streaming"))
     assert stats["decode_cuts"] > 0
     assert stats["chunk_cuts"] > 0
     assert stats["plain_steps"] > 0

@@ -5,22 +5,18 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import BadRequestError
 
-from tests.e2e.cut_model import cut_model
-from tests.e2e.harness import MODELS, REPO, SMALL, Engines
-from tests.e2e.server import NAME, Server, serve
+from tests.e2e.harness import LAYERS, MODELS, REPO, SMALL, Engines
+from tests.e2e.server import NAME, Server
 
 pytestmark = pytest.mark.engine
 
-BLOCK, BUDGET, LAYERS, ANSWER = 32, 256, 6, 48
-ALL = {"method": True, "budget": True, "params": True, "keep": True, "decode": True}
+BLOCK, BUDGET, ANSWER = 32, 256, 48
 DOCS = (REPO / "docs" / "requests.md").read_text(encoding="utf-8")
 ASKED: list[dict[str, Any]] = [
     {},
@@ -39,27 +35,6 @@ ASKED: list[dict[str, Any]] = [
     {"kv_compression_config": {"scorer": "h2o", "allocator": {"method": "cake", "tau1": 2.0}}},
 ]
 Answer = tuple[list[int], list[float]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cut_model(MODELS / SMALL, tmp_path_factory.mktemp("model") / "cut", LAYERS)
-
-
-@pytest.fixture(scope="module")
-def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose requests may set everything."""
-    log = tmp_path_factory.mktemp("generous") / "log.txt"
-    with serve(model, log, method="cake", budget=BUDGET, config={"allow": ALL}) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def strict(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with the default policy."""
-    log = tmp_path_factory.mktemp("default") / "log.txt"
-    with serve(model, log, method="cake", budget=BUDGET) as running:
-        yield running
 
 
 def xargs(asked: dict[str, Any]) -> dict[str, Any]:
@@ -108,20 +83,11 @@ def stream(
     return (tokens, logprobs), (times[0], times[-1])
 
 
-def alone(engines: Engines, model: Path, prompt: list[int], asked: dict[str, Any]) -> Answer:
-    """The answer of an engine that has those settings for every request."""
-    method = asked.get("kv_compression", "cake")
-    engine = engines.get(
-        None if method == "none" else method,
-        asked.get("kv_compression_budget", BUDGET),
-        config=asked.get("kv_compression_config", {}),
-        model=str(model),
-    )
-    return offline(engine, prompt)
-
-
-def offline(engine: Any, prompt: list[int], **params: Any) -> Answer:
-    (answer,) = engine.complete([prompt], ANSWER, logprobs=1, **params)
+def offline(engines: Engines, prompt: list[int], asked: dict[str, Any]) -> Answer:
+    """The answer without a server; test_per_request compares settings of requests and engines."""
+    engine = engines.get() if asked.get("kv_compression") == "none" else engines.open()
+    extra = {"extra_args": asked} if engine.compressed and asked else {}
+    (answer,) = engine.complete([prompt], ANSWER, logprobs=1, **extra)
     steps = zip(answer.token_ids, answer.logprobs, strict=True)
     return list(answer.token_ids), [step[token].logprob for token, step in steps]
 
@@ -133,10 +99,8 @@ def same(one: Answer, other: Answer) -> bool:
 # --- a mixed batch -------------------------------------------------------------------------------
 
 
-def test_a_mixed_batch_is_exact(
-    server: Server, engines: Engines, model: Path, prose: list[int]
-) -> None:
-    """Every request as on an engine of its own whose settings are the server's."""
+def test_a_mixed_batch_is_exact(server: Server, engines: Engines, prose: list[int]) -> None:
+    """Every request as alone and offline."""
     prompts = [prose[97 * i : 97 * i + 330 + 23 * i] for i in range(len(ASKED))]
     before = len(server.lines("KVCOMPRESS"))
     with ThreadPoolExecutor(len(ASKED)) as pool:
@@ -148,7 +112,7 @@ def test_a_mixed_batch_is_exact(
     assert len({line["method"] for line in facts}) == len(ASKED) - 2
     assert len({line["blocks_after"] for line in facts}) > 3
     for prompt, asked, (answer, _) in zip(prompts, ASKED, found, strict=True):
-        assert same(answer, alone(engines, model, prompt, asked)), asked
+        assert same(answer, offline(engines, prompt, asked)), asked
 
 
 def test_the_same_over_every_way_in(server: Server, prose: list[int]) -> None:
@@ -189,9 +153,7 @@ def kept_example() -> dict[str, Any]:
     return space
 
 
-def test_a_system_prompt_survives(
-    server: Server, engines: Engines, model: Path, prose: list[int]
-) -> None:
+def test_a_system_prompt_survives(server: Server, engines: Engines, prose: list[int]) -> None:
     """The range as the document finds it; kept in all layers, as the engine offline keeps it."""
     from transformers import AutoTokenizer
 
@@ -215,9 +177,8 @@ def test_a_system_prompt_survives(
     assert min(facts["tokens_per_layer"]) >= end + 32
     assert sum(facts["tokens_per_layer"]) == BUDGET * LAYERS
 
-    engine = engines.get("cake", BUDGET, config={"allow": ALL}, model=str(model))
-    kept = engine.record_kept()
-    tokens, _ = offline(engine, prompt, extra_args=asked)
+    kept = engines.open().record_kept()
+    tokens, _ = offline(engines, prompt, asked)
     assert token_ids(chat.choices[0]) == tokens
     (layers,) = kept
     assert all(set(range(end)) <= set(head) for layer in layers for head in layer)
@@ -233,11 +194,11 @@ def test_more_than_the_budget_cannot_be_kept(server: Server, prose: list[int]) -
 
 
 def test_default_policy_lets_requests_take_less(
-    strict: Server, engines: Engines, model: Path, prose: list[int]
+    strict: Server, engines: Engines, prose: list[int]
 ) -> None:
     for asked in ASKED[1], {"kv_compression": "h2o", "kv_compression_budget": 128}:
         prompt = prose[50:650]
-        assert same(complete(strict, prompt, asked), alone(engines, model, prompt, asked))
+        assert same(complete(strict, prompt, asked), offline(engines, prompt, asked))
 
 
 def error_table() -> list[tuple[dict[str, Any], str]]:

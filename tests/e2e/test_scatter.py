@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import Engine, Engines
+from tests.e2e.harness import Engines
 
 pytestmark = pytest.mark.engine
 
@@ -34,7 +34,7 @@ def test_equals_plain_when_the_prefix_is_cached(engines: Engines, prose: list[in
     prompts = [prose[:1000], prose[:700] + prose[900:1000], prose[:1000]]
     expected = plain.generate(prompts, 40)
     assert scatter.generate(prompts, 40) == expected
-    hits = _cached_tokens(scatter, prose[:1000])
+    _, hits = scatter.ask(prose[:1000], 1)
     assert hits == 992 - 32, "all full blocks but those of the observation window"
     assert scatter.generate(prompts, 40) == expected
 
@@ -51,23 +51,12 @@ def test_pages_really_are_scattered(engines: Engines, prose: list[int]) -> None:
     request_id = engine.add(prose[:200], 8)
     seen = 0
     for _ in engine.steps():
-        if request_id in engine.session.arena:
-            arena = engine.session.arena
+        arena = engine.arena
+        if request_id in arena:
             slot = arena.slot(request_id)
-            blocks = engine.session._ledger[request_id].private_blocks()[:7]
+            blocks = engine.worker_request(request_id).private_blocks()[:7]
             own = arena.geometry.all_pages(blocks)
             moved = (arena.tables[:, slot, :7] != own).mean()
             assert moved > 0.5
             seen += 1
     assert seen > 0
-
-
-def _cached_tokens(engine: Engine, prompt: list[int]) -> int:
-    (output,) = engine.llm.generate([{"prompt_token_ids": prompt}], _one_token(), use_tqdm=False)
-    return int(output.num_cached_tokens)
-
-
-def _one_token() -> object:
-    from tests.e2e.harness import greedy
-
-    return greedy(1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.harness import Engine, Engines
+from tests.e2e.harness import Engine, Engines, setting
 
 pytestmark = pytest.mark.engine
 
@@ -19,7 +19,6 @@ def streaming(engines: Engines) -> Engine:
         BUDGET,
         config={"prefill": "streaming", "stream_chunk": CHUNK, "stream_budget": WORKING},
         max_num_batched_tokens=STEP,
-        max_model_len=2048,
     )
 
 
@@ -42,9 +41,9 @@ def test_blocks_do_not_depend_on_the_length_of_the_prompt(
 
 
 def test_prompts_of_one_step_are_compressed_exactly(engines: Engines, prose: list[int]) -> None:
-    engine, exact = streaming(engines), engines.get("cake", BUDGET)
+    engine, exact = streaming(engines), engines.open()
     prompts = [prose[:STEP], prose[200:400]]
-    assert engine.generate(prompts, 24) == exact.generate(prompts, 24)
+    assert engine.generate(prompts, 24) == exact.generate(prompts, 24, **setting("cake", BUDGET))
 
 
 def test_a_crowd_gets_the_same_answers_as_each_alone(engines: Engines, prose: list[int]) -> None:
@@ -60,21 +59,8 @@ def test_only_what_was_computed_exactly_is_left_in_the_prefix_cache(
     engines: Engines, prose: list[int]
 ) -> None:
     engine = streaming(engines)
-    engine.llm.reset_prefix_cache()
     first = 2 * CHUNK  # of the cuts: the one before it has nothing to evict
-    answers = []
-    cached = []
-    for _ in range(2):
-        (output,) = engine.llm.generate(
-            [{"prompt_token_ids": prose[:700]}], _greedy(8), use_tqdm=False
-        )
-        answers.append(list(output.outputs[0].token_ids))
-        cached.append(output.num_cached_tokens)
-    assert cached == [0, first - BLOCK]  # the window of the first cut is computed again
-    assert answers[0] == answers[1]
-
-
-def _greedy(max_tokens: int) -> object:
-    from tests.e2e.harness import greedy
-
-    return greedy(max_tokens)
+    found = [engine.ask(prose[:700], 8) for _ in range(2)]
+    answer = found[0][0]
+    # The window of the first cut is computed again.
+    assert found == [(answer, 0), (answer, first - BLOCK)]

@@ -1,6 +1,5 @@
 """A method in a package of its own, as docs/adding-a-method.md writes it, on a real server."""
 
-import json
 import os
 import re
 import subprocess
@@ -10,22 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import BadRequestError, OpenAI
+from openai import BadRequestError
 
-from tests.e2e.harness import MODELS, REPO, SMALL
+from tests.e2e.harness import LAYERS, REPO, small_model
+from tests.e2e.server import NAME, Server, serve
 from vllm_kvcompress.tools.arguments import CommandError
-from vllm_kvcompress.tools.serving import serve
 
 pytestmark = pytest.mark.engine
 
 BUDGET = 128
 METHOD = "novelty"
 PAGE = REPO / "docs" / "adding-a-method.md"
-OPTIONS = [
-    "--served-model-name", "small", "--dtype", "float32", "--enforce-eager",
-    "--max-model-len", "1024", "--block-size", "32", "--max-num-seqs", "4",
-    "--kv-cache-memory-bytes", str(128 << 20), "--kv-compression-budget", str(BUDGET),
-]  # fmt: skip
 FILES = {"pyproject.toml", "kvc_novelty.py", "test_kvc_novelty.py"}
 
 
@@ -96,69 +90,47 @@ def test_it_is_known_by_its_entry_point_and_can_be_composed(
     assert out.split() == [f"{METHOD}+cake", f"snapkv+{METHOD}", "False"]
 
 
-class Served:
-    """A server with the package's method, its client and its log."""
-
-    def __init__(self, url: str, log: Path) -> None:
-        self.client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300)
-        self.log = log
-
-    def quote(self, prompt: str, **settings: Any) -> str:
-        answer = self.client.completions.create(
-            model="small", prompt=prompt, max_tokens=16, temperature=0,
-            extra_body={"ignore_eos": True, "vllm_xargs": settings},
-        )  # fmt: skip
-        return answer.choices[0].text
-
-    def facts(self) -> list[dict[str, Any]]:
-        """What was logged of each compression."""
-        lines = re.findall(r"KVCOMPRESS (\{.*\})", self.log.read_text())
-        return [json.loads(line) for line in lines]
+def quote(served: Server, prompt: str, **settings: Any) -> str:
+    """A greedy answer."""
+    answer = served.client.completions.create(
+        model=NAME, prompt=prompt, max_tokens=16, temperature=0,
+        extra_body={"ignore_eos": True, "vllm_xargs": settings},
+    )  # fmt: skip
+    return answer.choices[0].text
 
 
 @pytest.fixture(scope="module")
-def served(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the package's method."""
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    allow = {"method": True, "budget": True, "params": True}
-    config = {"span": 4, "log_requests": True, "check_integrity": True, "allow": allow}
-    options = [*OPTIONS, "--kv-compression", METHOD, "--kv-compression-config", json.dumps(config)]
+    config = {"span": 4, "allow": {"method": True, "budget": True, "params": True}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path_with(installed))
-        patch.setenv("VLLM_LOGGING_LEVEL", "INFO")
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-        with serve(str(MODELS / SMALL), options, log, timeout=300) as server:
-            yield Served(server.url, log)
+        with serve(small_model(), log, method=METHOD, budget=BUDGET, config=config) as server:
+            yield server
 
 
-@pytest.fixture(scope="module")
-def text(prose: list[int]) -> str:
-    from transformers import AutoTokenizer
-
-    decoded: str = AutoTokenizer.from_pretrained(MODELS / SMALL).decode(prose[:600])
-    return decoded
-
-
-def test_a_server_compresses_with_it(served: Served, text: str) -> None:
-    first = served.quote(text)
-    (facts,) = served.facts()
+def test_a_server_compresses_with_it(served: Server, text: str) -> None:
+    first = quote(served, text)
+    (facts,) = served.lines("KVCOMPRESS")
     assert facts["method"] == METHOD
     assert facts["blocks_after"] == BUDGET // 32
-    assert sum(facts["tokens_per_layer"]) == BUDGET * 30
+    assert sum(facts["tokens_per_layer"]) == BUDGET * LAYERS
     assert len(set(facts["tokens_per_layer"])) > 1, "weights had no effect"
-    assert served.quote(text) == first
+    assert quote(served, text) == first
 
 
-def test_requests_set_its_parameters_and_compose_it(served: Served, text: str) -> None:
+def test_requests_set_its_parameters_and_compose_it(served: Server, text: str) -> None:
     asked = {"kv_compression": "cake", "kv_compression_config": f'{{"scorer": "{METHOD}"}}'}
-    served.quote(text, **asked)
-    assert served.facts()[-1]["method"] == f"{METHOD}+cake"
-    before = served.facts()
+    quote(served, text, **asked)
+    assert served.lines("KVCOMPRESS")[-1]["method"] == f"{METHOD}+cake"
+    before = served.lines("KVCOMPRESS")
     # A span that sees nothing but neighbours divides the layers differently.
-    served.quote(text, kv_compression_config='{"span": 64}')
+    quote(served, text, kv_compression_config='{"span": 64}')
     own = next(facts for facts in before if facts["method"] == METHOD)
-    assert served.facts()[-1]["method"] == METHOD
-    assert served.facts()[-1]["tokens_per_layer"] != own["tokens_per_layer"]
-    assert len(served.facts()) == len(before) + 1
+    assert served.lines("KVCOMPRESS")[-1]["method"] == METHOD
+    assert served.lines("KVCOMPRESS")[-1]["tokens_per_layer"] != own["tokens_per_layer"]
+    assert len(served.lines("KVCOMPRESS")) == len(before) + 1
 
 
 @pytest.mark.parametrize(
@@ -169,19 +141,19 @@ def test_requests_set_its_parameters_and_compose_it(served: Served, text: str) -
     ],
 )
 def test_a_wrong_parameter_of_a_request_is_a_400(
-    served: Served, config: str, sentence: str
+    served: Server, config: str, sentence: str
 ) -> None:
     with pytest.raises(BadRequestError, match=sentence):
-        served.quote("Hello", kv_compression_config=config)
+        quote(served, "Hello", kv_compression_config=config)
 
 
 def test_a_wrong_parameter_of_the_server_refuses_the_start(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", path_with(installed))
-    options = [*OPTIONS, "--kv-compression", METHOD, "--kv-compression-config", '{"sinks": -1}']
+    log = tmp_path / "log.txt"
     with (
         pytest.raises(CommandError, match="sinks must be an integer of at least 0, got -1"),
-        serve(str(MODELS / SMALL), options, tmp_path / "log.txt", timeout=120),
+        serve(small_model(), log, method=METHOD, budget=BUDGET, config={"sinks": -1}),
     ):
         pass

@@ -4,12 +4,13 @@ import random
 
 import pytest
 
-from tests.e2e.harness import Engines
+from tests.e2e.harness import Engines, page_bytes, setting
 
 pytestmark = pytest.mark.engine
 
 BUDGET = 128
-PAGE_BYTES = 30 * 3 * 32 * 128 * 4  # one block of SmolLM2 in fp32: layers x heads x tokens x K, V
+SMALLER = setting("cake", BUDGET)
+"""For an engine of a larger budget."""
 
 
 @pytest.mark.parametrize("method", ["cake", "scatter"])
@@ -22,12 +23,13 @@ def test_preemption_changes_nothing(engines: Engines, prose: list[int], method: 
         BUDGET,
         config={"reserve_tokens": 0},
         max_model_len=1024,
-        kv_cache_memory_bytes=(blocks + 8) * PAGE_BYTES,
+        kv_cache_memory_bytes=(blocks + 8) * page_bytes(),
     )
-    large = engines.get(method, BUDGET, max_model_len=1024)
+    large = engines.get("scatter") if method == "scatter" else engines.open()
+    asked = {} if method == "scatter" else SMALLER
     prompts = [prose[31 * i : 31 * i + 150 + 13 * i] for i in range(6)]
     limits = [330, 300, 310, 290, 320, 305]
-    expected = large.generate(prompts, limits)
+    expected = large.generate(prompts, limits, **asked)
     preempted = small.count_preemptions()
     assert small.generate(prompts, limits) == expected
     assert preempted() > 0, "the pool was not small enough"
@@ -35,16 +37,16 @@ def test_preemption_changes_nothing(engines: Engines, prose: list[int], method: 
 
 def test_abort_at_every_stage(engines: Engines, prose: list[int]) -> None:
     """In a chunked prefill, right after the step that compressed, and while decoding."""
-    engine = engines.get("cake", BUDGET, max_num_batched_tokens=160)
+    engine = engines.get("cake", 256, max_num_batched_tokens=160)
     stages = set()
     for stop_after in (1, 2, 3, 4, 5, 9):
         # New prompts each time: cached prefixes would move the stages.
         start = 400 * stop_after
-        keep = engine.add(prose[start : start + 200], 12)
-        doomed = engine.add(prose[start + 200 : start + 600], 40)
+        keep = engine.add(prose[start : start + 200], 12, **SMALLER)
+        doomed = engine.add(prose[start + 200 : start + 600], 40, **SMALLER)
         for step, _ in enumerate(engine.steps(), start=1):
             if step == stop_after:
-                stages.add((doomed in engine.session.arena, engine.manager.is_released(doomed)))
+                stages.add((doomed in engine.arena, engine.manager.is_released(doomed)))
                 engine.abort(doomed)
                 break
         engine.drain()
@@ -65,7 +67,7 @@ def test_sixty_four_mixed_requests(engines: Engines, prose: list[int]) -> None:
         start = dice.randrange(0, 3000)
         requests.append((prose[start : start + length], dice.randrange(4, 24)))
     alone = [engine.generate([prompt], limit)[0] for prompt, limit in requests]
-    before = engine.stats
+    before = engine.stats["prompt_cuts"]
     waiting = list(enumerate(requests))
     ids: dict[str, int] = {}
     together: dict[int, list[int]] = {}
@@ -78,7 +80,6 @@ def test_sixty_four_mixed_requests(engines: Engines, prose: list[int]) -> None:
             if output.finished:
                 together[ids[output.request_id]] = list(output.outputs[0].token_ids)
     assert [together[i] for i in range(64)] == alone
-    after = engine.stats
     compressed = sum(len(prompt) > BUDGET for prompt, _ in requests)
     assert 0 < compressed < 64
-    assert after["prompt_cuts"] - before["prompt_cuts"] == compressed
+    assert engine.stats["prompt_cuts"] - before == compressed

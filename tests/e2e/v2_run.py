@@ -1,9 +1,9 @@
-"""Runs prompts under model runner V2 without a GPU and prints the outputs as JSON.
+"""Runs prompts under model runner V2 without a GPU: a job a line in, its outputs as JSON out.
 
 V2's kernels are Triton's; its interpreter runs them on the CPU. That has to be arranged before
-vLLM is imported, so the tests start this file as a process of its own.
+vLLM is imported, so the tests start this file as a process of its own (``interpreted.py``).
 
-    python -m tests.e2e.v2_run '{"prompts": [[...]], "max_tokens": 20, "method": "scatter"}'
+    echo '{"prompts": [[...]], "max_tokens": 20, "method": "scatter"}' | python -m tests.e2e.v2_run
 
 ``"backend"`` takes a GPU's attention: ``"TRITON_ATTN"`` through the interpreter, ``"FLASH_ATTN"``
 with stand-ins for its kernels (see ``flash_stand_in.py``). ``"graphs": [1, 2, 4]`` captures decode
@@ -18,6 +18,8 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 
 class _Driver:
     """Makes vLLM believe that Triton has a CPU backend; the interpreter never asks it."""
@@ -27,7 +29,7 @@ class _Driver:
         return True
 
 
-def _offer_gpu_attention(name: str) -> None:
+def _offer_gpu_attention(patch: pytest.MonkeyPatch, name: str) -> None:
     """Let the CPU platform choose a GPU's attention backend."""
     import torch
     from vllm.platforms.cpu import CpuPlatform
@@ -41,18 +43,21 @@ def _offer_gpu_attention(name: str) -> None:
     def backend(*_: Any, **__: Any) -> str:
         return str(AttentionBackendEnum[name].get_path())
 
-    CpuPlatform.get_attn_backend_cls = staticmethod(backend)
+    def always(*_: Any) -> bool:
+        return True
+
+    patch.setattr(CpuPlatform, "get_attn_backend_cls", staticmethod(backend))
     # Methods leave the choice of kernels to the tensors' device.
     for module in (selection, parts):
-        vars(module)["use_triton"] = lambda tensor, implementation: implementation != "torch"
+        patch.setattr(module, "use_triton", lambda tensor, wanted: wanted != "torch")
     if name == "FLASH_ATTN":
-        flash_stand_in.install()
+        flash_stand_in.install(patch)
     # The launchers of the Triton backend ask for the GPU's generation.
-    torch.cuda.get_device_capability = lambda device=None: (9, 0)
-    triton_reshape_and_cache_flash._is_supported_kv_cache_dtype = lambda name: True
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    patch.setattr(triton_reshape_and_cache_flash, "_is_supported_kv_cache_dtype", always)
 
 
-def _capture(runner: Any, sizes: list[int]) -> Any:
+def _capture(patch: pytest.MonkeyPatch, runner: Any, sizes: list[int]) -> Any:
     """Give the runner FULL graphs of decode steps; return what counts replays."""
     import torch
     from vllm.config import CUDAGraphMode
@@ -72,8 +77,9 @@ def _capture(runner: Any, sizes: list[int]) -> Any:
             manager.graphs[desc] = SimpleNamespace(replay=replay)
         manager._graphs_captured = True
 
-    type(cudagraph_utils.current_platform)._global_graph_pool = object()
-    cudagraph_utils.CudaGraphManager.capture = capture
+    platform = type(cudagraph_utils.current_platform)
+    patch.setattr(platform, "_global_graph_pool", object(), raising=False)
+    patch.setattr(cudagraph_utils.CudaGraphManager, "capture", capture)
     config = runner.compilation_config
     config.cudagraph_capture_sizes = sizes
     config.max_cudagraph_capture_size = max(sizes)
@@ -98,7 +104,7 @@ def _capture(runner: Any, sizes: list[int]) -> Any:
     return replayed
 
 
-def _record_launches() -> set[str]:
+def _record_launches(patch: pytest.MonkeyPatch) -> set[str]:
     """Return a set that gets every variant of our kernels that runs from now on.
 
     A variant is what a compiler would have to make anew: constants and the tensors' types.
@@ -116,35 +122,27 @@ def _record_launches() -> set[str]:
             variants.add(f"{kernel.fn.__name__} {constants} {types}")
         return run(kernel, *args, **kwargs)
 
-    InterpretedFunction.run = recording
+    patch.setattr(InterpretedFunction, "run", recording)
     return variants
 
 
-def main(job: dict[str, Any]) -> dict[str, Any]:
+def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
     """Run one engine; see the module's docstring for the job's fields."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     import torch
-    import triton.backends
 
-    triton.backends.backends["cpu"] = SimpleNamespace(driver=_Driver, compiler=None)
-    settings = dict(job.get("settings", {}))
-    if "backend" in job:
-        _offer_gpu_attention(job["backend"])
-        settings["attention_backend"] = job["backend"]
     from tests.e2e.harness import Engines
 
-    method = job.get("method")
-    engine = Engines().get(
-        method,
-        job.get("budget"),
-        config=job.get("config"),
-        **({"model": job["model"]} if "model" in job else {}),
-        **settings,
+    settings = dict(job.get("settings", {}))
+    if "backend" in job:
+        _offer_gpu_attention(patch, job["backend"])
+        settings["attention_backend"] = job["backend"]
+    method, engines = job.get("method"), Engines()
+    engine = engines.get(
+        method, job.get("budget"), config=job.get("config"), model=job["model"], **settings
     )
     runner = engine.core.model_executor.driver_worker.worker.model_runner
-    replayed = _capture(runner, job["graphs"]) if "graphs" in job else {}
-    launched = _record_launches()
+    replayed = _capture(patch, runner, job["graphs"]) if "graphs" in job else {}
+    launched = _record_launches(patch)
     if job.get("warm_up"):
         before = engine.session.flat_cache.clone()
         engine.session.warm_up(runner.max_model_len)
@@ -158,7 +156,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         logprobs.append([o.cumulative_logprob for o in outputs])
     engine.check()
     impl = next(iter(runner.compilation_config.static_forward_context.values())).impl
-    return {
+    result = {
         "outputs": rounds,
         "logprobs": logprobs,
         "kept": kept,
@@ -167,10 +165,25 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         "replayed": replayed.get("steps", 0),
         "warm": warm,
         "launched": sorted(launched),
-        "stats": engine.stats if method else {},
+        "stats": engine.stats,
     }
+    del engine, runner, impl
+    engines.close()
+    return result
+
+
+def main() -> None:
+    """Run one job a line, and leave no trace of it for the next one."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    import triton.backends
+
+    triton.backends.backends["cpu"] = SimpleNamespace(driver=_Driver, compiler=None)
+    for line in sys.stdin:
+        with pytest.MonkeyPatch.context() as patch:
+            result = run(patch, json.loads(line))
+        print("RESULT", json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
-    result = main(json.loads(sys.argv[1]))
-    print("RESULT", json.dumps(result))
+    main()

@@ -1,0 +1,57 @@
+"""A plugin for pytest: which files share a worker, and in which order workers take them."""
+
+import pytest
+
+GROUPS = (
+    # One engine for many files: compatibility last, it needs others.
+    (
+        "tests/e2e/test_per_request.py",
+        "tests/e2e/test_cake.py",
+        "tests/e2e/test_traffic.py",
+        "tests/e2e/test_plan_figures.py",
+        "tests/e2e/test_cascade.py",
+        "tests/e2e/test_decode_budget.py",
+        "tests/e2e/test_streaming.py",
+        "tests/e2e/test_random_traffic.py",
+        "tests/e2e/test_scatter.py",
+        "tests/e2e/test_compatibility.py",
+    ),
+    # One process with Triton's interpreter.
+    ("tests/e2e/test_gpu_path.py", "tests/e2e/test_v2.py"),
+    # Two servers; the one that does its worst to them comes last.
+    (
+        "tests/e2e/test_server.py",
+        "tests/e2e/test_metrics.py",
+        "tests/e2e/test_requests_http.py",
+        "tests/e2e/test_fuzz.py",
+    ),
+    ("tests/e2e/test_quality.py", "tests/e2e/test_against_transformers.py"),
+    ("tests/e2e/test_eval.py",),
+    ("tests/e2e/test_hybrid.py",),
+    ("tests/e2e/test_lm_eval.py",),
+    ("tests/e2e/test_third_party.py",),
+    ("tests/e2e/test_inspect.py",),
+    ("tests/e2e/test_bench.py",),
+    ("tests/engine/test_compatibility.py",),
+    ("tests/engine/test_admission_traffic.py",),
+)
+"""Files that share a worker, the groups that take longest first. Any other file is alone."""
+
+_PLACES = {
+    file: (number, place) for number, group in enumerate(GROUPS) for place, file in enumerate(group)
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests, and name each one's group for ``--dist loadgroup``."""
+    last = (len(GROUPS), 0)
+    items.sort(key=lambda item: _PLACES.get(_file(item), last))
+    for item in items:
+        number, _ = _PLACES.get(_file(item), last)
+        name = GROUPS[number][0] if number < len(GROUPS) else _file(item)
+        item.add_marker(pytest.mark.xdist_group(name))
+
+
+def _file(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
