@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import ALL, MODELS, REPO, SMALL, Engines, small_model
+from tests.e2e.harness import (
+    ALL,
+    MODELS,
+    REPO,
+    SMALL,
+    Engines,
+    small_model,
+)
 from tests.e2e.interpreted import Interpreted
 from tests.e2e.server import Server, serve
 

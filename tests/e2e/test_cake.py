@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.harness import LAYERS, Engine, Engines, setting
+from tests.e2e.engine import Engine, setting
+from tests.e2e.harness import LAYERS, Engines
 
 pytestmark = pytest.mark.engine
 

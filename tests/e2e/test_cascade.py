@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import LAYERS, Engine, Engines, page_bytes, setting
+from tests.e2e.engine import Engine, setting
+from tests.e2e.harness import LAYERS, Engines, page_bytes
 
 pytestmark = pytest.mark.engine
 

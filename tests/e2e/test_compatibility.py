@@ -19,14 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from tests.e2e.engine import Engine, greedy, setting
 from tests.e2e.harness import (
     LAYERS,
     REPO,
     SMALL,
-    Engine,
     Engines,
-    greedy,
-    setting,
     small_model,
 )
 from tests.e2e.server import NAME, serve

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.harness import LAYERS, Engines, page_bytes, setting
+from tests.e2e.engine import setting
+from tests.e2e.harness import LAYERS, Engines, page_bytes
 from tests.support.released_pipelines import ReleasedCake
 
 pytestmark = pytest.mark.engine

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.harness import MODELS, REPO, SMALL, Engine
+from tests.e2e.engine import Engine
+from tests.e2e.harness import MODELS, REPO, SMALL
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE, Record, Store, read
 from vllm_kvcompress.tools.evaluation.runner import PromptSet, Runner, prepare

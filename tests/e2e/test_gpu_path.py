@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from tests.e2e.cut_model import first_layers
-from tests.e2e.harness import MODELS, SMALL, Engines, setting
+from tests.e2e.engine import setting
+from tests.e2e.harness import MODELS, SMALL, Engines
 from tests.e2e.interpreted import Interpreted
 
 pytestmark = pytest.mark.engine

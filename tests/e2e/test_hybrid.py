@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import HYBRID, MODELS, Engine, Engines
+from tests.e2e.engine import Engine
+from tests.e2e.harness import HYBRID, MODELS, Engines
 
 pytestmark = pytest.mark.engine
 

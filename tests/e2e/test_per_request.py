@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import LAYERS, Engine, Engines
+from tests.e2e.engine import Engine
+from tests.e2e.harness import LAYERS, Engines
 
 pytestmark = pytest.mark.engine
 

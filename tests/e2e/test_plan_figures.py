@@ -8,7 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import HYBRID, MODELS, SMALL, Engines, small_model
+from tests.e2e.harness import (
+    HYBRID,
+    MODELS,
+    SMALL,
+    Engines,
+    small_model,
+)
 from vllm_kvcompress.tools.cli import build_parser
 from vllm_kvcompress.tools.plan.command import make_report
 from vllm_kvcompress.tools.plan.report import PlanReport

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.harness import MODELS, QUALITY, REPO, Engine, Engines, greedy, setting
+from tests.e2e.engine import Engine, greedy, setting
+from tests.e2e.harness import MODELS, QUALITY, REPO, Engines
 from vllm_kvcompress.tools.evaluation.tasks.haystack import Needle, match, niah_single_2
 
 pytestmark = pytest.mark.engine

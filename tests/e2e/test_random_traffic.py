@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import Engine, Engines, page_bytes, setting
+from tests.e2e.engine import Engine, setting
+from tests.e2e.harness import Engines, page_bytes
 
 pytestmark = pytest.mark.engine
 

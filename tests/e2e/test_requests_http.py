@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 from openai import BadRequestError
 
-from tests.e2e.harness import LAYERS, MODELS, REPO, SMALL, Engines
+from tests.e2e.harness import (
+    LAYERS,
+    MODELS,
+    REPO,
+    SMALL,
+    Engines,
+)
 from tests.e2e.server import NAME, Server
 
 pytestmark = pytest.mark.engine

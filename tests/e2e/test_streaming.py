@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.e2e.harness import Engine, Engines, setting
+from tests.e2e.engine import Engine, setting
+from tests.e2e.harness import Engines
 
 pytestmark = pytest.mark.engine
 

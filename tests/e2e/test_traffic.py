@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from tests.e2e.harness import Engines, page_bytes, setting
+from tests.e2e.engine import setting
+from tests.e2e.harness import Engines, page_bytes
 
 pytestmark = pytest.mark.engine
 

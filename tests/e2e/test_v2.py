@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.harness import Engines, setting, small_model
+from tests.e2e.engine import setting
+from tests.e2e.harness import Engines, small_model
 from tests.e2e.interpreted import Interpreted
 
 pytestmark = pytest.mark.engine
