@@ -241,13 +241,14 @@ def _run(command: list[str], environment: Mapping[str, str], subtask: str, lengt
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        watch = _Watch(process)
+        timer = _kill_after(START_SECONDS, process)
         for line in process.stdout or ():  # one for each step of its progress bar too
-            watch.restart()
+            timer.cancel()
+            timer = _kill_after(SILENT_SECONDS, process)
             last = line.strip() or last
             if _NOTHING_FITS.match(line):
                 process.kill()
-        watch.stop()
+        timer.cancel()
     if process.returncode < 0 and not last:
         raise EvaluationError(
             f"RULER's generator of {subtask} said nothing for {START_SECONDS} s: the machine is "
@@ -259,22 +260,8 @@ def _run(command: list[str], environment: Mapping[str, str], subtask: str, lengt
         raise EvaluationError(f"RULER's generator of {subtask} failed: {last}")
 
 
-class _Watch:
-    """Kills a process that prints nothing at first, or nothing more."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        self._count(START_SECONDS)
-
-    def restart(self) -> None:
-        """Start measuring the silence."""
-        self.stop()
-        self._count(SILENT_SECONDS)
-
-    def stop(self) -> None:
-        """Stop measuring."""
-        self._timer.cancel()
-
-    def _count(self, seconds: float) -> None:
-        self._timer = threading.Timer(seconds, self._process.kill)
-        self._timer.start()
+def _kill_after(seconds: float, process: subprocess.Popen[str]) -> threading.Timer:
+    """Kill a process after some seconds, unless the timer is cancelled."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    return timer
