@@ -190,13 +190,6 @@ def words(tmp_path: Path) -> list[str]:
         (["--rounds", "0"], "argument --rounds: must be a whole number of at least 1, got '0'"),
         (["--lengths", "8192"], "longest context is 8192; lower --lengths"),
         (["--kv-cache-mib", "1"], "--kv-cache-mib is too small for "),
-        (["--", "--input-len", "5"], "words after -- are for --vllm-bench, which is not given"),
-        (["--vllm-bench", "startup"], "argument --vllm-bench: invalid choice: 'startup'"),
-        (["--vllm-bench", "latency", "--lengths", "8"], "--lengths has no meaning with --vllm-b"),
-        (
-            ["--vllm-bench", "serve", "--", "--port=8000"],
-            "--port after -- is set by kvcompress bench itself; leave it out",
-        ),
     ],
 )
 def test_user_errors_are_one_sentence(

@@ -104,28 +104,6 @@ def serve(
         yield server
 
 
-def run(words: Sequence[str], log: Path, timeout: float) -> None:
-    """Run one of vLLM's commands to its end.
-
-    Args:
-        words: Its words, without the program.
-        log: File that takes its output.
-        timeout: Seconds that it may take.
-
-    Raises:
-        CommandError: It fails, or takes longer; nothing of it is left running.
-
-    """
-    name = " ".join(["vllm", *words[:2]])
-    with _started(words, log) as process:
-        try:
-            status = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise CommandError(f"{name} took more than {timeout:.0f} s, see {log}") from None
-    if status:
-        raise CommandError(f"{name} failed: {_last_complaint(log)} (see {log})")
-
-
 @contextmanager
 def _started(
     words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None

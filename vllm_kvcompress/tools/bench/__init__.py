@@ -2,5 +2,4 @@
 
 ``job`` says what is measured, ``measure`` runs one engine, ``cases`` lets two take turns and makes
 the rows, ``child_process`` does so in a process for each setup, and ``report`` writes the rows.
-``vllm_bench`` runs vLLM's own benchmarks instead.
 """

@@ -22,11 +22,9 @@ if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
     from vllm_kvcompress.tools.bench.job import BenchJob
     from vllm_kvcompress.tools.bench.rows import BenchRow
-    from vllm_kvcompress.tools.bench.vllm_bench import VllmJob
 
 CASES = ("ttft", "decode", "throughput")
 POOLS = ("bound", "ample")
-VLLM_BENCHES = ("latency", "throughput", "serve")
 DEFAULT_BLOCK_SIZE = 32
 
 
@@ -85,9 +83,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="PREFIX", help="of the files written"
     )
-    parser.add_argument(
-        "--rounds", type=count, metavar="N", help="turns of each (default: 3; with vLLM's 1)"
-    )
+    parser.add_argument("--rounds", type=count, metavar="N", help="turns of each (default: 3)")
     compression = parser.add_argument_group("compression")
     compression.add_argument("--method", default="cake", help="(default: %(default)s)")
     compression.add_argument(
@@ -125,16 +121,6 @@ def add_parser(subparsers: Any) -> None:
         metavar="JSON",
         help="further keyword arguments of vLLM's LLM",
     )
-    other = parser.add_argument_group("vLLM's own benchmarks instead")
-    other.add_argument("--vllm-bench", choices=VLLM_BENCHES, help="which vllm bench to run twice")
-    other.add_argument(
-        "--timeout",
-        type=count,
-        default=3600,
-        metavar="S",
-        help="that it, or the start of its server, may take (default: %(default)s)",
-    )
-    other.add_argument("extra", nargs="*", metavar="WORDS", help="after --: for vllm bench")
 
 
 def _add_cases(group: Any) -> None:
@@ -157,18 +143,11 @@ def run(args: argparse.Namespace) -> int:
         CommandError: What the user can put right; rows measured before it stay on disk.
 
     """
-    from vllm_kvcompress.tools.bench.child_process import say
-
     prefix: Path = args.output
     if not prefix.name or not prefix.parent.is_dir():
         raise CommandError(
             f"--output must be a name in a folder that exists, such as out/cake, got {prefix}"
         )
-    if args.vllm_bench:
-        from vllm_kvcompress.tools.bench.vllm_bench import measure
-
-        vllm_job = make_vllm_job(args)
-        return write(prefix, _settings_shown(vllm_job.config, args), measure(vllm_job, say))
     job = make_job(args)
     return write(prefix, _settings_shown(job.config, args), _own_rows(job))
 
@@ -189,8 +168,6 @@ def make_job(args: argparse.Namespace) -> BenchJob:
     from vllm_kvcompress.tools.bench.weights import read_bytes
     from vllm_kvcompress.tools.plan.model import read_model
 
-    if args.extra:
-        raise CommandError("words after -- are for --vllm-bench, which is not given")
     own = {
         name: default if getattr(args, name) is None else getattr(args, name)
         for name, (default, *_) in OWN.items()
@@ -215,44 +192,6 @@ def make_job(args: argparse.Namespace) -> BenchJob:
     )
     job.setups()
     return job
-
-
-def make_vllm_job(args: argparse.Namespace) -> VllmJob:
-    """Check what can be checked before vLLM's own benchmark is started.
-
-    Args:
-        args: As parsed.
-
-    Raises:
-        CommandError: What the user can put right.
-
-    """
-    from vllm_kvcompress.tools.bench.vllm_bench import VllmJob, check_extra, flags_of
-
-    for name in OWN:
-        if getattr(args, name) is not None:
-            raise CommandError(
-                f"--{name.replace('_', '-')} has no meaning with --vllm-bench, which takes its "
-                "settings after --"
-            )
-    check_extra(args.extra)
-    given = {
-        "block_size": args.block_size,
-        "dtype": None if args.dtype == "auto" else args.dtype,
-        "kv_cache_memory_bytes": args.kv_cache_mib and args.kv_cache_mib << 20,
-        "max_num_batched_tokens": args.max_num_batched_tokens,
-    }
-    engine = {name: value for name, value in given.items() if value is not None}
-    return VllmJob(
-        kind=args.vllm_bench,
-        model=args.model,
-        config=compression(args.method, args.budget, args.config, args.block_size),
-        engine_flags=tuple(flags_of({**engine, **args.engine_args})),
-        extra=tuple(args.extra),
-        rounds=args.rounds or 1,
-        prefix=args.output,
-        timeout=float(args.timeout),
-    )
 
 
 def write(prefix: Path, settings: dict[str, str], rows: Iterable[BenchRow]) -> int:
@@ -306,5 +245,5 @@ def _settings_shown(config: KVCompressionConfig, args: argparse.Namespace) -> di
         "method": settings.pop("method"),
         "budget": str(settings.pop("budget")),
         "config": json.dumps(settings) if settings else "",
-        "rounds": str(args.rounds or (1 if args.vllm_bench else 3)),
+        "rounds": str(args.rounds or 3),
     }
