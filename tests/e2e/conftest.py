@@ -5,50 +5,46 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import (
-    ALL,
-    MODELS,
-    REPO,
-    SMALL,
-    Engines,
-    small_model,
-)
+from tests.e2e.harness import ALL, MODELS, REPO, SMALL, Engines
 from tests.e2e.interpreted import Interpreted
-from tests.e2e.server import Server, serve
+from tests.e2e.server import Server, Servers
+from tests.support.worker_groups import group_of
+
+_ENGINES, _V2, _SERVERS = Engines(), Interpreted(), Servers()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Let go of what a group of files has shared when the next test is another group's."""
+    if nextitem is None or group_of(nextitem) != group_of(item):
+        for shared in (_ENGINES, _V2, _SERVERS):
+            shared.close()
 
 
 @pytest.fixture(scope="session")
-def engines() -> Iterator[Engines]:
-    """Engines shared by all tests of this process."""
-    made = Engines()
-    yield made
-    made.close()
+def engines() -> Engines:
+    """Engines shared by the tests of a group of files."""
+    return _ENGINES
 
 
 @pytest.fixture(scope="session")
-def v2() -> Iterator[Interpreted]:
+def v2() -> Interpreted:
     """Runs engines interpreted, under model runner V2."""
-    process = Interpreted()
-    yield process
-    process.close()
+    return _V2
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture
+def server(tmp_path_factory: pytest.TempPathFactory) -> Server:
     """A server whose requests may set everything, and that cuts answers of more than 64 tokens."""
-    log = tmp_path_factory.mktemp("generous") / "log.txt"
     config = {"allow": ALL, "decode_budget": 256, "decode_buffer": 64}
-    with serve(small_model(), log, method="cake", budget=256, config=config) as running:
-        yield running
+    return _SERVERS.get(tmp_path_factory, method="cake", budget=256, config=config)
 
 
-@pytest.fixture(scope="session")
-def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Server:
     """A server with the default policy."""
-    log = tmp_path_factory.mktemp("default") / "log.txt"
     options = ["--enable-prompt-tokens-details"]
-    with serve(small_model(), log, method="cake", budget=256, options=options) as running:
-        yield running
+    return _SERVERS.get(tmp_path_factory, method="cake", budget=256, options=options)
 
 
 @pytest.fixture(autouse=True)

@@ -72,7 +72,7 @@ class Engines:
 
     """
 
-    def __init__(self, memory: int = 5 << 30) -> None:
+    def __init__(self, memory: int = 4 << 30) -> None:
         self._memory = memory
         self._made: dict[str, tuple[Engine, int]] = {}
         self._in_use: set[str] = set()

@@ -3,15 +3,16 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from openai import OpenAI
 
-from tests.e2e.harness import DEFAULTS
+from tests.e2e.harness import DEFAULTS, small_model
 from vllm_kvcompress.tools import serving
 
 NAME = "small"
@@ -96,3 +97,24 @@ def serve(
     environment = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     with serving.serve(str(model), words, log, 300, environment) as running:
         yield Server(running.port, running.log)
+
+
+class Servers:
+    """Servers of the small model by their settings, each started when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, Server] = {}
+        self._open = ExitStack()
+
+    def close(self) -> None:
+        """End all of them."""
+        self._running.clear()
+        self._open.close()
+
+    def get(self, folders: pytest.TempPathFactory, **settings: Any) -> Server:
+        """Return the server with these settings, see :func:`serve`."""
+        key = repr(sorted(settings.items()))
+        if key not in self._running:
+            log = folders.mktemp("server") / "log.txt"
+            self._running[key] = self._open.enter_context(serve(small_model(), log, **settings))
+        return self._running[key]

@@ -30,12 +30,13 @@ GROUPS = (
     ("tests/e2e/test_hybrid.py",),
     ("tests/e2e/test_lm_eval.py",),
     ("tests/e2e/test_third_party.py",),
+    ("tests/e2e/test_batch_inference.py",),
     ("tests/e2e/test_inspect.py",),
     ("tests/e2e/test_bench.py",),
     ("tests/engine/test_compatibility.py",),
     ("tests/engine/test_admission_traffic.py",),
 )
-"""Files that share a worker, the groups that take longest first. Any other file is alone."""
+"""Files that share a worker; those that take longest come first. Any other file is alone."""
 
 _PLACES = {
     file: (number, place) for number, group in enumerate(GROUPS) for place, file in enumerate(group)
@@ -45,12 +46,15 @@ _PLACES = {
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the tests, and name each one's group for ``--dist loadgroup``."""
-    last = (len(GROUPS), 0)
-    items.sort(key=lambda item: _PLACES.get(_file(item), last))
+    items.sort(key=lambda item: _PLACES.get(_file(item), (len(GROUPS), 0)))
     for item in items:
-        number, _ = _PLACES.get(_file(item), last)
-        name = GROUPS[number][0] if number < len(GROUPS) else _file(item)
-        item.add_marker(pytest.mark.xdist_group(name))
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """Name of a test's group: the first of its files."""
+    file = _file(item)
+    return GROUPS[_PLACES[file][0]][0] if file in _PLACES else file
 
 
 def _file(item: pytest.Item) -> str:
