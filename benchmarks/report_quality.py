@@ -64,8 +64,7 @@ def what_was_run(page: MarkdownPage, results: Results) -> None:
 
 def ruler(page: MarkdownPage, results: Results) -> None:
     """Means over RULER's tasks; the question is compressed with the context."""
-    chosen = _chosen(results, lambda group: group.family == RULER, AWARE)
-    _add(page, results, chosen)
+    _add(page, results, lambda group: group.family == RULER and _scored(group, AWARE))
 
 
 def against_kvpress(page: MarkdownPage, results: Results) -> None:
@@ -97,7 +96,8 @@ def per_task(page: MarkdownPage, results: Results) -> None:
     """Each of RULER's tasks by itself, at every length and budget."""
     groups = [
         group
-        for group in _chosen(results, lambda group: group.family == RULER, AWARE)
+        for group in results.groups
+        if group.family == RULER and _scored(group, AWARE)
         if len(group.tasks) > 1 and group.budgets
     ]
     styles = styles_for(results.groups)
@@ -110,29 +110,22 @@ def per_task(page: MarkdownPage, results: Results) -> None:
 
 def query_agnostic(page: MarkdownPage, results: Results) -> None:
     """The same tasks, compressed before the question is known."""
-    chosen = _chosen(results, lambda group: not is_needles(group), AGNOSTIC)
-    _add(page, results, chosen)
+    _add(page, results, lambda group: _scored(group, AGNOSTIC))
 
 
 def other_tasks(page: MarkdownPage, results: Results) -> None:
     """Tasks besides RULER, such as RULER's tasks as a chat."""
-
-    def other(group: ResultGroup) -> bool:
-        return group.family != RULER and not is_needles(group)
-
-    _add(page, results, _chosen(results, other, AWARE))
+    _add(page, results, lambda group: group.family != RULER and _scored(group, AWARE))
 
 
 def needles(page: MarkdownPage, results: Results) -> None:
     """One needle, by its depth and the length of the prompt."""
-    groups = [group for group in results.groups if not group.likelihood and is_needles(group)]
-    _add(page, results, groups)
+    _add(page, results, lambda group: is_needles(group) and not group.likelihood)
 
 
 def likelihoods(page: MarkdownPage, results: Results) -> None:
     """Likelihood of right answers and of running text through the compressed cache."""
-    groups = [group for group in results.groups if group.likelihood]
-    _add(page, results, groups, against_full=True)
+    _add(page, results, lambda group: group.likelihood, against_full=True)
 
 
 def ablations(page: MarkdownPage, results: Results) -> None:
@@ -179,25 +172,20 @@ def full_caches(page: MarkdownPage, results: Results) -> None:
     page.add(tables.table([*head, "pairs", "pairs whose scores differ"], lines))
 
 
-def _chosen(
-    results: Results, wanted: Callable[[ResultGroup], bool], protocol: str
-) -> list[ResultGroup]:
-    return [
-        group
-        for group in results.groups
-        if not group.likelihood and group.protocol == protocol and wanted(group)
-    ]
+def _scored(group: ResultGroup, protocol: str) -> bool:
+    """Whether a group has scores of a protocol, and no needles, which have a page of their own."""
+    return group.protocol == protocol and not group.likelihood and not is_needles(group)
 
 
 def _add(
     page: MarkdownPage,
     results: Results,
-    groups: Sequence[ResultGroup],
+    wanted: Callable[[ResultGroup], bool],
     *,
     against_full: bool = False,
 ) -> None:
     styles = styles_for(results.groups)
-    for series in by_length(groups):
+    for series in by_length(list(filter(wanted, results.groups))):
         add_groups(page, series, styles, 2, against_full=against_full)
         if any(map(is_needles, series)):
             add_needles(page, series)

@@ -1,11 +1,11 @@
 """One needle ("special magic number") in Paul Graham's essays, at a given length and depth.
 
 Follows RULER's niah_single_2 (Hsieh et al., arXiv 2404.06654, github.com/NVIDIA/RULER, Apache-2.0,
-as shipped in
-nvidia-long-context-eval 26.3: data/synthetic/niah.py, data/synthetic/constants.py, synthetic.yaml
-and eval/synthetic/constants.py): template, answer prefix and needle in RULER's words, "base" model
-template, key "adjective-noun", value of seven digits, depth from a grid of 40, the same order of
-random draws and the same metric. It departs from RULER in three ways, all about length and layout:
+as shipped in nvidia-long-context-eval 26.3: data/synthetic/niah.py, data/synthetic/constants.py,
+synthetic.yaml and eval/synthetic/constants.py): template, answer prefix and needle in RULER's
+words, "base" model template, key "adjective-noun", value of seven digits, depth from a grid of 40,
+the same order of random draws and the same metric. It differs from RULER in three ways, all about
+length and layout:
 
 - `length` is the prompt's length. RULER counts 128 tokens to generate in, and grows the haystack
   in steps of 500 words, which at 1024 would give prompts of about 700 tokens; here the haystack is
@@ -42,12 +42,19 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]* (?=[\"'(\[]?[A-Z0-9])")
 
 @dataclass(frozen=True)
 class Needle:
-    """One prompt and what must be in its answer."""
+    """One prompt.
+
+    Attributes:
+        prompt: Text of the prompt.
+        answers: Texts that must be in the answer.
+        depth: Per cent of the haystack's sentences before the needle.
+        num_tokens: Tokens of the prompt.
+
+    """
 
     prompt: str
     answers: tuple[str, ...]
     depth: int
-    """Per cent of the haystack's sentences before the needle."""
     num_tokens: int
 
 
@@ -60,12 +67,20 @@ def niah_single_2(
     seed: int = 42,
     depths: Sequence[int] = (),
 ) -> list[Needle]:
-    """Make ``count`` prompts of at most ``length`` tokens, as close to it as whole words allow.
+    """Make prompts of at most ``length`` tokens, as close to it as whole words allow.
 
-    ``depths``: per cent, taken in turn instead of drawn. ``data``: the folder that
-    scripts/fetch_ruler.py makes. ``count_tokens``: length of a text in tokens, special tokens
-    included. Raises FileNotFoundError if the folder is not there and ValueError if not even the
-    question fits.
+    Args:
+        data: Folder that scripts/fetch_ruler.py makes.
+        count_tokens: Function that counts the tokens of a text, special tokens included.
+        length: Tokens of a prompt.
+        count: Number of prompts.
+        seed: Seed of keys, values and depths.
+        depths: Depths in per cent, taken in turn; empty: they are drawn.
+
+    Raises:
+        FileNotFoundError: The folder is not there.
+        ValueError: Not even the question fits.
+
     """
     haystack = _haystack(data)
     keys = _keys(data)
@@ -80,11 +95,6 @@ def niah_single_2(
             depth = depths[index % len(depths)]
         prompts.append(_fill(haystack, key, value, depth, length, count_tokens))
     return prompts
-
-
-def string_match_all(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """RULER's metric: mean share of the references found in the prediction, in per cent."""
-    return round(100.0 * sum(map(match, predictions, references)) / len(predictions), 2)
 
 
 def match(prediction: str, references: Sequence[str]) -> float:

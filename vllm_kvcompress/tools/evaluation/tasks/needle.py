@@ -13,7 +13,7 @@ from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt, Sourc
 from vllm_kvcompress.tools.evaluation.tasks import haystack
 
 DEPTHS = (0, 11, 22, 33, 44, 56, 67, 78, 89, 100)
-"""Per cent of the haystack's sentences before the needle; prompts take them in turn."""
+"""Per cent of the haystack's sentences before the needle; prompts have them in turn."""
 
 MAX_TOKENS = 32
 QUESTION = "\nWhat is the special magic number"
