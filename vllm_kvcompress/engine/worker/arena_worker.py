@@ -122,14 +122,6 @@ class ArenaWorker:
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
         return self._session.report_with(output)
 
-    def kv_compression_check_integrity(self) -> None:
-        """For collective_rpc: raises IntegrityError if the arena's books do not add up."""
-        self._session.check_integrity()
-
-    def kv_compression_stats(self) -> dict[str, int]:
-        """For collective_rpc: cuts and steps of each kind that this worker has made so far."""
-        return {**self._session.stats, "in_arena": len(self._session.arena)}
-
     def kv_compression_record(self, on: bool) -> None:
         """For collective_rpc: begin to describe what is kept at each cut, or stop."""
         self._session.records = [] if on else None
@@ -140,11 +132,6 @@ class ArenaWorker:
         if records:
             self._session.records = []
         return records
-
-    def kv_compression_pages(self) -> dict[str, list[int]]:
-        """For collective_rpc: pages per layer of every request in the arena."""
-        arena = self._session.arena
-        return {r: arena.pages_per_layer(r).tolist() for r in arena.request_ids()}
 
     def _follow_runner(self) -> Callable[[int], Sequence[str]]:
         """Hook into the runner; return a function from the batch's size to its rows' requests."""
