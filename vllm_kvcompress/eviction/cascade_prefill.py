@@ -8,7 +8,7 @@ from torch import Tensor
 from vllm_kvcompress.eviction.cut_reporter import CutReporter, PhaseTimer
 from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
 from vllm_kvcompress.eviction.request import WorkerRequest
-from vllm_kvcompress.eviction.scorer import HeldTokens, LayerScorer
+from vllm_kvcompress.eviction.request_scorer import HeldTokens, RequestScorer
 from vllm_kvcompress.methods import LayerScores
 from vllm_kvcompress.paging.arena import IntArray, PageArena
 from vllm_kvcompress.paging.page_codec import PageCodec
@@ -36,7 +36,7 @@ class CascadePrefill:
         request: WorkerRequest,
         arena: PageArena,
         codec: PageCodec,
-        scorer: LayerScorer,
+        scorer: RequestScorer,
         reporter: CutReporter,
     ) -> None:
         cut, prefill_blocks = request.next_cut, request.prefill_blocks
@@ -81,7 +81,7 @@ class CascadePrefill:
             self._request.window,
         )
         if keys is not None:
-            scores = self._scorer.score_keys(held, layer, keys)
+            scores = self._scorer.score_with_keys(held, layer, keys)
         else:
             (scores,) = self._scorer.score_some(held, range(layer, layer + 1))
         timer.lap("score")

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm_kvcompress.eviction.cascade_prefill import CascadePrefill
 from vllm_kvcompress.eviction.cut_reporter import CutReporter, PhaseTimer
 from vllm_kvcompress.eviction.request import WorkerRequest
-from vllm_kvcompress.eviction.scorer import HeldTokens, LayerScorer
+from vllm_kvcompress.eviction.request_scorer import HeldTokens, RequestScorer
 from vllm_kvcompress.eviction.selection import Selection, select_survivors
 from vllm_kvcompress.methods import LayerScores, Method, to_numbers
 from vllm_kvcompress.paging.arena import IntArray, PageArena, deal_pages
@@ -155,8 +155,8 @@ class Compressor:
         self._codec.copy(np.concatenate(held.pages), np.concatenate(pages))
         return pages
 
-    def _scorer(self, method: Method) -> LayerScorer:
-        return LayerScorer(method, self._codec, self._layers)
+    def _scorer(self, method: Method) -> RequestScorer:
+        return RequestScorer(method, self._codec, self._layers)
 
     # --- within a step ---------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class Compressor:
         held = HeldTokens(
             [], [cut.position] * self._num_layers, cut.blocks * self._block_size, request.window
         )
-        request.scores[layer] = self._scorer(request.method).score_keys(held, layer, keys)
+        request.scores[layer] = self._scorer(request.method).score_with_keys(held, layer, keys)
         request.score_seconds += time.perf_counter() - start
 
     def begin_cascade(self, request_id: str, request: WorkerRequest) -> CascadePrefill:

@@ -16,7 +16,7 @@ from torch import Tensor
 from vllm_kvcompress.eviction.apportionment import Floats
 from vllm_kvcompress.eviction.layer_budgets import page_division
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces
-from vllm_kvcompress.eviction.selection import Order, select_tokens
+from vllm_kvcompress.eviction.selection import Order, tokens_to_keep
 from vllm_kvcompress.methods import LayerScores, Method, to_numbers
 from vllm_kvcompress.paging.arena import IntArray, PageGeometry
 from vllm_kvcompress.paging.rounding import cdiv
@@ -146,7 +146,7 @@ class LayerwiseEviction:
             layer = len(self.tables)
             count = int(pages[layer])
             taken, self._free = self._free[:count], self._free[count:]
-            (tokens,) = select_tokens(
+            (tokens,) = tokens_to_keep(
                 self._method,
                 [waiting],
                 [count],

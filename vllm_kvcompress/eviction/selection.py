@@ -81,7 +81,7 @@ def select_survivors(
         )
         pages, weights = division.divide_all(scores), division.weights
     lap("allocate")
-    tokens = select_tokens(
+    tokens = tokens_to_keep(
         method,
         scores,
         pages,
@@ -94,7 +94,7 @@ def select_survivors(
     return Selection(pages, tokens, weights)
 
 
-def select_tokens(
+def tokens_to_keep(
     method: Method,
     scores: Sequence[LayerScores],
     pages: Sequence[int] | IntArray,

@@ -146,7 +146,7 @@ class BlockPlanner:
         one_step = self.limits.one_step_tokens
         if self.config.prefill == "streaming":
             # After a few cuts, a longer prompt only repeats what a shorter one holds.
-            first = self._working_blocks() * size + self._stream_chunk
+            first = self._stream_blocks() * size + self._stream_chunk
             longest = min(longest, max(first, one_step) + 5 * self._stream_chunk)
         # Where a share of the prompt, or the length of a step, makes a difference.
         prompts = {min(one_step + 1, longest)}
@@ -219,7 +219,7 @@ class BlockPlanner:
         entries = whole + 2 + min(budget, whole)
         if self.config.prefill == "streaming":
             cuts = max_model_len // self._stream_chunk + 1
-            entries += cuts * max(self._working_blocks(), cdiv(2 * most_budget, size))
+            entries += cuts * max(self._stream_blocks(), cdiv(2 * most_budget, size))
         if self.config.decode_budget is not None:
             entries += cdiv(self.config.decode_budget, size) + 1
             if self.token_by_token:  # a block each time
@@ -267,7 +267,7 @@ class BlockPlanner:
         return CompressionSchedule(prompt_len, self.block_size, cuts, decode_cuts)
 
     def _chunk_cuts(self, prompt_len: int) -> list[Cut]:
-        chunk, blocks = self._stream_chunk, self._working_blocks()
+        chunk, blocks = self._stream_chunk, self._stream_blocks()
         # Two cuts never share a window, and a cut that has nothing to evict is none.
         last = prompt_len - max(self.window, self.block_size)
         return [
@@ -281,7 +281,7 @@ class BlockPlanner:
             return None
         size = self.block_size
         blocks = cdiv(self.config.decode_budget, size)
-        buffer = self._buffer()
+        buffer = self._tokens_between_decode_cuts()
         if self.token_by_token and not cuts:
             return None  # what is judged by single queries must have been compressed before
         held = cuts[-1].blocks * size if cuts else prompt_len
@@ -289,13 +289,13 @@ class BlockPlanner:
         moves = not cuts or cuts[-1].blocks != blocks
         return DecodeCuts(Cut(position, blocks, moves=moves), buffer)
 
-    def _buffer(self) -> int:
+    def _tokens_between_decode_cuts(self) -> int:
         """Tokens between two cuts of a generation."""
         if self.token_by_token:
             return 1
         return cdiv(self.config.decode_buffer, self.block_size) * self.block_size
 
-    def _working_blocks(self) -> int:
+    def _stream_blocks(self) -> int:
         budget = self.config.stream_budget
         if budget is None:
             assert isinstance(self.config.budget, int)  # KVCompressionConfig has seen to it

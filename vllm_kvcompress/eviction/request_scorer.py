@@ -31,7 +31,7 @@ class HeldTokens:
     windows: Tensor | None
 
 
-class LayerScorer:
+class RequestScorer:
     """Gives a method what it reads of each layer.
 
     Args:
@@ -76,7 +76,7 @@ class LayerScorer:
             for layer in layers
         ]
 
-    def score_keys(self, held: HeldTokens, layer: int, keys: Tensor) -> LayerScores:
+    def score_with_keys(self, held: HeldTokens, layer: int, keys: Tensor) -> LayerScores:
         """Score a layer from all its keys after RoPE, [N, S, D]."""
         return self._score(held, layer, keys=keys)
 
