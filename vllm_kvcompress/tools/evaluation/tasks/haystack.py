@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vllm_kvcompress.planning.bisection import largest
+
 # RULER's wording (data/synthetic/constants.py), in the form niah.py gives it for one number.
 TEMPLATE = (
     "A special magic number is hidden within the following text. Make sure to memorize it. "
@@ -140,14 +142,9 @@ def _fill(
         context = " ".join([" ".join(parts[:at]), needle, " ".join(parts[at:])])
         return TEMPLATE.format(context=context, query=key)
 
-    few, many = 0, min(length, len(haystack))  # a word has at least one token
-    while few < many:
-        middle = (few + many + 1) // 2
-        if count_tokens(prompt(middle)) <= length:
-            few = middle
-        else:
-            many = middle - 1
-    text = prompt(few)
+    # A word has at least one token.
+    most = min(length, len(haystack))
+    text = prompt(largest(0, most, lambda words: count_tokens(prompt(words)) <= length))
     tokens = count_tokens(text)
     if tokens > length:
         raise ValueError(

@@ -12,7 +12,9 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
+from vllm_kvcompress.planning.bisection import largest
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt, Source, Task
 
@@ -46,7 +48,8 @@ class Perplexity(Task):
         pieces = []
         for index in range(count):
             start = rng.randrange(len(words) - length - CONTINUATION_WORDS + 1)
-            fitting = _fit(source, words[start : start + span], length)
+            piece = words[start : start + span]
+            fitting = largest(0, len(piece), partial(_fits, source, piece, length))
             end = start + fitting
             pieces.append(
                 Prompt(
@@ -110,13 +113,6 @@ def _text(source: Source) -> list[str]:
     return re.sub(r"\s+", " ", text).strip().split(" ")
 
 
-def _fit(source: Source, words: list[str], length: int) -> int:
-    """Most leading words that have at most ``length`` tokens."""
-    few, many = 0, len(words)
-    while few < many:
-        middle = (few + many + 1) // 2
-        if source.count(" ".join(words[:middle])) <= length:
-            few = middle
-        else:
-            many = middle - 1
-    return few
+def _fits(source: Source, words: list[str], length: int, count: int) -> bool:
+    """Whether the first ``count`` words have at most ``length`` tokens."""
+    return source.count(" ".join(words[:count])) <= length
