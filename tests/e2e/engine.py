@@ -126,7 +126,7 @@ class Engine:
         return int(self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks) - 1
 
     def blocks_of(self, request_id: str) -> list[int]:
-        """Block ids a request holds by the scheduler's books."""
+        """Block ids that a request holds, as the scheduler has them."""
         return [b.block_id for b in self.manager.req_to_blocks[request_id]]
 
     def page_contents(self, blocks: Sequence[int]) -> Tensor:
@@ -220,7 +220,7 @@ class Engine:
         return done
 
     def preempt(self, request_id: str) -> None:
-        """Throw a running request out; it will be replayed."""
+        """Preempt a running request; it will be replayed."""
         request = self.scheduler.requests[request_id]
         self.scheduler.running.remove(request)
         self.scheduler._preempt_request(request, 0.0)
@@ -251,7 +251,7 @@ class Engine:
         return result
 
     def check(self) -> None:
-        """Books add up on both sides and every block is back."""
+        """Both sides are consistent and every block is back."""
         if self.compressed:
             self.manager.check_integrity()
             self.session.check_integrity()

@@ -1,4 +1,4 @@
-"""CAKE on a real engine: the promised blocks, different layers, and nothing of anybody else's."""
+"""CAKE on a real engine: the reserved blocks, different layers, and nothing of anybody else's."""
 
 from typing import Any
 

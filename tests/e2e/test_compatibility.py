@@ -129,7 +129,7 @@ def test_structured_output(three: dict[str | None, Engine], prose: list[int]) ->
 def test_the_prefix_cache_is_reset_under_running_requests(
     three: dict[str | None, Engine], prose: list[int]
 ) -> None:
-    """What vLLM offers for new weights: all requests are thrown out and replayed."""
+    """What vLLM offers for new weights: all requests are preempted and replayed."""
     engine = three["cake"]
     expected = engine.generate([prose[:400], prose[100:420]], 20)
     engine.add(prose[:400], 20)

@@ -103,7 +103,7 @@ def test_preempted_requests_are_cut_where_they_were_the_first_time(
     preempted = small.count_preemptions()
     assert small.generate(prompts, 330) == expected
     assert preempted() > 0, "the pool was not small enough"
-    # Some were thrown out after they had been cut, so that cuts were made again.
+    # Some were preempted after they had been cut, so that cuts were made again.
     assert small.stats["decode_cuts"] > large.stats["decode_cuts"]
     small.check()
 

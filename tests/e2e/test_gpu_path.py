@@ -144,7 +144,7 @@ def test_a_method_keeps_what_it_keeps_on_the_cpu_backend(
             for layer_found, layer_wanted in zip(found, wanted, strict=True)
             for f, w in zip(layer_found, layer_wanted, strict=True)
         )
-        # Eight-bit keys move some scores across the threshold. By lot it would be half.
+        # Eight-bit keys move some scores across the threshold. At random it would be half.
         assert same >= 0.75 * sum(len(head) for layer in wanted for head in layer)
 
 

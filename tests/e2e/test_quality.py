@@ -75,7 +75,7 @@ def test_needle(
         greedy(NEW_TOKENS, ignore_eos=False, **own),
         use_tqdm=False,
     )
-    # It is the compressed cache that answers, of the promised size.
+    # It is the compressed cache that answers, of the size that was asked for.
     assert len(kept) == (0 if budget is None else len(asked))
     assert all(
         sum(len(layer[0]) for layer in layers) == len(layers) * LENGTH * (budget or 1)

@@ -2,7 +2,7 @@
 
 Prompts from one token to beyond one step, shared prefixes, requests that are compressed, that are
 not, and that are cut while they generate, priorities, aborts, and a pool so small that requests
-are thrown out and replayed. Each answer must be the one that its request gets alone.
+are preempted and replayed. Each answer must be the one that its request gets alone.
 """
 
 import random
@@ -100,7 +100,7 @@ def _asks(dice: random.Random, prose: Sequence[int], kinds: int, longest: int) -
 def _run(
     engine: Engine, dice: random.Random, asks: Sequence[Ask], wanted: Sequence[int]
 ) -> tuple[dict[int, list[int]], set[int], int]:
-    """Answers by request, aborted requests, and how often one was thrown out."""
+    """Answers by request, aborted requests, and how often one was preempted."""
     answers: dict[int, list[int]] = {}
     aborted: set[int] = set()
     names: dict[str, int] = {}

@@ -104,7 +104,7 @@ def test_second_question_hits_the_prefix_cache(strict: Server, text: str) -> Non
 
 
 def test_metrics_tell_what_was_freed(strict: Server, text: str) -> None:
-    """Blocks out of the books of one request: freed ones are its prompt's, none stay held."""
+    """Blocks of one request: freed ones are its prompt's, none stay held."""
     before = strict.metrics()
     answer = strict.client.completions.create(
         model="small", prompt="Once. " + text, max_tokens=8, temperature=0

@@ -16,7 +16,7 @@ SMALLER = setting("cake", BUDGET)
 
 @pytest.mark.parametrize("method", ["cake", "scatter"])
 def test_preemption_changes_nothing(engines: Engines, prose: list[int], method: str) -> None:
-    """A pool so small that requests are thrown out and replayed on the compressed cache."""
+    """A pool so small that requests are preempted and replayed on the compressed cache."""
     # The smallest pool that admits one request of max_model_len.
     blocks = 32 + 32 + 2 if method == "scatter" else 32 + 4 + 2
     small = engines.get(

@@ -1,4 +1,4 @@
-"""Who is let in when: a prompt's way through its prefill, and what a request is promised."""
+"""Which requests are admitted when: the choice of prefill, and what is reserved."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_a_prompt_needs_all_its_blocks_up_to_what_a_step_holds(known: int, peak:
 
 def test_once_it_is_read_a_request_needs_its_window() -> None:
     side, held = make_side()
-    # 200 tokens read, promised 56 more: 33 blocks in all, of which 4 at a time.
+    # 200 tokens prefilled, 56 more reserved: 33 blocks in all, of which 4 at a time.
     held["r"] = blocks(*[-1] * 22, 1, 1, 1)
     assert side.missing("r", reservation(200, 256, read=True)) == 1 + 4
     lagging, held = make_side(lag=8)

@@ -1,4 +1,4 @@
-"""Dealing of pages, and the arena's books against a naive model."""
+"""Dealing of pages, and the arena against a naive model."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_a_request_is_staged_once_and_admitted_after_it_was_dropped() -> None:
     arena.stage("b", shared)
     with pytest.raises(ValueError, match="request b is in the arena already"):
         arena.stage("b", shared)
-    # Layers share its pages and it has no blocks: the books of the others are looked at alone.
+    # Layers share its pages and it has no blocks: only the others are checked.
     arena.check_integrity({"a": [3, 4]})
     pages = deal_pages(arena.geometry, [5, 6], np.full(LAYERS, 2))
     with pytest.raises(ValueError, match="request b is in the arena already"):

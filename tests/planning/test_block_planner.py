@@ -1,4 +1,4 @@
-"""The planner's promises: when requests are cut, and what they hold."""
+"""What the planner says: when requests are cut, and what they hold."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_cascade_that_gains_nothing_is_refused(given: dict[str, Any]) -> None:
     BlockPlanner(config("cake", 64, prefill="cascade"), 16, limits)
 
 
-def test_the_thriftiest_way_of_a_prompt_is_through_a_workspace_where_it_may_be() -> None:
+def test_the_smallest_peak_of_a_prompt_is_through_a_workspace_where_it_may_be() -> None:
     limits = EngineLimits(num_layers=5, one_step_tokens=200)
     peaks = [
         BlockPlanner(config("cake", 16, window=8, prefill=prefill), 4, limits).peak_blocks(100, 101)

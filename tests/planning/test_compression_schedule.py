@@ -29,7 +29,7 @@ class Naive:
         self.released = 0
         self.home = "home 0"
         self.blocks: list[str] = []
-        self.gone: list[set[str]] = []  # per cut not yet processed, what it makes superfluous
+        self.gone: list[set[str]] = []  # per cut not yet processed, what it makes releasable
         self.free = 0
         self._due: list[int] = []  # steps to plan until each of them has been processed
         self.started = False
@@ -73,7 +73,7 @@ class Naive:
         self._due.append(self.lag)
 
     def release(self) -> None:
-        """Throw out what the oldest cut made superfluous."""
+        """Give back what the oldest cut made releasable."""
         gone = self.gone.pop(0)
         self._due.pop(0)
         self.blocks = [block for block in self.blocks if block not in gone]

@@ -304,7 +304,7 @@ class Engine:
         return frozenset(entry.private_blocks() if entry.cuts_made else entry.blocks)
 
     def check(self) -> None:
-        """Verify the books, and that the worker's blocks are those that the scheduler holds."""
+        """Verify both sides, and that the worker's blocks are those that the scheduler holds."""
         self.arena.check_integrity()
         assert self.free + self.taken() == self.total
         for name, entry in self.ledger:

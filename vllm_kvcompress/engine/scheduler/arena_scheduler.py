@@ -56,7 +56,7 @@ class _ArenaScheduling(Scheduler):
         self._report = CutReport()
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        """See the base class; verifies the books first when asked to."""
+        """See the base class; verifies the blocks first when asked to."""
         if self._resolver.default_planner.config.check_integrity:
             self._arena.check_integrity()
         for request in self.running:
