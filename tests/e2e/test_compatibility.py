@@ -236,7 +236,7 @@ def quantize(source: Path, target: Path) -> Path:
 
 def test_quantized_weights(engines: Engines, prose: list[int], tmp_path: Path) -> None:
     small = quantize(small_model(), tmp_path / "w8a8")
-    prompts = [prose[:400], prose[300:500]]
+    prompts = [prose[:400], prose[300:600]]
     found = {}
     for method, (engine, asked) in two(engines, model=small, dtype="bfloat16").items():
         found[method] = answers(ask(engine, prompts, greedy(12, logprobs=0, **asked)))
@@ -282,7 +282,7 @@ print("RESULT", json.dumps(found))
 def test_mixture_of_experts(prose: list[int], tmp_path: Path) -> None:
     """Random weights. In a process of its own: vLLM makes groups of experts for the first model."""
     folder = str(make_mixture(small_model(), tmp_path / "moe"))
-    job = [folder, list(METHODS.items()), [prose[:400], prose[300:500]]]
+    job = [folder, list(METHODS.items()), [prose[:400], prose[300:600]]]
     done = subprocess.run(
         [sys.executable, "-c", RUN_MIXTURE], input=json.dumps(job), cwd=REPO,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -300,7 +300,7 @@ def test_compiled_model(engines: Engines, prose: list[int]) -> None:
     """As `vllm serve` starts without --enforce-eager: on the CPU a compiled model, no graphs."""
     from vllm.config import CompilationMode
 
-    prompts = [prose[:400], prose[300:364], prose[300:500]]
+    prompts = [prose[:400], prose[300:364], prose[300:600]]
     expected = answers(ask(engines.open(), prompts, greedy(12, logprobs=0)))
     found = {}
     for method, (engine, asked) in two(engines, enforce_eager=False).items():
