@@ -39,7 +39,7 @@ workers="${KVC_TEST_WORKERS:-$((cores < 2 ? 1 : 2))}"
 # Files that share engines or a server share a process, and those that take longest come first
 # (tests/support/worker_groups.py).
 run_tests() {
-    PATH="$VENV/bin:$PATH" "$PYTHON" -m pytest -n "$workers" --dist loadgroup \
+    PATH="$VENV/bin:$PATH" "$PYTHON" -m pytest -n "$workers" --dist loadscope \
         --no-loadscope-reorder "${selection[@]}" "$@"
 }
 

@@ -16,7 +16,7 @@ _ENGINES, _V2, _SERVERS = Engines(), Interpreted(), Servers()
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Let go of what a group of files has shared when the next test is another group's."""
-    if nextitem is None or group_of(nextitem) != group_of(item):
+    if nextitem is None or group_of(nextitem.nodeid) != group_of(item.nodeid):
         for shared in (_ENGINES, _V2, _SERVERS):
             shared.close()
 

@@ -1,5 +1,7 @@
 """A plugin for pytest: which files share a worker, and in which order workers take them."""
 
+from typing import Any
+
 import pytest
 
 GROUPS = (
@@ -45,17 +47,30 @@ _PLACES = {
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the tests, and name each one's group for ``--dist loadgroup``."""
-    items.sort(key=lambda item: _PLACES.get(_file(item), (len(GROUPS), 0)))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    """Sort the tests, the groups that take longest first."""
+    items.sort(key=lambda item: _PLACES.get(_file(item.nodeid), (len(GROUPS), 0)))
 
 
-def group_of(item: pytest.Item) -> str:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a worker all tests of a group, in place of the scheduler that ``--dist`` names.
+
+    The marks that ``--dist loadgroup`` reads have no effect with pytest 9.2 and pytest-xdist 3.8.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
+
+
+def group_of(nodeid: str) -> str:
     """Name of a test's group: the first of its files."""
-    file = _file(item)
+    file = _file(nodeid)
     return GROUPS[_PLACES[file][0]][0] if file in _PLACES else file
 
 
-def _file(item: pytest.Item) -> str:
-    return item.nodeid.partition("::")[0]
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
