@@ -112,7 +112,7 @@ def test_kept_ranges_survive_cuts_while_generating(
             entry = engine.worker_request(request_id)
             pages = engine.arena.layer_pages(request_id)
             for layer in (0, 2, LAYERS - 1):
-                places = entry.pinned_tokens.places[layer]
+                places = entry.pinned.places[layer]
                 assert places.shape == (3, 40)
                 held = int(places.max()) + 1
                 found = engine.codec.read_keys(pages[layer], held)
