@@ -77,8 +77,11 @@ def check_request(request: Any, processor: Any) -> None:
 
 
 def _printable(error: ValueError) -> str:
-    """Make an error's sentence safe to send: it may quote anything that the request held."""
-    text = str(error).encode("utf-8", "backslashreplace").decode()
+    """Make an error one line that is safe to send: it may quote anything that the request held."""
+    text = "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in str(error)
+    )
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
