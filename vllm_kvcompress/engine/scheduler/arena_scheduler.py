@@ -66,17 +66,9 @@ class _ArenaScheduling(Scheduler):
         output = super().schedule(throttle_prefills)
         begun = [r.req_id for r in output.scheduled_new_reqs]
         begun += output.scheduled_cached_reqs.resumed_req_ids
-        prefill_blocks = {name: self._arena.prefill_blocks_of(name) for name in begun}
-        attach(
-            output,
-            StepMessage(
-                prefill_blocks={
-                    name: prefill_blocks
-                    for name, prefill_blocks in prefill_blocks.items()
-                    if prefill_blocks is not None
-                }
-            ),
-        )
+        chosen = {name: self._arena.prefill_blocks_of(name) for name in begun}
+        cascades = {name: blocks for name, blocks in chosen.items() if blocks is not None}
+        attach(output, StepMessage(prefill_blocks=cascades))
         return output
 
     def update_from_output(
