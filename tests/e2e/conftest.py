@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import ALL, MODELS, REPO, SMALL, Engines
+from tests.e2e.harness import ALL, REPO, Engines, small_model
 from tests.e2e.interpreted import Interpreted
 from tests.e2e.server import Server, Servers
 from tests.support.worker_groups import group_of
@@ -72,7 +72,7 @@ def prose(novel: str) -> list[int]:
     """Several thousand tokens of English prose for the small model."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / SMALL)
+    tokenizer = AutoTokenizer.from_pretrained(small_model())
     return list(tokenizer(novel)["input_ids"])
 
 
@@ -81,5 +81,5 @@ def text(prose: list[int]) -> str:
     """About 900 tokens of it."""
     from transformers import AutoTokenizer
 
-    decoded: str = AutoTokenizer.from_pretrained(MODELS / SMALL).decode(prose[:900])
+    decoded: str = AutoTokenizer.from_pretrained(small_model()).decode(prose[:900])
     return decoded

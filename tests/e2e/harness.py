@@ -45,6 +45,11 @@ def small_model() -> Path:
     return first_layers(MODELS / SMALL, LAYERS)
 
 
+def hybrid_model() -> Path:
+    """Folder of the sliding-window hybrid, all its layers; its tokenizer is left whole."""
+    return first_layers(MODELS / HYBRID, 18, cut_tokenizer=False)
+
+
 def kvcompress(*words: str, text: str = "") -> "subprocess.CompletedProcess[str]":
     """Run our command line as a user does.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import MODELS, REPO, SMALL
+from tests.e2e.harness import REPO, small_model
 
 pytestmark = pytest.mark.engine
 
@@ -27,7 +27,7 @@ def test_fifty_prompts_killed_half_way_are_answered_once_each(tmp_path: Path) ->
         lines.append(json.dumps({"id": f"p{i}", **entry}))
     source.write_text("\n".join(lines))
 
-    command = [sys.executable, str(SCRIPT), "--model", str(MODELS / SMALL)]
+    command = [sys.executable, str(SCRIPT), "--model", str(small_model())]
     command += ["--input", str(source), "--output", str(target), "--batch-size", "4"]
     command += ["--max-tokens", "12", "--kv-compression", "cake"]
     command += ["--kv-compression-budget", "96"]

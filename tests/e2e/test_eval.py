@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.e2e.engine import Engine
-from tests.e2e.harness import MODELS, REPO, SMALL
+from tests.e2e.harness import MODELS, REPO, SMALL, small_model
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE, Record, Store, read
 from vllm_kvcompress.tools.evaluation.runner import PromptSet, Runner, prepare
@@ -149,9 +149,10 @@ def test_the_engines_own_refusals_are_one_sentence(backend: Any) -> None:
 
 
 def command(output: Path, *words: str) -> list[str]:
-    common = ["--model", MODEL, "--output", str(output), "--data", str(REPO / "models")]
-    common += ["--tasks", "needle", "--lengths", str(LENGTH), "--prompts", str(PROMPTS)]
-    common += ["--seeds", str(SEED), "--dtype", "float32", "--cache-mib", "256"]
+    common = ["--model", str(small_model()), "--output", str(output)]
+    common += ["--data", str(REPO / "models"), "--tasks", "needle", "--lengths", str(LENGTH)]
+    common += ["--prompts", str(PROMPTS), "--seeds", str(SEED)]
+    common += ["--dtype", "float32", "--cache-mib", "256"]
     return [sys.executable, "-m", "vllm_kvcompress.tools.cli", "eval", *common, *words]
 
 

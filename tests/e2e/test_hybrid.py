@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from tests.e2e.cut_model import NUM_TOKENS
 from tests.e2e.engine import Engine
-from tests.e2e.harness import HYBRID, MODELS, Engines
+from tests.e2e.harness import Engines, hybrid_model
 
 pytestmark = pytest.mark.engine
 
@@ -17,7 +18,6 @@ R = BUDGET // BLOCK
 GLOBAL, SIDE, WINDOW = 3, 5, 512
 # Longer prompts take two steps; the window is shorter than the longest.
 SETTINGS: dict[str, Any] = {
-    "model": HYBRID,
     "max_num_batched_tokens": 512,
     "max_model_len": 1024,
 }
@@ -30,16 +30,20 @@ LENGTHS = (910, 500, 64, 20)
 
 @pytest.fixture(scope="module")
 def text(novel: str) -> list[int]:
-    """Several thousand tokens of English prose for this model."""
+    """Several thousand tokens of English prose, of those that this model knows."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / HYBRID)
-    return list(tokenizer(novel[:40_000])["input_ids"])
+    tokenizer = AutoTokenizer.from_pretrained(hybrid_model())
+    return [token for token in tokenizer(novel)["input_ids"] if token < NUM_TOKENS]
+
+
+def hybrid(engines: Engines, *method: Any, **settings: Any) -> Engine:
+    return engines.get(*method, model=hybrid_model(), **SETTINGS, **settings)
 
 
 @pytest.fixture
 def cake(engines: Engines) -> Engine:
-    return engines.get("cake", BUDGET, config=CONFIG, **SETTINGS)
+    return hybrid(engines, "cake", BUDGET, config=CONFIG)
 
 
 def held(engine: Engine, request_id: str) -> tuple[int, list[int]]:
@@ -64,7 +68,7 @@ def forget(engine: Engine) -> None:
 
 def test_scatter_equals_plain(engines: Engines, text: list[int]) -> None:
     """Every token kept, pages moved between the global layers: the output is plain vLLM's."""
-    plain, scatter = engines.get(**SETTINGS), engines.get("scatter", **SETTINGS)
+    plain, scatter = hybrid(engines), hybrid(engines, "scatter")
     prompts = [text[17 * i : 17 * i + n] for i, n in enumerate(LENGTHS)]
     expected = plain.generate(prompts, 20)
     assert scatter.generate(prompts, 20) == expected
@@ -150,7 +154,7 @@ def test_a_replay_after_preemption_gives_the_same_answer(cake: Engine, text: lis
 
 def test_a_small_pool_serves_all(engines: Engines, cake: Engine, text: list[int]) -> None:
     """Requests wait or are replayed, generations are cut, and the answers are the same."""
-    small = engines.get("cake", BUDGET, config=CONFIG, **SETTINGS, kv_cache_memory_bytes=SMALL_POOL)
+    small = hybrid(engines, "cake", BUDGET, config=CONFIG, kv_cache_memory_bytes=SMALL_POOL)
     prompts = [text[31 * i : 31 * i + 430 + 10 * i] for i in range(3)]
     expected = cake.generate(prompts, 70)
     assert cake.stats["decode_cuts"] > 0

@@ -55,7 +55,6 @@ def needles(seeds: tuple[int, ...]) -> list[Needle]:
     return made
 
 
-@pytest.mark.parametrize("budget", [None, 0.25, 0.125], ids=["full", "25%", "12.5%"])
 @pytest.mark.parametrize(
     ("seeds", "least"),
     [
@@ -65,26 +64,27 @@ def needles(seeds: tuple[int, ...]) -> list[Needle]:
     ],
     ids=["20 prompts", "60 prompts"],
 )
-def test_needle(
-    engine: Engine, seeds: tuple[int, ...], least: dict[float | None, int], budget: float | None
-) -> None:
-    asked, kept = needles(seeds), engine.record_kept()
-    own = setting("none") if budget is None else setting(budget=budget)
-    outputs = engine.llm.generate(
-        [needle.prompt for needle in asked],
-        greedy(NEW_TOKENS, ignore_eos=False, **own),
-        use_tqdm=False,
-    )
-    # It is the compressed cache that answers, of the size that was asked for.
-    assert len(kept) == (0 if budget is None else len(asked))
-    assert all(
-        sum(len(layer[0]) for layer in layers) == len(layers) * LENGTH * (budget or 1)
-        for layers in kept
-    )
-    answers = [output.outputs[0].text for output in outputs]
-    wrong = {
-        i: (answer, needle.answers)
-        for i, (answer, needle) in enumerate(zip(answers, asked, strict=True))
-        if match(answer, needle.answers) < 1.0
-    }
-    assert len(asked) - len(wrong) >= least[budget], wrong
+def test_needle(engine: Engine, seeds: tuple[int, ...], least: dict[float | None, int]) -> None:
+    asked = needles(seeds)
+    # The full cache first: the others find most of their prompts in the prefix cache.
+    for budget, least_right in least.items():
+        kept = engine.record_kept()
+        own = setting("none") if budget is None else setting(budget=budget)
+        outputs = engine.llm.generate(
+            [needle.prompt for needle in asked],
+            greedy(NEW_TOKENS, ignore_eos=False, **own),
+            use_tqdm=False,
+        )
+        # It is the compressed cache that answers, of the size that was asked for.
+        assert len(kept) == (0 if budget is None else len(asked))
+        assert all(
+            sum(len(layer[0]) for layer in layers) == len(layers) * LENGTH * (budget or 1)
+            for layers in kept
+        )
+        answers = [output.outputs[0].text for output in outputs]
+        wrong = {
+            i: (answer, needle.answers)
+            for i, (answer, needle) in enumerate(zip(answers, asked, strict=True))
+            if match(answer, needle.answers) < 1.0
+        }
+        assert len(asked) - len(wrong) >= least_right, (budget, wrong)

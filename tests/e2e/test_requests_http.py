@@ -11,13 +11,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError
 
-from tests.e2e.harness import (
-    LAYERS,
-    MODELS,
-    REPO,
-    SMALL,
-    Engines,
-)
+from tests.e2e.harness import LAYERS, REPO, Engines, small_model
 from tests.e2e.server import NAME, Server
 
 pytestmark = pytest.mark.engine
@@ -163,7 +157,7 @@ def test_a_system_prompt_survives(server: Server, engines: Engines, prose: list[
     """The range as the document finds it; kept in all layers, as the engine offline keeps it."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODELS / SMALL)
+    tokenizer = AutoTokenizer.from_pretrained(small_model())
     system: Any = {"role": "system", "content": tokenizer.decode(prose[:150])}
     question: Any = {"role": "user", "content": tokenizer.decode(prose[300:800])}
     prompt = server.tokenize(messages=[system, question])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError
 
-from tests.e2e.harness import LAYERS, MODELS, SMALL
+from tests.e2e.harness import LAYERS, small_model
 from tests.e2e.server import Server
 from vllm_kvcompress.tools.serving import VLLM
 
@@ -136,7 +136,7 @@ def test_vllm_bench_serve(strict: Server, tmp_path: Path) -> None:
     done = subprocess.run(
         [
             str(VLLM), "bench", "serve", "--backend", "openai", "--model", "small",
-            "--tokenizer", str(MODELS / SMALL), "--base-url", strict.url,
+            "--tokenizer", str(small_model()), "--base-url", strict.url,
             "--dataset-name", "random", "--random-input-len", "300",
             "--random-output-len", "12", "--num-prompts", "8", "--ignore-eos",
             "--save-result", "--result-dir", str(tmp_path), "--result-filename", "bench.json",
