@@ -37,8 +37,10 @@ def text(novel: str) -> list[int]:
     return [token for token in tokenizer(novel)["input_ids"] if token < NUM_TOKENS]
 
 
-def hybrid(engines: Engines, *method: Any, **settings: Any) -> Engine:
-    return engines.get(*method, model=hybrid_model(), **SETTINGS, **settings)
+def hybrid(
+    engines: Engines, method: str | None = None, budget: int | None = None, **settings: Any
+) -> Engine:
+    return engines.get(method, budget, model=hybrid_model(), **SETTINGS, **settings)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.interpreted_kernels import prepare_once_a_launch
+
 
 class _Driver:
     """Makes vLLM believe that Triton has a CPU backend; the interpreter never asks it."""
@@ -179,6 +181,7 @@ def main() -> None:
     import triton.backends
 
     triton.backends.backends["cpu"] = SimpleNamespace(driver=_Driver, compiler=None)
+    prepare_once_a_launch()
     for line in sys.stdin:
         with pytest.MonkeyPatch.context() as patch:
             result = run(patch, json.loads(line))

@@ -13,7 +13,7 @@ from tests.e2e.harness import MODELS, REPO, SMALL
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.metrics import METRICS, match_all, match_part
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Source
-from vllm_kvcompress.tools.evaluation.tasks import likelihood, needle, ruler
+from vllm_kvcompress.tools.evaluation.tasks import haystack, likelihood, needle, ruler
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,13 @@ def test_the_needle_lies_at_every_depth(source: Source) -> None:
     assert at == sorted(at)
     assert at[0] < 0.2
     assert at[-1] > 0.95
+
+
+def test_the_needles_keys_are_all_pairs_in_order() -> None:
+    adjectives, nouns = ["old", "odd", "old-fashioned", "ol", "odd"], ["x", "gate", "fashioned-x"]
+    keys = haystack._Keys(adjectives, nouns)
+    pairs = sorted({f"{adjective}-{noun}" for adjective in adjectives for noun in nouns})
+    assert [keys[i] for i in range(len(keys))] == pairs
 
 
 def test_perplexity_goes_on_where_the_context_ends(source: Source) -> None:

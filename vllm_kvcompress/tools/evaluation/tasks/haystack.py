@@ -20,9 +20,12 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -118,12 +121,45 @@ def _haystack(data: Path) -> list[str]:
     return re.sub(r"\s+", " ", text).split(" ")
 
 
-def _keys(data: Path) -> list[str]:
+class _Keys(Sequence[str]):
+    """All texts "adjective-noun" in order, without the time and memory for seven million of them.
+
+    Adjectives that agree up to their first hyphen have keys that lie together in the order.
+
+    Args:
+        adjectives: In any order.
+        nouns: In any order.
+
+    """
+
+    def __init__(self, adjectives: Iterable[str], nouns: Iterable[str]) -> None:
+        self._nouns = set(nouns)
+        groups: dict[str, set[str]] = {}
+        for adjective in adjectives:
+            groups.setdefault(adjective.partition("-")[0] + "-", set()).add(adjective)
+        self._groups = [groups[first] for first in sorted(groups)]
+        self._ends = list(accumulate(self._count(group) for group in self._groups))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: Any) -> Any:
+        at = bisect_right(self._ends, index)
+        return sorted(self._keys(self._groups[at]))[index - self._ends[at]]
+
+    def _count(self, group: set[str]) -> int:
+        return len(self._nouns) if len(group) == 1 else len(self._keys(group))
+
+    def _keys(self, group: set[str]) -> set[str]:
+        return {f"{adjective}-{noun}" for adjective in group for noun in self._nouns}
+
+
+def _keys(data: Path) -> _Keys:
     nouns, adjectives = (
         [line.rstrip() for line in (data / name).read_text(encoding="utf-8").splitlines()]
         for name in ("nounlist.txt", "adjectivelist.txt")
     )
-    return sorted({f"{adjective}-{noun}" for adjective in adjectives for noun in nouns})
+    return _Keys(adjectives, nouns)
 
 
 def _fill(
