@@ -74,8 +74,7 @@ def chart(inspection: Inspection) -> go.Figure:
     figure.update_annotations(font_size=12)  # the columns' titles
     for column in columns:
         _draw(figure, column, inspection)
-    longest = max(int(run.lengths.max()) for run in inspection.runs)
-    _set_axes(figure, inspection, columns, longest)
+    _set_axes(figure, inspection, columns)
     return figure
 
 
@@ -141,10 +140,9 @@ def _bar_words(run: Run, layer: int) -> str:
     return "<br>".join(words)
 
 
-def _set_axes(
-    figure: go.Figure, inspection: Inspection, columns: list[_Column], longest: int
-) -> None:
+def _set_axes(figure: go.Figure, inspection: Inspection, columns: list[_Column]) -> None:
     layers = inspection.num_layers
+    longest = max(int(run.lengths.max()) for run in inspection.runs)
     figure.update_yaxes(range=[layers - 0.5, -0.5], zeroline=False, showgrid=False)
     figure.update_yaxes(title_text=inspection.layer_title, col=1)
     if inspection.layers:

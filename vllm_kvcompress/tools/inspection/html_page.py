@@ -65,9 +65,9 @@ def render(inspection: Inspection) -> str:
         levels=LEVELS,
         strongest=strongest(inspection),
         mark=f"{red},{green},{blue}",
-        data=_script_safe(json.dumps(page_data(inspection), separators=(",", ":"))),
+        data=page_data(inspection),
         min_width=min_width(inspection),
-        figure=_script_safe(chart(inspection).to_json()),
+        figure=json.loads(chart(inspection).to_json()),
         plotly=get_plotlyjs(),
     )
 
@@ -113,8 +113,3 @@ def _column(inspection: Inspection, start: int, stop: int) -> tuple[str, str]:
 def _packed(run: Run) -> str:
     raw = zlib.compress(run.counts.astype("<u2").tobytes(), 9)
     return base64.b64encode(raw).decode("ascii")
-
-
-def _script_safe(text: str) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return text.replace("<", "\\u003c")

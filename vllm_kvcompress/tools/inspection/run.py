@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from vllm_kvcompress.tools.engine_arguments import (
     user_errors,
 )
 from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Run
-from vllm_kvcompress.tools.inspection.token_texts import split_text
 from vllm_kvcompress.tools.plan.model import ServedModel, read_model
 
 if TYPE_CHECKING:
@@ -75,9 +74,6 @@ def inspect(job: InspectionJob) -> Inspection:
 
     Changes the process's environment variables (:data:`ENVIRONMENT`) where they are not set.
 
-    Args:
-        job: The prompt and the methods.
-
     Raises:
         CommandError: The prompt is kept whole, or vLLM refuses a setting.
 
@@ -104,9 +100,6 @@ def inspect(job: InspectionJob) -> Inspection:
 
 def read_prompt(job: InspectionJob) -> TokenizedPrompt:
     """Tokenize the document with its question.
-
-    Args:
-        job: The prompt and the methods.
 
     Raises:
         CommandError: The model has no tokenizer here, or no chat template.
@@ -135,13 +128,35 @@ def read_prompt(job: InspectionJob) -> TokenizedPrompt:
     return TokenizedPrompt(ids, tuple(split_text(text, encoded["offset_mapping"], names)))
 
 
-def check_length(job: InspectionJob, model: ServedModel, tokens: int) -> int:
-    """Return the context to start the engine with.
+def split_text(text: str, offsets: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
+    """One string a token; together they give the text again.
+
+    Characters that no token covers (spaces that a tokenizer drops) go with the token that follows,
+    those at the end with the last. A character of several tokens goes with the first of them; the
+    others are empty. A token that stands for no text, such as a beginning of sequence that the
+    tokenizer adds, shows its name.
 
     Args:
-        job: The prompt and the methods.
-        model: Shape of its model.
-        tokens: Number of tokens of the prompt.
+        text: Text that was tokenized.
+        offsets: Begin and end in ``text``, in characters, of every token.
+        names: The vocabulary's name of every token.
+
+    """
+    pieces: list[str] = []
+    position = 0
+    for (begin, end), name in zip(offsets, names, strict=True):
+        if begin == end:
+            pieces.append(name)
+            continue
+        pieces.append(text[position:end])
+        position = max(position, end)
+    if pieces and position < len(text):
+        pieces[-1] += text[position:]
+    return pieces
+
+
+def check_length(job: InspectionJob, model: ServedModel, tokens: int) -> int:
+    """Return the context to start the engine with.
 
     Raises:
         CommandError: A method keeps the prompt whole, or it is longer than the context.
@@ -170,14 +185,7 @@ def check_length(job: InspectionJob, model: ServedModel, tokens: int) -> int:
 
 
 def cache_bytes(job: InspectionJob, model: ServedModel, max_model_len: int) -> int:
-    """Memory for the cache of one prompt; without being told vLLM takes most of the machine's.
-
-    Args:
-        job: The prompt and the methods.
-        model: Shape of its model.
-        max_model_len: Tokens of the context.
-
-    """
+    """Memory for the cache of one prompt; without being told vLLM takes most of the machine's."""
     whole = cdiv(max_model_len, job.block_size)
     # A prompt holds its own blocks and those that it is compressed into, which are fewer; of each
     # group of sliding-window layers vLLM wants one more at most.
@@ -187,11 +195,6 @@ def cache_bytes(job: InspectionJob, model: ServedModel, max_model_len: int) -> i
 
 def start(job: InspectionJob, model: ServedModel, max_model_len: int) -> Any:
     """Start an engine with the first method whose requests may ask for the others.
-
-    Args:
-        job: The prompt and the methods.
-        model: Shape of its model.
-        max_model_len: Tokens of the context.
 
     Raises:
         CommandError: vLLM has no such argument.
