@@ -45,6 +45,17 @@ def add_compression(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_engine_arguments(group: Any) -> None:
+    """Add --engine-args."""
+    group.add_argument(
+        "--engine-args",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="further keyword arguments of vLLM's LLM",
+    )
+
+
 def compression(args: argparse.Namespace, block_size: int | None = None) -> KVCompressionConfig:
     """Return the settings that a server would have with these flags.
 

@@ -14,10 +14,10 @@ from vllm_kvcompress.tools.arguments import (
     STOPPED,
     CommandError,
     add_compression,
+    add_engine_arguments,
     check_prefix,
     compression,
     count,
-    json_object,
 )
 
 if TYPE_CHECKING:
@@ -104,13 +104,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="TOKENS",
         help="(default: the longest prompt in one step)",
     )
-    engine.add_argument(
-        "--engine-args",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="further keyword arguments of vLLM's LLM",
-    )
+    add_engine_arguments(engine)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvcompress.tools.arguments import (
     DTYPES,
     CommandError,
+    add_engine_arguments,
     check_prefix,
     count,
     json_object,
@@ -66,13 +67,7 @@ def add_parser(subparsers: Any) -> None:
     engine.add_argument("--block-size", type=count, default=32, help="(default: %(default)s)")
     engine.add_argument("--max-model-len", type=count, help="(default: what the prompt needs)")
     engine.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
-    engine.add_argument(
-        "--engine-args",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="further keyword arguments of vLLM's LLM",
-    )
+    add_engine_arguments(engine)
 
 
 def run(args: argparse.Namespace) -> int:

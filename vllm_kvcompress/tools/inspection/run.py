@@ -61,14 +61,6 @@ class InspectionJob:
     engine_args: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class TokenizedPrompt:
-    """Token ids, and the text that belongs to each."""
-
-    token_ids: list[int]
-    pieces: tuple[str, ...]
-
-
 def inspect(job: InspectionJob) -> Inspection:
     """Run the prompt once for each method, in one engine.
 
@@ -81,25 +73,27 @@ def inspect(job: InspectionJob) -> Inspection:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     model, _ = read_model(str(job.model), job.dtype)
-    prompt = read_prompt(job)
-    length = check_length(job, model, len(prompt.token_ids))
+    token_ids, pieces = read_prompt(job)
+    length = check_length(job, model, len(token_ids))
     with user_errors():
         llm = start(job, model, length)
     llm.collective_rpc("kv_compression_record", args=(True,))
-    runs = [record(llm, prompt, config, first=config is job.configs[0]) for config in job.configs]
+    runs = [
+        record(llm, token_ids, config, first=config is job.configs[0]) for config in job.configs
+    ]
     return Inspection(
         model=job.model.absolute().name,
         budget=job.configs[0].budget,
-        token_ids=np.array(prompt.token_ids, dtype=np.int64),
-        pieces=prompt.pieces,
+        token_ids=np.array(token_ids, dtype=np.int64),
+        pieces=pieces,
         runs=tuple(runs),
         question=job.question,
         layers=model.compressed,
     )
 
 
-def read_prompt(job: InspectionJob) -> TokenizedPrompt:
-    """Tokenize the document with its question.
+def read_prompt(job: InspectionJob) -> tuple[list[int], tuple[str, ...]]:
+    """Return the token ids of the document with its question, and the text of each.
 
     Raises:
         CommandError: The model has no tokenizer here, or no chat template.
@@ -121,11 +115,11 @@ def read_prompt(job: InspectionJob) -> TokenizedPrompt:
     # A chat template writes the special tokens itself.
     if not tokenizer.is_fast:
         ids = list(tokenizer(text, add_special_tokens=not job.chat)["input_ids"])
-        return TokenizedPrompt(ids, tuple(tokenizer.decode([token]) for token in ids))
+        return ids, tuple(tokenizer.decode([token]) for token in ids)
     encoded = tokenizer(text, add_special_tokens=not job.chat, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
     names = tokenizer.convert_ids_to_tokens(ids)
-    return TokenizedPrompt(ids, tuple(split_text(text, encoded["offset_mapping"], names)))
+    return ids, tuple(split_text(text, encoded["offset_mapping"], names))
 
 
 def split_text(text: str, offsets: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
@@ -221,12 +215,12 @@ def start(job: InspectionJob, model: ServedModel, max_model_len: int) -> Any:
     )
 
 
-def record(llm: Any, prompt: TokenizedPrompt, config: KVCompressionConfig, *, first: bool) -> Run:
+def record(llm: Any, token_ids: list[int], config: KVCompressionConfig, *, first: bool) -> Run:
     """Run the prompt with one method.
 
     Args:
         llm: A ``vllm_kvcompress.LLM`` that records.
-        prompt: The prompt in tokens.
+        token_ids: The prompt.
         config: The method and its parameters.
         first: Whether they are the engine's own.
 
@@ -242,7 +236,7 @@ def record(llm: Any, prompt: TokenizedPrompt, config: KVCompressionConfig, *, fi
         temperature=0.0, max_tokens=1, detokenize=False, extra_args=None if first else asked
     )
     with user_errors():
-        llm.generate({"prompt_token_ids": prompt.token_ids}, sampling, use_tqdm=False)
+        llm.generate({"prompt_token_ids": token_ids}, sampling, use_tqdm=False)
     ranks = [records[-1] for records in llm.collective_rpc("kv_compression_records") if records]
     if not ranks:
         raise RuntimeError(f"{config.method}: the engine recorded nothing of a planned cut")
