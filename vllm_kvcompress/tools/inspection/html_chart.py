@@ -7,20 +7,8 @@ import plotly.graph_objects as go
 from matplotlib import colormaps
 from plotly.subplots import make_subplots
 
+from vllm_kvcompress.tools.inspection import style
 from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Ints, Run, bin_edges, binned
-from vllm_kvcompress.tools.inspection.style import (
-    BAR,
-    BAR_TITLE,
-    HEAT,
-    HEAT_POWER,
-    HEAT_TICKS,
-    HEAT_TITLE,
-    MEAN,
-    PROFILE,
-    PROFILE_NAMES,
-    PROFILE_NOTE,
-    run_title,
-)
 
 COLUMNS, MOST_COLUMNS = 1200, 600
 """Bins of all heat maps together, and most of one."""
@@ -80,7 +68,7 @@ def chart(inspection: Inspection) -> go.Figure:
             "cmin": 0,
             "cmax": 1,
             "colorscale": _heat_scale(),
-            "colorbar": {"tickvals": HEAT_TICKS, "tickformat": ".0%", "thickness": 14},
+            "colorbar": {"tickvals": style.HEAT_TICKS, "tickformat": ".0%", "thickness": 14},
         },
     )
     return figure
@@ -92,8 +80,8 @@ def _columns(inspection: Inspection) -> list[tuple[str, float]]:
         column
         for run in inspection.runs
         for column in (
-            (HEAT_TITLE, _HEAT_WIDTH),
-            (BAR_TITLE, _BARS_WIDTH),
+            (style.HEAT_TITLE, _HEAT_WIDTH),
+            (style.BAR_TITLE, _BARS_WIDTH),
             *((symbol, _PROFILE_WIDTH) for symbol in run.profile),
         )
     ]
@@ -123,7 +111,7 @@ def _draw_heat(figure: go.Figure, inspection: Inspection, run: Run, column: int)
         nticks=6,
         col=column,
     )
-    name, kept = run_title(run).split(": ", 1)
+    name, kept = style.run_title(run).split(": ", 1)
     figure.add_annotation(
         text=f"<b>{name}</b><br>{kept}",
         x=0,
@@ -144,12 +132,12 @@ def _draw_bars(figure: go.Figure, inspection: Inspection, run: Run, column: int)
         x=run.lengths,
         y=_layers(inspection),
         orientation="h",
-        marker_color=BAR,
+        marker_color=style.BAR,
         customdata=[_bar_words(run, layer) for layer in range(run.num_layers)],
         hovertemplate=f"layer %{{y}}: %{{x}} tokens<br>%{{customdata}}<extra>{run.method}</extra>",
     )
     figure.add_trace(trace, row=1, col=column)
-    figure.add_vline(x=run.mean_length, line_dash="dash", line_color=MEAN, col=column, row=1)
+    figure.add_vline(x=run.mean_length, line_dash="dash", line_color=style.MEAN, col=column, row=1)
     longest = max(int(run.lengths.max()) for run in inspection.runs)
     title = f"tokens of a layer<br>(dashed: mean, {run.mean_length:.0f})"
     figure.update_xaxes(title_text=title, range=[0, longest * 1.05], col=column)
@@ -162,14 +150,15 @@ def _draw_profile(
         x=run.profile[symbol],
         y=_layers(inspection),
         orientation="h",
-        marker_color=PROFILE[symbol],
-        hovertemplate=f"layer %{{y}}: %{{x:.3g}} {PROFILE_NOTE}<br>{PROFILE_NAMES[symbol]}"
-        f"<extra>{run.method}</extra>",
+        marker_color=style.PROFILE[symbol],
+        hovertemplate=f"layer %{{y}}: %{{x:.3g}} {style.PROFILE_NOTE}<br>"
+        f"{style.PROFILE_NAMES[symbol]}<extra>{run.method}</extra>",
     )
     figure.add_trace(trace, row=1, col=column)
     figure.update_xaxes(range=[0, 1.05], tickvals=[0, 1], col=column)
     if symbol == "V":
-        figure.update_xaxes(title_text=PROFILE_NOTE.replace("to the", "to<br>the"), col=column)
+        note = style.PROFILE_NOTE.replace("to the", "to<br>the")
+        figure.update_xaxes(title_text=note, col=column)
 
 
 def _bar_words(run: Run, layer: int) -> str:
@@ -187,8 +176,8 @@ def _bar_words(run: Run, layer: int) -> str:
 def _heat_scale() -> list[tuple[float, str]]:
     """The picture's colours: of the share's root, so a stop lies at its colour's power."""
     steps = np.linspace(0.0, 1.0, 65)
-    colors = (colormaps[HEAT.lower()](steps)[:, :3] * 255).round().astype(int)
+    colors = (colormaps[style.HEAT.lower()](steps)[:, :3] * 255).round().astype(int)
     return [
-        (float(step ** (1 / HEAT_POWER)), f"rgb({r},{g},{b})")
+        (float(step ** (1 / style.HEAT_POWER)), f"rgb({r},{g},{b})")
         for step, (r, g, b) in zip(steps, colors.tolist(), strict=True)
     ]

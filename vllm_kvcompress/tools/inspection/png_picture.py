@@ -15,29 +15,9 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vllm_kvcompress.tools.inspection import excerpts
+from vllm_kvcompress.tools.inspection import excerpts, style
 from vllm_kvcompress.tools.inspection.kept_tokens import Floats, Inspection, Run, bin_edges, binned
 from vllm_kvcompress.tools.inspection.png_file import DPI, save_png
-from vllm_kvcompress.tools.inspection.style import (
-    BAR,
-    BAR_TITLE,
-    HEAT,
-    HEAT_POWER,
-    HEAT_TICKS,
-    HEAT_TITLE,
-    MARK,
-    MEAN,
-    PROFILE,
-    PROFILE_NAMES,
-    PROFILE_NOTE,
-    TEXT_TITLE,
-    headline,
-    one_line,
-    run_title,
-    shorten,
-    strongest,
-    window_note,
-)
 
 # All in inches.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 0.75, 1.0, 1.25, 0.1
@@ -48,7 +28,7 @@ _PROFILE = 0.75
 _AXIS = 1.0
 _TEXT_TITLE = 0.3
 
-_HEAT_NORM = PowerNorm(HEAT_POWER, vmin=0, vmax=1)
+_HEAT_NORM = PowerNorm(style.HEAT_POWER, vmin=0, vmax=1)
 _LETTERS = 9.0
 
 
@@ -85,11 +65,11 @@ class _Sheet:
         """Width of a run's diagrams."""
         return self.heat_width + _GAP + _BARS + len(run.profile) * (_GAP + _PROFILE)
 
-    def write(self, left: float, top: float, text: str, size: float, **style: Any) -> None:
+    def write(self, left: float, top: float, text: str, size: float, **looks: Any) -> None:
         """Write plain text; ``top`` is its middle."""
         place = left / self.width, 1 - top / self.height
-        style = {"va": "center", **style}
-        self.figure.text(*place, text, fontsize=size, parse_math=False, **style)
+        looks = {"va": "center", **looks}
+        self.figure.text(*place, text, fontsize=size, parse_math=False, **looks)
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
         """Make the axes of a diagram."""
@@ -115,12 +95,12 @@ def save_picture(inspection: Inspection, path: Path) -> None:
 
 def _draw(inspection: Inspection) -> Figure:
     sheet = _Sheet(inspection)
-    sheet.write(_LEFT, 0.3, headline(inspection), 13, weight="bold")
+    sheet.write(_LEFT, 0.3, style.headline(inspection), 13, weight="bold")
     if inspection.question:
         room = int((sheet.width - _LEFT - _RIGHT) / 0.085)
-        asked = shorten(f"Question: {one_line(inspection.question)}", room)
+        asked = style.shorten(f"Question: {style.one_line(inspection.question)}", room)
         sheet.write(_LEFT, 0.58, asked, 10, color="0.35")
-    note = f"{TEXT_TITLE} ({window_note(inspection)})"
+    note = f"{style.TEXT_TITLE} ({style.window_note(inspection)})"
     sheet.write(_LEFT, sheet.text_top + 0.1, note, 11)
     longest = max(int(run.lengths.max()) for run in inspection.runs)
     left = _LEFT
@@ -129,27 +109,25 @@ def _draw(inspection: Inspection) -> Figure:
         _draw_text(sheet, run, left)
         left += sheet.column_width(run) + _BETWEEN
     height = min(sheet.rows_height, 3.2)
-    _draw_scale(
-        sheet, _TOP, height, ScalarMappable(_HEAT_NORM, colormaps[HEAT.lower()]), HEAT_TICKS
-    )
-    marks = LinearSegmentedColormap.from_list("marks", ["white", MARK])
-    high = strongest(inspection)
+    heat = ScalarMappable(_HEAT_NORM, colormaps[style.HEAT.lower()])
+    _draw_scale(sheet, _TOP, height, heat, style.HEAT_TICKS)
+    marks = LinearSegmentedColormap.from_list("marks", ["white", style.MARK])
+    high = style.strongest(inspection)
     height = excerpts.height(sheet.passages[1]) - 0.3
     top = sheet.text_top + _TEXT_TITLE
-    _draw_scale(
-        sheet, top, height, ScalarMappable(Normalize(0, high), marks), np.linspace(0, high, 6)
-    )
+    text = ScalarMappable(Normalize(0, high), marks)
+    _draw_scale(sheet, top, height, text, np.linspace(0, high, 6))
     return sheet.figure
 
 
 def _draw_run(sheet: _Sheet, run: Run, left: float, longest: int, *, first: bool) -> None:
     inspection, layers = sheet.inspection, np.arange(run.num_layers)
-    sheet.write(left, _TOP - 0.37, run_title(run), 11)
+    sheet.write(left, _TOP - 0.37, style.run_title(run), 11)
     heat = sheet.axes(left, _TOP, sheet.heat_width, sheet.rows_height)
     edges = bin_edges(run.prompt_len, int(sheet.heat_width * DPI))
     rows = np.arange(run.num_layers + 1) - 0.5
-    heat.pcolormesh(edges, rows, binned(run, edges), norm=_HEAT_NORM, cmap=HEAT.lower())
-    _label(heat, HEAT_TITLE, "position in the prompt (tokens)")
+    heat.pcolormesh(edges, rows, binned(run, edges), norm=_HEAT_NORM, cmap=style.HEAT.lower())
+    _label(heat, style.HEAT_TITLE, "position in the prompt (tokens)")
     heat.xaxis.set_major_locator(MaxNLocator(6 if sheet.heat_width < 6 else 10, integer=True))
     _layer_axis(heat, inspection, named=first)
     if first:
@@ -157,18 +135,18 @@ def _draw_run(sheet: _Sheet, run: Run, left: float, longest: int, *, first: bool
 
     left += sheet.heat_width + _GAP
     bars = sheet.axes(left, _TOP, _BARS, sheet.rows_height)
-    bars.barh(layers, run.lengths, height=0.8, color=BAR)
-    bars.axvline(run.mean_length, color=MEAN, linestyle="--", linewidth=1.3)
+    bars.barh(layers, run.lengths, height=0.8, color=style.BAR)
+    bars.axvline(run.mean_length, color=style.MEAN, linestyle="--", linewidth=1.3)
     bars.set_xlim(0, longest * 1.05)
     bars.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    _label(bars, BAR_TITLE, f"tokens of a layer\n(dashed: mean, {run.mean_length:.0f})")
+    _label(bars, style.BAR_TITLE, f"tokens of a layer\n(dashed: mean, {run.mean_length:.0f})")
     _layer_axis(bars, inspection, named=False)
 
     left += _BARS
     for symbol, values in run.profile.items():
         left += _GAP
         axes = sheet.axes(left, _TOP, _PROFILE, sheet.rows_height)
-        axes.barh(layers, values, height=0.8, color=PROFILE[symbol])
+        axes.barh(layers, values, height=0.8, color=style.PROFILE[symbol])
         axes.set_xlim(0, 1.05)
         axes.set_xticks([0, 0.5, 1], ["0", "\u00bd", "1"])
         _label(axes, symbol, "")
@@ -176,10 +154,11 @@ def _draw_run(sheet: _Sheet, run: Run, left: float, longest: int, *, first: bool
         left += _PROFILE
     if run.profile:
         span = len(run.profile) * (_PROFILE + _GAP) - _GAP
-        words = "\n".join([PROFILE_NOTE, *(PROFILE_NAMES[symbol] for symbol in run.profile)])
+        names = [style.PROFILE_NAMES[symbol] for symbol in run.profile]
+        words = "\n".join([style.PROFILE_NOTE, *names])
         top = _TOP + sheet.rows_height + 0.27
-        style = {"ha": "center", "va": "top", "linespacing": 1.15}
-        sheet.write(left - span / 2, top, words, _LETTERS - 1, **style)
+        place = {"ha": "center", "va": "top", "linespacing": 1.15}
+        sheet.write(left - span / 2, top, words, _LETTERS - 1, **place)
 
 
 def _label(axes: Axes, title: str, unit: str) -> None:
