@@ -138,7 +138,6 @@ def config(fields: Fields, dtype: str) -> dict[str, Any]:
 
     arch = architecture(fields)
     heads, theta = get("attention.head_count"), get("rope.freq_base")
-    ids = special_ids(fields)
     return {
         "architectures": [arch.hf_class],
         "model_type": arch.model_type,
@@ -160,9 +159,7 @@ def config(fields: Fields, dtype: str) -> dict[str, Any]:
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "tie_word_embeddings": True,
         "use_cache": True,
-        "bos_token_id": ids["bos_token_id"],
-        "eos_token_id": ids["eos_token_id"],
-        "pad_token_id": ids["pad_token_id"],
+        **special_ids(fields),
         "dtype": dtype,
         # Without a version transformers suspects the tokenizer of a defect of later releases.
         "transformers_version": "4.51.3",

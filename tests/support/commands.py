@@ -13,7 +13,9 @@ from tests.support import refusals
 from tests.support.model_classes import inspect_in_process
 from vllm_kvcompress.planning.layer_groups import LayerGroups
 from vllm_kvcompress.tools.cli import build_parser, main
+from vllm_kvcompress.tools.plan.command import make_report
 from vllm_kvcompress.tools.plan.model import ServedModel
+from vllm_kvcompress.tools.plan.report import PlanReport
 
 inspect_in_process()
 
@@ -46,6 +48,14 @@ def folder(path: Path, **changes: Any) -> str:
     """A model folder that holds a configuration only."""
     (path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
     return str(path)
+
+
+def plan(model: str, *words: str, memory: str = "1MiB") -> PlanReport:
+    """The plan of a command line; ``memory`` is the KV cache unless a word gives a size."""
+    given = ["plan", "--model", model]
+    if "--gpu-memory" not in words:
+        given += ["--kv-cache-memory", memory]
+    return make_report(parsed(given, *words))
 
 
 def parsed(words: Sequence[str], *more: str) -> argparse.Namespace:

@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tests.e2e.harness import MODELS, SMALL
-from tests.support.commands import folder, parsed
+from tests.support.commands import folder, plan
 from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.planning.layer_groups import LayerGroups
 from vllm_kvcompress.tools.cli import main
-from vllm_kvcompress.tools.plan.command import make_report
 from vllm_kvcompress.tools.plan.figures import (
     Pool,
     SlidingWindows,
@@ -28,17 +27,9 @@ from vllm_kvcompress.tools.plan.figures import (
     compressed_figures,
     plain_figures,
 )
-from vllm_kvcompress.tools.plan.report import PlanReport
 
 TOKEN = 2 * 5 * 2 * 16
 """Elements of a token's keys and values."""
-
-
-def plan(model: str, *words: str, memory: str = "1MiB") -> PlanReport:
-    given = ["plan", "--model", model]
-    if "--gpu-memory" not in words:
-        given += ["--kv-cache-memory", memory]
-    return make_report(parsed(given, *words))
 
 
 # --- figures -------------------------------------------------------------------------------------

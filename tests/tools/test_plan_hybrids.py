@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import folder, refusal
-from tests.tools.test_plan import plan
+from tests.support.commands import folder, plan, refusal
 from vllm_kvcompress.planning.layer_groups import LayerGroups
 
 GEMMA: dict[str, Any] = {

@@ -8,10 +8,9 @@ from vllm.config import ModelConfig
 from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.platforms.interface import UnspecifiedPlatform
 
-from tests.support.commands import LLAMA, folder, refusal
+from tests.support.commands import LLAMA, folder, plan, refusal
 from tests.support.compatibility_page import refusals
 from tests.support.refusals import REFUSED_MODELS, models_folder
-from tests.tools.test_plan import plan
 
 MEMORY = ("--kv-cache-memory", "1MiB")
 
