@@ -32,9 +32,6 @@ class BenchReport:
         prefix: What the files' names begin with.
         facts: What is the same for all rows: columns of the CSV, lines above the Markdown table.
 
-    Attributes:
-        rows: The rows so far.
-
     """
 
     def __init__(self, prefix: Path, facts: Mapping[str, str]) -> None:

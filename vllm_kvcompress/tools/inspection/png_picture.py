@@ -33,25 +33,14 @@ _LETTERS = 9.0
 
 
 class _Sheet:
-    """The empty picture of an inspection, with places in inches from the left and from the top.
-
-    Attributes:
-        inspection: What is drawn.
-        heat_width: Width of a heat map.
-        rows_height: Height of the diagrams.
-        passages: Columns of passages, and passages of a column.
-        text_top: Top of the text below the diagrams.
-        width: Width of the picture.
-        height: Height of the picture.
-        figure: The picture.
-
-    """
+    """The empty picture of an inspection, with places in inches from the left and from the top."""
 
     def __init__(self, inspection: Inspection) -> None:
         runs = inspection.runs
         self.inspection = inspection
         self.heat_width = {1: 8.0, 2: 5.2, 3: 4.2}.get(len(runs), 3.8)
         self.rows_height = min(8.0, max(2.6, 0.16 * inspection.num_layers))
+        # Columns of passages, and passages of a column.
         self.passages = (2, 3) if len(runs) == 1 else (len(runs), 4)
         self.text_top = _TOP + self.rows_height + _AXIS
         columns = sum(self.column_width(run) for run in runs)
