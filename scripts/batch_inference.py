@@ -67,14 +67,13 @@ def start_engine(args: argparse.Namespace) -> Any:
     from vllm_kvcompress import LLM
     from vllm_kvcompress.planning.config import parse_budget
 
-    chosen = {
-        name: getattr(args, name)
-        for name in ("kv_compression", "kv_compression_budget", "kv_compression_config")
-        if getattr(args, name) is not None
-    }
+    budget = args.kv_compression_budget
     try:
-        if "kv_compression_budget" in chosen:
-            chosen["kv_compression_budget"] = parse_budget(chosen["kv_compression_budget"])
+        chosen = {
+            "kv_compression": args.kv_compression,
+            "kv_compression_budget": None if budget is None else parse_budget(budget),
+            "kv_compression_config": args.kv_compression_config,
+        }
         return LLM(model=args.model, **{**chosen, **args.engine_args})
     except ValueError as error:
         raise CommandError(str(error)) from error

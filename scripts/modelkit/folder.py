@@ -12,27 +12,24 @@ from typing import Any
 MANIFEST = "kvcompress-manifest.json"
 FORMAT = 1  # raised when the conversion changes, so that older folders are made again
 
-Advance = Callable[[int], object]
 
-
-def sha256(path: Path, advance: Advance = lambda _: None) -> str:
-    digest = hashlib.sha256()
+def sha256(path: Path) -> str:
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, identity: dict[str, Any], advance: Advance) -> None:
+def write_manifest(
+    folder: Path, identity: dict[str, Any], advance: Callable[[int], object]
+) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         stat = path.stat()
         files[path.name] = {
-            "sha256": sha256(path, advance),
+            "sha256": sha256(path),
             "size": stat.st_size,
             "mtime_ns": stat.st_mtime_ns,
         }
+        advance(stat.st_size)
     manifest = {"format": FORMAT, **identity, "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
 

@@ -1,38 +1,19 @@
 """Weights and configuration: from llama.cpp's names and layouts to Hugging Face's."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGUFReader, quants
+from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map, quants
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modelkit import ModelError
 
 Fields = dict[str, Any]
 Array = npt.NDArray[np.float32]
-
-IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-IN_GEMMA3_LAYER = {
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -47,8 +28,6 @@ class Architecture:
     """llama.cpp stores Q and K for its interleaved rotation, so their rows must go back."""
     norm_offset: float = 0.0
     """What llama.cpp adds to the weights of norms."""
-    names: dict[str, str] = field(default_factory=dict)
-    """Tensors of a layer that are named otherwise than in :data:`IN_LAYER`."""
 
 
 def hyperparameter(fields: Fields, key: str) -> Any:
@@ -94,7 +73,6 @@ ARCHITECTURES = {
         "gemma3_text",
         gemma3_config,
         norm_offset=1.0,
-        names=IN_GEMMA3_LAYER,
     ),
 }
 
@@ -113,32 +91,33 @@ def unpermute(weight: Array, heads: int) -> Array:
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def tensors(reader: GGUFReader, fields: Fields) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors, dequantised, under their Hugging Face names."""
+def tensors(
+    reader: GGUFReader, fields: Fields, settings: dict[str, Any]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors, dequantised, under the names that a model with these settings has for them."""
     arch = architecture(fields)
     heads = {
-        "attn_q": hyperparameter(fields, "attention.head_count"),
-        "attn_k": hyperparameter(fields, "attention.head_count_kv"),
+        "q_proj": hyperparameter(fields, "attention.head_count"),
+        "k_proj": hyperparameter(fields, "attention.head_count_kv"),
     }
-    names = {tensor.name for tensor in reader.tensors}
+    stored = {tensor.name: tensor for tensor in reader.tensors}
     # The models tie input and output embedding. Where the file stores both, `output` is the one
     # quantised with more bits.
-    embedding = "output.weight" if "output.weight" in names else "token_embd.weight"
-    whole = {embedding: EMBEDDING, "output_norm.weight": "model.norm.weight"}
-    in_layer = {**IN_LAYER, **arch.names}
-
-    for tensor in reader.tensors:
-        if tensor.name in whole:
-            name, kind = whole[tensor.name], ""
-        elif tensor.name == "token_embd.weight":
-            continue
-        else:
-            _, layer, kind, suffix = tensor.name.split(".")
-            name = f"model.layers.{layer}.{in_layer[kind]}.{suffix}"
+    stored.setdefault("output.weight", stored["token_embd.weight"])
+    stored["token_embd.weight"] = stored["output.weight"]
+    number = next(
+        n for n, name in MODEL_ARCH_NAMES.items() if name == fields["general.architecture"]
+    )
+    names = get_tensor_name_map(number, hyperparameter(fields, "block_count"))
+    with torch.device("meta"):
+        layout = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
+    for name, _ in layout.named_parameters():
+        tensor = stored[names.get_name(name, (".weight", ".bias"))]
         weight = quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        kind = name.split(".")[-2]
         if arch.permuted and kind in heads:
             weight = unpermute(weight, heads[kind])
-        if name.endswith("norm.weight"):
+        if kind.endswith("norm"):
             weight = weight - arch.norm_offset
         yield name, torch.from_numpy(np.ascontiguousarray(weight))
 
@@ -159,7 +138,6 @@ def config(fields: Fields, dtype: str) -> dict[str, Any]:
 
     arch = architecture(fields)
     heads, theta = get("attention.head_count"), get("rope.freq_base")
-    ids = special_ids(fields)
     return {
         "architectures": [arch.hf_class],
         "model_type": arch.model_type,
@@ -181,9 +159,7 @@ def config(fields: Fields, dtype: str) -> dict[str, Any]:
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
         "tie_word_embeddings": True,
         "use_cache": True,
-        "bos_token_id": ids["bos_token_id"],
-        "eos_token_id": ids["eos_token_id"],
-        "pad_token_id": ids["pad_token_id"],
+        **special_ids(fields),
         "dtype": dtype,
         # Without a version transformers suspects the tokenizer of a defect of later releases.
         "transformers_version": "4.51.3",

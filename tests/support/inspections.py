@@ -34,6 +34,8 @@ def made(
     weights = random.random(layers)
     cake = method == "cake"
     return Run(
+        request_id="a",
+        number=1,
         method=method,
         prompt_len=tokens,
         window=window,

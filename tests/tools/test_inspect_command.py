@@ -57,10 +57,7 @@ def words(tmp_path: Path) -> list[str]:
 def test_user_errors_are_one_sentence(
     words: list[str], capsys: pytest.CaptureFixture[str], change: list[str], sentence: str
 ) -> None:
-    said = refusal(capsys, [*words, *change])
-    assert said.startswith("kvcompress inspect: ")
-    assert said.count("\n") == 1
-    assert sentence in said
+    assert sentence in refusal(capsys, [*words, *change])
 
 
 @pytest.mark.parametrize(
@@ -145,10 +142,10 @@ def test_layers_have_the_models_numbers_where_only_some_are_compressed(tmp_path:
 def test_prompt_of_a_chat_is_the_templates_text(words: list[str], tmp_path: Path) -> None:
     words = [*words, "--model", str(MODELS / SMALL), "--question", "How many? \N{GRINNING FACE}"]
     (tmp_path / "text").write_text("Three\tships <b>sailed</b>.\n\n")
-    plain = read_prompt(make_job(parsed(words)))
-    assert "".join(plain.pieces) == "Three\tships <b>sailed</b>.\n\nHow many? \N{GRINNING FACE}"
-    assert len(plain.pieces) == len(plain.token_ids)
-    chat = read_prompt(make_job(parsed(words, "--chat")))
-    assert chat.pieces[0] == "<|im_start|>"
-    assert "".join(chat.pieces).endswith("assistant\n")
-    assert "".join(plain.pieces) in "".join(chat.pieces)
+    ids, pieces = read_prompt(make_job(parsed(words)))
+    assert "".join(pieces) == "Three\tships <b>sailed</b>.\n\nHow many? \N{GRINNING FACE}"
+    assert len(pieces) == len(ids)
+    _, chat = read_prompt(make_job(parsed(words, "--chat")))
+    assert chat[0] == "<|im_start|>"
+    assert "".join(chat).endswith("assistant\n")
+    assert "".join(pieces) in "".join(chat)

@@ -1,6 +1,5 @@
 """``kvcompress plan`` without an engine: figures by hand, JSON and what is printed."""
 
-import argparse
 import json
 import os
 import shlex
@@ -16,12 +15,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from tests.e2e.harness import MODELS, SMALL
-from tests.support.model_classes import inspect_in_process
+from tests.support.commands import folder, plan
 from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits
 from vllm_kvcompress.planning.config import KVCompressionConfig
 from vllm_kvcompress.planning.layer_groups import LayerGroups
-from vllm_kvcompress.tools.cli import build_parser, main
-from vllm_kvcompress.tools.plan.command import make_report
+from vllm_kvcompress.tools.cli import main
 from vllm_kvcompress.tools.plan.figures import (
     Pool,
     SlidingWindows,
@@ -29,40 +27,9 @@ from vllm_kvcompress.tools.plan.figures import (
     compressed_figures,
     plain_figures,
 )
-from vllm_kvcompress.tools.plan.report import PlanReport
 
-inspect_in_process()
-
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 256,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
 TOKEN = 2 * 5 * 2 * 16
 """Elements of a token's keys and values."""
-
-
-def folder(path: Path, **changes: Any) -> str:
-    """A model folder that holds a configuration only."""
-    (path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
-    return str(path)
-
-
-def plan(model: str, *words: str, memory: str = "1MiB") -> PlanReport:
-    given = ["plan", "--model", model]
-    if "--gpu-memory" not in words:
-        given += ["--kv-cache-memory", memory]
-    args: argparse.Namespace = build_parser().parse_args([*given, *words])
-    return make_report(args)
 
 
 # --- figures -------------------------------------------------------------------------------------

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.tools.test_plan import folder, plan
+from tests.support.commands import folder, plan, refusal
 from vllm_kvcompress.planning.layer_groups import LayerGroups
-from vllm_kvcompress.tools.cli import main
 
 GEMMA: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -68,7 +67,5 @@ def test_what_lies_beside_the_pool_counts_only_compressed_layers(tmp_path: Path)
 
 def test_a_hybrid_has_no_cascade(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--kv-cache-memory", "1MiB", "--config", '{"prefill": "cascade"}']
-    assert main(["plan", "--model", folder(tmp_path, **GEMMA), *words]) == 2
-    error = capsys.readouterr().err
-    assert "prefill cascade is not supported for models with sliding-window layers" in error
-    assert error.count("\n") == 1
+    said = refusal(capsys, ["plan", "--model", folder(tmp_path, **GEMMA), *words])
+    assert "prefill cascade is not supported for models with sliding-window layers" in said

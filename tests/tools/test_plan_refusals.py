@@ -8,10 +8,11 @@ from vllm.config import ModelConfig
 from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.platforms.interface import UnspecifiedPlatform
 
+from tests.support.commands import LLAMA, folder, plan, refusal
 from tests.support.compatibility_page import refusals
 from tests.support.refusals import REFUSED_MODELS, models_folder
-from tests.tools.test_plan import LLAMA, folder, plan
-from vllm_kvcompress.tools.cli import main
+
+MEMORY = ("--kv-cache-memory", "1MiB")
 
 
 @pytest.mark.parametrize(
@@ -33,12 +34,8 @@ from vllm_kvcompress.tools.cli import main
 def test_settings_that_cannot_be_are_refused(
     words: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["plan", "--model", folder(tmp_path), "--kv-cache-memory", "1MiB", *words.split()]
-    assert main(given) == 2
-    out, error = capsys.readouterr()
-    assert not out
-    assert error.startswith(f"kvcompress plan: {sentence}")
-    assert error.count("\n") == 1
+    given = ["plan", "--model", folder(tmp_path), *MEMORY, *words.split()]
+    assert refusal(capsys, given).startswith(sentence)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +51,7 @@ def test_models_that_the_engine_refuses_are_refused_with_its_sentence(
         monkeypatch.setattr(ModelConfig, "is_mm_prefix_lm", property(lambda _: True))
     for model in REFUSED_MODELS.get(feature, [LLAMA]):
         (root / "config.json").write_text(json.dumps(model))
-        assert main(["plan", "--model", str(root), "--kv-cache-memory", "1MiB"]) == 2
-        assert capsys.readouterr() == ("", f"kvcompress plan: {refusals()[feature]}\n")
+        assert refusal(capsys, ["plan", "--model", str(root), *MEMORY]) == refusals()[feature]
 
 
 def test_layers_of_several_shapes_are_refused(
@@ -63,8 +59,8 @@ def test_layers_of_several_shapes_are_refused(
 ) -> None:
     overrides = property(lambda _: [{}, {"head_size": 32}])
     monkeypatch.setattr(ModelArchitectureConfig, "per_layer_overrides", overrides, raising=False)
-    assert main(["plan", "--model", folder(tmp_path), "--kv-cache-memory", "1MiB"]) == 2
-    assert "one shape of KV cache for all layers" in capsys.readouterr().err
+    said = refusal(capsys, ["plan", "--model", folder(tmp_path), *MEMORY])
+    assert "one shape of KV cache for all layers" in said
 
 
 def test_a_machine_without_a_device_plans_the_same(
@@ -98,15 +94,13 @@ def test_a_configuration_that_cannot_be_read_is_named(
     path = tmp_path / "config.json"
     if text is not None:
         path.write_text(text)
-    assert main(["plan", "--model", str(path), "--kv-cache-memory", "1MiB"]) == 2
-    error = capsys.readouterr().err
-    assert str(path) in error
-    assert sentence in error
-    assert error.count("\n") == 1
+    said = refusal(capsys, ["plan", "--model", str(path), *MEMORY])
+    assert str(path) in said
+    assert sentence in said
 
 
 def test_weights_that_leave_nothing_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", "--model", folder(tmp_path), "--gpu-memory", "200KiB"]) == 2
-    assert "leave nothing of 200.00 KiB x 0.92" in capsys.readouterr().err
+    said = refusal(capsys, ["plan", "--model", folder(tmp_path), "--gpu-memory", "200KiB"])
+    assert "leave nothing of 200.00 KiB x 0.92" in said

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,18 +27,40 @@ class CommandError(Exception):
     """What a user can put right; its text is one sentence and all that the user is shown."""
 
 
-def compression(
-    method: str,
-    budget: str | None,
-    options: dict[str, Any] | None,
-    block_size: int | None = None,
-) -> KVCompressionConfig:
+def add_compression(parser: argparse.ArgumentParser) -> None:
+    """Add --method, --budget and --config, which :func:`compression` reads."""
+    group = parser.add_argument_group("compression")
+    group.add_argument("--method", default="cake", help="(default: %(default)s)")
+    group.add_argument(
+        "--budget",
+        default="1024",
+        metavar="N",
+        help="tokens per layer, or a share of the prompt (default: %(default)s)",
+    )
+    group.add_argument(
+        "--config",
+        type=json_object,
+        metavar="JSON",
+        help="as --kv-compression-config of the server",
+    )
+
+
+def add_engine_arguments(group: Any) -> None:
+    """Add --engine-args."""
+    group.add_argument(
+        "--engine-args",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="further keyword arguments of vLLM's LLM",
+    )
+
+
+def compression(args: argparse.Namespace, block_size: int | None = None) -> KVCompressionConfig:
     """Return the settings that a server would have with these flags.
 
     Args:
-        method: As --kv-compression.
-        budget: As --kv-compression-budget; None: the default.
-        options: As --kv-compression-config.
+        args: Has method, budget and config.
         block_size: Tokens of a block, which limit the budget; None: not known.
 
     Raises:
@@ -48,15 +71,21 @@ def compression(
     from vllm_kvcompress.planning.config import CONFIG_KEY, KVCompressionConfig, parse_budget
 
     try:
-        number = None if budget is None else parse_budget(budget)
-        config = KVCompressionConfig.parse(
-            merge_settings(None, method, number, options)[CONFIG_KEY]
-        )
+        settings = merge_settings(None, args.method, parse_budget(args.budget), args.config)
+        config = KVCompressionConfig.parse(settings[CONFIG_KEY])
         if block_size is not None:
             config.check_block_size(block_size)
     except ValueError as error:
         raise CommandError(str(error)) from None
     return config
+
+
+def check_prefix(prefix: Path) -> None:
+    """Refuse an --output that cannot be the beginning of files' names, with a CommandError."""
+    if not prefix.name or not prefix.parent.is_dir():
+        raise CommandError(
+            f"--output must be a name in a folder that exists, such as out/cake, got {prefix}"
+        )
 
 
 def split(text: str) -> list[str]:
@@ -75,10 +104,12 @@ def numbers(text: str, name: str, least: int = 0) -> list[int]:
     return list(values)
 
 
-def count(text: str) -> int:
-    """For argparse: a whole number of at least 1."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+def count(text: str, least: int = 1) -> int:
+    """For argparse: a whole number of at least ``least``."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {least}, got {text!r}"
+        )
     return int(text)
 
 

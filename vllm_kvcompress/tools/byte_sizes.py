@@ -1,19 +1,11 @@
 """Sizes of memory as people write them."""
 
 import re
+from decimal import Decimal
 
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-}
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
 
 
 def parse_bytes(text: str) -> int:
@@ -25,9 +17,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
-    size = int(float(match[1]) * unit) if match and unit and "." in match[1] else 0
-    if match and unit and "." not in match[1]:
-        size = int(match[1]) * unit
+    size = int(Decimal(match[1]) * unit) if match and unit else 0
     if size < 1:
         raise ValueError(
             f"a size must be a number of bytes above 0, or one with a unit such as 800MiB, 12GiB "

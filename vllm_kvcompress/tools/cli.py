@@ -40,9 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command.
 
-    Args:
-        argv: Arguments without the program's name; None: those of the process.
-
     Returns:
         The exit status: that of the sub-command, or 2 after a user's error.
 

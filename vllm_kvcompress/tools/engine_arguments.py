@@ -28,9 +28,6 @@ def llm_arguments(config: KVCompressionConfig, **more: Any) -> dict[str, Any]:
 def check_engine_arguments(names: Iterable[str]) -> None:
     """Refuse what vLLM's engine does not take. Imports vLLM.
 
-    Args:
-        names: Keyword arguments that the user gave.
-
     Raises:
         CommandError: vLLM does not know one of them.
 

@@ -90,24 +90,10 @@ def serve(
         CommandError: It does not start in time.
 
     """
-    port = _free_port()
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = int(probe.getsockname()[1])
     words = ["serve", model, *options, "--host", HOST, "--port", str(port)]
-    server = RunningServer(port, log)
-    with _started(words, log, environment) as process:
-        end = time.monotonic() + timeout
-        while server.get("/health") is None:
-            if process.poll() is not None:
-                raise CommandError(f"vllm serve did not start: {_last_complaint(log)} (see {log})")
-            if time.monotonic() > end:
-                raise CommandError(f"vllm serve gave no answer within {timeout:.0f} s, see {log}")
-            time.sleep(0.3)
-        yield server
-
-
-@contextmanager
-def _started(
-    words: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
-) -> "Iterator[subprocess.Popen[bytes]]":
     # This Python's tools are found first.
     path = os.pathsep.join([str(VLLM.parent), os.environ.get("PATH", os.defpath)])
     env = {"VLLM_NO_USAGE_STATS": "1", **os.environ, "PATH": path, **(environment or {})}
@@ -120,8 +106,16 @@ def _started(
             env=env,
             start_new_session=True,
         )
+    server = RunningServer(port, log)
+    end = time.monotonic() + timeout
     try:
-        yield process
+        while server.get("/health") is None:
+            if process.poll() is not None:
+                raise CommandError(f"vllm serve did not start: {_last_complaint(log)} (see {log})")
+            if time.monotonic() > end:
+                raise CommandError(f"vllm serve gave no answer within {timeout:.0f} s, see {log}")
+            time.sleep(0.3)
+        yield server
     finally:
         _end(process)
 
@@ -137,13 +131,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         except ProcessLookupError:
             break
     process.poll()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _last_complaint(log: Path) -> str:

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from vllm_kvcompress.tools.bench.bounds import decode_bound, token_bytes, whole_bound
 from vllm_kvcompress.tools.bench.engines import prompts_of, two_engines
 from vllm_kvcompress.tools.bench.job import DECODE, TTFT, BenchCase, BenchJob, Setup
 from vllm_kvcompress.tools.bench.measure import Decoding, Queue, first_token, run_queue
@@ -19,11 +18,6 @@ Pair = tuple[SteppedEngine, SteppedEngine]
 def measure(job: BenchJob, setup: Setup, tell: Tell) -> Iterator[BenchRow]:
     """Measure all cases of a setup.
 
-    Args:
-        job: The run.
-        setup: The engines and the cases.
-        tell: Called with a line of progress.
-
     Yields:
         Rows, each when it is complete.
 
@@ -34,27 +28,26 @@ def measure(job: BenchJob, setup: Setup, tell: Tell) -> Iterator[BenchRow]:
     tell(f"starting two engines with {setup.blocks} blocks each ({setup.name} pool)")
     with two_engines(job, setup) as pair:
         for case in setup.cases:
+
+            def say(text: str, case: BenchCase = case) -> None:
+                tell(f"{case}, {text}")
+
             if case.kind == TTFT:
-                yield _first_token(job, pair, case, tell)
+                yield _first_token(job, pair, case, say)
             elif case.kind == DECODE:
-                yield _decode(job, pair, case, tell)
+                yield _decode(job, pair, case, say)
             else:
-                yield from _throughput(job, setup, pair, case, tell)
+                yield from _throughput(job, setup, pair, case, say)
 
 
 def _first_token(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> BenchRow:
     plain, compressed = pair
     (prompt,) = prompts_of(job, plain, case)
     for number, engine in enumerate(pair):
-        tell(f"{case}, warming up {number + 1} of 2")
+        tell(f"warming up {number + 1} of 2")
         first_token(engine, prompt)
     before = compressed.phases
-    pairs = take_turns(
-        job.rounds,
-        lambda: first_token(plain, prompt),
-        lambda: first_token(compressed, prompt),
-        _rounds(job, case, tell),
-    )
+    pairs = take_turns(job.rounds, pair, lambda engine: first_token(engine, prompt), tell)
     spent = {
         name: (seconds - before.get(name, 0.0)) / job.rounds
         for name, seconds in compressed.phases.items()
@@ -76,15 +69,18 @@ def _first_token(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> Benc
 
 def _decode(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> BenchRow:
     prompts = prompts_of(job, pair[0], case)
-    plain, compressed = batches = [Decoding(engine, prompts, case.generate) for engine in pair]
+    plain, compressed = batches = (
+        Decoding(pair[0], prompts, case.generate),
+        Decoding(pair[1], prompts, case.generate),
+    )
     for number, batch in enumerate(batches):
-        tell(f"{case}, reading prompts {number + 1} of 2")
+        tell(f"reading prompts {number + 1} of 2")
         batch.start()
     pairs = take_turns(
         job.rounds,
-        lambda: statistics.median(plain.turn(job.steps)) * 1e3,
-        lambda: statistics.median(compressed.turn(job.steps)) * 1e3,
-        _rounds(job, case, tell),
+        batches,
+        lambda batch: statistics.median(batch.turn(job.steps)) * 1e3,
+        tell,
     )
     for batch in batches:
         batch.stop()
@@ -101,7 +97,8 @@ def _decode(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> BenchRow:
         prompt=case.prompt,
         requests=case.requests,
         pool_blocks=pair[0].pool_blocks,
-        bound=decode_bound(job.weights, full * block, kept * block),
+        # The ratio of the bytes that a step reads.
+        bound=(job.weights + full * block) / (job.weights + kept * block),
         blocks=(full, kept),
         running=(case.requests, case.requests),
         preemptions=(0, 0),
@@ -112,16 +109,13 @@ def _decode(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> BenchRow:
 def _throughput(
     job: BenchJob, setup: Setup, pair: Pair, case: BenchCase, tell: Tell
 ) -> Iterator[BenchRow]:
-    plain, compressed = pair
+    plain, _ = pair
     prompts = prompts_of(job, plain, case)
     for number, engine in enumerate(pair):
-        tell(f"{case}, warming up {number + 1} of 2")
+        tell(f"warming up {number + 1} of 2")
         run_queue(engine, prompts[:1], min(case.generate, 8))
     pairs = take_turns(
-        job.rounds,
-        lambda: run_queue(plain, prompts, case.generate),
-        lambda: run_queue(compressed, prompts, case.generate),
-        _rounds(job, case, tell),
+        job.rounds, pair, lambda engine: run_queue(engine, prompts, case.generate), tell
     )
     yield from throughput_rows(job, setup.name, case, pairs, (plain.pool_blocks, plain.block_bytes))
 
@@ -155,12 +149,13 @@ def throughput_rows(
     notes = [*_whole(job, case)]
     if decoded:
         plain, compressed = (
-            statistics.median(token_bytes(queue, job.weights, sizes[1]) for queue in queues)
+            statistics.median(queue.token_bytes(job.weights, sizes[1]) for queue in queues)
             for queues in both
         )
         bound = plain / compressed
         share = statistics.median(queue.prefill_share for queue in both[0])
-        whole = whole_bound(share, bound)
+        # Prefills take as long as in plain vLLM.
+        whole = 1 / (share + (1 - share) / bound)
         notes.append(
             f"plain vLLM spends {share:.0%} of the time in steps with a prompt, which compression "
             "does not shorten"
@@ -205,7 +200,3 @@ def _whole(job: BenchJob, case: BenchCase) -> tuple[str, ...]:
     if BlockPlanner(job.config, job.block_size).schedule(case.prompt) is None:
         return ("such prompts are kept whole, so this is what the flag alone costs",)
     return ()
-
-
-def _rounds(job: BenchJob, case: BenchCase, tell: Tell) -> Callable[[int], object]:
-    return lambda number: tell(f"{case}, round {number} of {job.rounds}")

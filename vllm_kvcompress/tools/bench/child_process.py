@@ -21,10 +21,6 @@ PATIENCE = 10.0
 def rows_of(job: BenchJob, setup: Setup) -> Iterator[BenchRow]:
     """Measure a setup; progress goes to stderr.
 
-    Args:
-        job: The run.
-        setup: Its engines and cases.
-
     Yields:
         Rows, each when it is complete.
 

@@ -13,9 +13,11 @@ from vllm_kvcompress.tools.arguments import (
     DTYPES,
     STOPPED,
     CommandError,
+    add_compression,
+    add_engine_arguments,
+    check_prefix,
     compression,
     count,
-    json_object,
 )
 
 if TYPE_CHECKING:
@@ -25,13 +27,6 @@ if TYPE_CHECKING:
 
 CASES = ("ttft", "decode", "throughput")
 POOLS = ("bound", "ample")
-DEFAULT_BLOCK_SIZE = 32
-
-
-def _number(text: str) -> int:
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, got {text!r}")
-    return int(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -51,7 +46,7 @@ def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
-OWN: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
+MEASURED: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
     "cases": (CASES, _names(CASES), "NAMES", "with commas between them"),
     "lengths": ((1024, 4096), _counts, "TOKENS", "of prompts, with commas between them"),
     "batches": ((1, 8), _counts, "N", "requests of a decode step, with commas between them"),
@@ -60,47 +55,42 @@ OWN: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
     "requests": (16, count, "N", "of a throughput"),
     "generate": (128, count, "TOKENS", "that each of those generates"),
     "bound_requests": (3, count, "N", "that plain vLLM holds in the bound pool"),
-    "seed": (0, _number, "N", "of the prompts' random tokens"),
+    "seed": (0, lambda text: count(text, 0), "N", "of the prompts' random tokens"),
 }
-"""Settings of our own cases, which vLLM's benchmarks do not have: default, type, metavar, help."""
+"""Arguments of what is measured: default, type, metavar, help."""
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the sub-command's arguments.
-
-    Args:
-        subparsers: What ``ArgumentParser.add_subparsers`` returned.
-
-    """
+    """Add the sub-command's arguments."""
     parser = subparsers.add_parser(
         "bench",
         help="speed and memory against plain vLLM, measured in one run",
         description="Measures an engine with compression against plain vLLM; both take turns. "
         "Writes PREFIX.csv and PREFIX.md.",
-        usage="%(prog)s --model MODEL --output PREFIX [options] [-- WORDS FOR vllm bench]",
+        usage="%(prog)s --model MODEL --output PREFIX [options]",
     )
     parser.add_argument("--model", required=True, help="folder or hub id")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="PREFIX", help="of the files written"
     )
-    parser.add_argument("--rounds", type=count, metavar="N", help="turns of each (default: 3)")
-    compression = parser.add_argument_group("compression")
-    compression.add_argument("--method", default="cake", help="(default: %(default)s)")
-    compression.add_argument(
-        "--budget",
-        default="1024",
-        metavar="N",
-        help="tokens per layer, or a share of the prompt (default: %(default)s)",
+    parser.add_argument(
+        "--rounds", type=count, default=3, metavar="N", help="turns of each (default: %(default)s)"
     )
-    compression.add_argument(
-        "--config",
-        type=json_object,
-        metavar="JSON",
-        help="as --kv-compression-config of the server",
-    )
-    _add_cases(parser.add_argument_group("what is measured"))
+    add_compression(parser)
+    measured = parser.add_argument_group("what is measured")
+    for name, (default, kind, metavar, text) in MEASURED.items():
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        measured.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=default,
+            metavar=metavar,
+            help=f"{text} (default: {shown})",
+        )
     engine = parser.add_argument_group("both engines")
-    engine.add_argument("--block-size", type=count, metavar="TOKENS", help="(default: 32)")
+    engine.add_argument(
+        "--block-size", type=count, default=32, metavar="TOKENS", help="(default: %(default)s)"
+    )
     engine.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
     engine.add_argument(
         "--kv-cache-mib",
@@ -114,27 +104,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="TOKENS",
         help="(default: the longest prompt in one step)",
     )
-    engine.add_argument(
-        "--engine-args",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="further keyword arguments of vLLM's LLM",
-    )
-
-
-def _add_cases(group: Any) -> None:
-    for name, (default, kind, metavar, text) in OWN.items():
-        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: {shown})")
+    add_engine_arguments(engine)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the files as rows come, and print the table.
-
-    Args:
-        args: As parsed.
 
     Returns:
         0, or 130 after Ctrl-C.
@@ -143,20 +117,13 @@ def run(args: argparse.Namespace) -> int:
         CommandError: What the user can put right; rows measured before it stay on disk.
 
     """
-    prefix: Path = args.output
-    if not prefix.name or not prefix.parent.is_dir():
-        raise CommandError(
-            f"--output must be a name in a folder that exists, such as out/cake, got {prefix}"
-        )
+    check_prefix(args.output)
     job = make_job(args)
-    return write(prefix, _settings_shown(job.config, args), _own_rows(job))
+    return write(args.output, _settings_shown(job.config, args), _rows(job))
 
 
 def make_job(args: argparse.Namespace) -> BenchJob:
     """Check everything that can be checked without an engine. Imports vLLM.
-
-    Args:
-        args: As parsed.
 
     Raises:
         CommandError: What the user can put right.
@@ -165,30 +132,26 @@ def make_job(args: argparse.Namespace) -> BenchJob:
     from vllm.platforms import current_platform
 
     from vllm_kvcompress.tools.bench.job import BenchJob
-    from vllm_kvcompress.tools.bench.weights import read_bytes
     from vllm_kvcompress.tools.plan.model import read_model
+    from vllm_kvcompress.tools.plan.weights import bytes_of_step
 
-    own = {
-        name: default if getattr(args, name) is None else getattr(args, name)
-        for name, (default, *_) in OWN.items()
-    }
+    measured = {name: getattr(args, name) for name in MEASURED}
     served, loaded = read_model(args.model, args.dtype)
-    block_size = args.block_size or DEFAULT_BLOCK_SIZE
     mib = args.kv_cache_mib
     job = BenchJob(
         model=args.model,
         served=served,
-        weights=read_bytes(served, loaded),
-        settings=compression(args.method, args.budget, args.config, block_size).as_dict(),
-        kinds=own.pop("cases"),
-        rounds=args.rounds or 3,
-        block_size=block_size,
+        weights=bytes_of_step(served, loaded),
+        settings=compression(args, args.block_size).as_dict(),
+        kinds=measured.pop("cases"),
+        rounds=args.rounds,
+        block_size=args.block_size,
         dtype=args.dtype,
         cpu=bool(current_platform.is_cpu()),
         kv_bytes=None if mib is None else mib << 20,
         batched_tokens=args.max_num_batched_tokens,
         engine_args=args.engine_args,
-        **own,
+        **measured,
     )
     job.setups()
     return job
@@ -196,11 +159,6 @@ def make_job(args: argparse.Namespace) -> BenchJob:
 
 def write(prefix: Path, settings: dict[str, str], rows: Iterable[BenchRow]) -> int:
     """Write rows as they come, and print the table when they end or are cut off.
-
-    Args:
-        prefix: Of the files' names.
-        settings: The same for all rows.
-        rows: To be written.
 
     Returns:
         0, or 130 after Ctrl-C.
@@ -231,7 +189,7 @@ def write(prefix: Path, settings: dict[str, str], rows: Iterable[BenchRow]) -> i
     return status
 
 
-def _own_rows(job: BenchJob) -> Iterable[BenchRow]:
+def _rows(job: BenchJob) -> Iterable[BenchRow]:
     from vllm_kvcompress.tools.bench.child_process import rows_of
 
     for setup in job.setups():
@@ -245,5 +203,5 @@ def _settings_shown(config: KVCompressionConfig, args: argparse.Namespace) -> di
         "method": settings.pop("method"),
         "budget": str(settings.pop("budget")),
         "config": json.dumps(settings) if settings else "",
-        "rounds": str(args.rounds or 3),
+        "rounds": str(args.rounds),
     }

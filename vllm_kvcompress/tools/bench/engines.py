@@ -34,10 +34,6 @@ def two_engines(job: BenchJob, setup: Setup) -> Iterator[tuple[SteppedEngine, St
 
     Changes the process's environment variables.
 
-    Args:
-        job: The run.
-        setup: The engines' sizes.
-
     Raises:
         CommandError: vLLM or the plugin refuses a setting, or the memory is too small.
 
@@ -47,7 +43,7 @@ def two_engines(job: BenchJob, setup: Setup) -> Iterator[tuple[SteppedEngine, St
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     free, total = _memory(job)
-    check_memory([setup], job.weights, free)
+    check_memory(setup, job.weights, free)
     common = _arguments(job, setup, total)
     # The plain one first: until the other one starts, vLLM's own classes are in place.
     with (
@@ -58,14 +54,7 @@ def two_engines(job: BenchJob, setup: Setup) -> Iterator[tuple[SteppedEngine, St
 
 
 def prompts_of(job: BenchJob, engine: SteppedEngine, case: BenchCase) -> list[list[int]]:
-    """Different prompts of random tokens; the same for both engines.
-
-    Args:
-        job: Has the seed.
-        engine: Either engine.
-        case: Number and length of the prompts.
-
-    """
+    """Different prompts of random tokens; the same for both engines."""
     dice = random.Random(f"{job.seed} {case}")
     words = int(engine.llm_engine.model_config.get_vocab_size())
     first, last = (FIRST_WORDS, words - FIRST_WORDS) if words > 4 * FIRST_WORDS else (0, words)

@@ -146,7 +146,7 @@ class BenchJob:
 
         """
         found = []
-        alone = [*self._first_tokens(), *self._decodes()]
+        alone = [*self._alone()]
         if alone:
             found.append(self._setup(AMPLE, alone))
         if THROUGHPUT in self.kinds:
@@ -155,12 +155,10 @@ class BenchJob:
                 found += [self._setup(pool, [case]) for pool in self.pools]
         return found
 
-    def _first_tokens(self) -> Iterator[BenchCase]:
+    def _alone(self) -> Iterator[BenchCase]:
+        """Cases of one pool; decode cases have more tokens to generate than are measured."""
         if TTFT in self.kinds:
             yield from (BenchCase(TTFT, length, 1, 2) for length in self.lengths)
-
-    def _decodes(self) -> Iterator[BenchCase]:
-        """Decode cases, with more tokens to generate than the measurement takes."""
         if DECODE not in self.kinds:
             return
         for length in self.lengths:
@@ -215,23 +213,12 @@ class BenchJob:
         return case.requests * held + 2 * reading + 2
 
 
-def check_memory(setups: Sequence[Setup], weights: int, free: int) -> None:
-    """Refuse what does not fit, before anything is measured.
-
-    Args:
-        setups: What runs, one at a time.
-        weights: Bytes of the model.
-        free: Bytes that are free.
-
-    Raises:
-        CommandError: The two engines of a setup take more.
-
-    """
-    for setup in setups:
-        needed = 2 * (setup.kv_bytes + weights)
-        if needed > free:
-            raise CommandError(
-                f"two engines with {format_bytes(setup.kv_bytes)} of KV cache each for "
-                f"{', '.join(map(str, setup.cases))} take {format_bytes(needed)} with the weights, "
-                f"and {format_bytes(free)} are free; lower --lengths, --batches or --requests"
-            )
+def check_memory(setup: Setup, weights: int, free: int) -> None:
+    """Refuse two engines that take more than the bytes that are free, with a CommandError."""
+    needed = 2 * (setup.kv_bytes + weights)
+    if needed > free:
+        raise CommandError(
+            f"two engines with {format_bytes(setup.kv_bytes)} of KV cache each for "
+            f"{', '.join(map(str, setup.cases))} take {format_bytes(needed)} with the weights, "
+            f"and {format_bytes(free)} are free; lower --lengths, --batches or --requests"
+        )

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from vllm_kvcompress import __version__
 
-FACTS = ("date", "device", "vllm", "torch", "vllm_kvcompress", "python", "command")
-
 
 def processor() -> str:
     """Name of the CPU and the number of cores that this machine has."""
@@ -36,14 +34,13 @@ def hardware() -> str:
 
 
 def facts() -> dict[str, str]:
-    """Values of :data:`FACTS`; imports vLLM."""
-    values = (
-        datetime.date.today().isoformat(),
-        device(),
-        version("vllm"),
-        version("torch"),
-        __version__,
-        platform.python_version(),
-        shlex.join(["kvcompress", *sys.argv[1:]]),
-    )
-    return dict(zip(FACTS, values, strict=True))
+    """Date, machine, versions and the command; imports vLLM."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device(),
+        "vllm": version("vllm"),
+        "torch": version("torch"),
+        "vllm_kvcompress": __version__,
+        "python": platform.python_version(),
+        "command": shlex.join(["kvcompress", *sys.argv[1:]]),
+    }

@@ -12,10 +12,6 @@ from vllm_kvcompress.tools.bench.stepped_engine import Prompts, SteppedEngine
 def first_token(engine: SteppedEngine, prompt: Sequence[int]) -> tuple[float, int]:
     """Measure the time to the first token of a request.
 
-    Args:
-        engine: An engine without requests.
-        prompt: Token ids.
-
     Returns:
         Seconds from the request to its first token, and most blocks held until then.
 
@@ -68,12 +64,7 @@ class Decoding:
             self._step()
 
     def turn(self, steps: int) -> list[float]:
-        """Return the seconds of some steps, after the first few of the turn.
-
-        Args:
-            steps: Steps that count.
-
-        """
+        """Return the seconds of so many steps, after the first few of the turn."""
         for _ in range(SETTLE_STEPS):
             self._step()
         seconds = []
@@ -134,16 +125,14 @@ class Queue:
         """Share of the time that went into steps with a prompt."""
         return 1 - self.decode_seconds / self.seconds
 
+    def token_bytes(self, weights: int, block_bytes: int) -> float:
+        """Bytes read for one generated token: the weights in each step, and all blocks held."""
+        read = self.decode_steps * weights + self.decode_blocks * block_bytes
+        return read / self.decode_tokens
+
 
 def run_queue(engine: SteppedEngine, prompts: Prompts, generate: int) -> Queue:
-    """Run all requests to their end.
-
-    Args:
-        engine: An engine without requests.
-        prompts: Token ids of each.
-        generate: Tokens that each generates.
-
-    """
+    """Run all requests to their end."""
     requests = engine.add(prompts, generate)
     result = Queue(tokens=len(prompts) * generate)
     begin = time.perf_counter()

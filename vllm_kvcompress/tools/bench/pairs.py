@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,6 @@ class Paired:
     plain: tuple[float, ...]
     compressed: tuple[float, ...]
     more_is_better: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.plain or len(self.plain) != len(self.compressed):
-            raise ValueError(
-                "both engines must have a figure for each of one or more rounds, got "
-                f"{len(self.plain)} and {len(self.compressed)}"
-            )
 
     @property
     def ratios(self) -> tuple[float, ...]:
@@ -68,29 +62,27 @@ class Paired:
 
 
 def take_turns(
-    rounds: int,
-    plain: Callable[[], T],
-    compressed: Callable[[], T],
-    tell: Callable[[int], object] = lambda _: None,
+    rounds: int, engines: tuple[E, E], run: Callable[[E], T], tell: Callable[[str], object]
 ) -> list[tuple[T, T]]:
-    """Call both once a round; the order changes, because the second may find warmer caches.
+    """Run both once a round; the order changes, because the second may find warmer caches.
 
     Args:
         rounds: Number of rounds.
-        plain: Measures plain vLLM.
-        compressed: Measures the other engine.
-        tell: Called with the number of each round, from 1, before it begins.
+        engines: Plain vLLM's, and the compressed one.
+        run: Measures one of them.
+        tell: Called with a line of progress before each round.
 
     Returns:
-        What they returned, plain first, by round.
+        What ``run`` returned, plain first, by round.
 
     """
+    plain, compressed = engines
     pairs = []
     for number in range(1, rounds + 1):
-        tell(number)
+        tell(f"round {number} of {rounds}")
         if number % 2:
-            pairs.append((plain(), compressed()))
+            pairs.append((run(plain), run(compressed)))
         else:
-            second = compressed()
-            pairs.append((plain(), second))
+            second = run(compressed)
+            pairs.append((run(plain), second))
     return pairs

@@ -32,9 +32,6 @@ class BenchReport:
         prefix: What the files' names begin with.
         facts: What is the same for all rows: columns of the CSV, lines above the Markdown table.
 
-    Attributes:
-        rows: The rows so far.
-
     """
 
     def __init__(self, prefix: Path, facts: Mapping[str, str]) -> None:
@@ -51,15 +48,15 @@ class BenchReport:
 
         """
         self.rows.append(row)
-        self._write()
+        # Written as a whole each time: a run that ends between two rows leaves complete files.
+        with self.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*COLUMNS, *self._facts], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row.record(), **self._facts} for row in self.rows)
+        self.markdown.write_text(as_markdown(self.rows, self._facts), encoding="utf-8")
 
     def show(self, file: TextIO) -> None:
-        """Print the table and the notes.
-
-        Args:
-            file: A terminal or not.
-
-        """
+        """Print the table and the notes."""
         console = Console(
             file=file, width=None if file.isatty() else PIPED_WIDTH, highlight=False, markup=False
         )
@@ -72,23 +69,9 @@ class BenchReport:
         for note in _notes(self.rows):
             console.print(f"* {note}", soft_wrap=True)
 
-    def _write(self) -> None:
-        # Written as a whole each time: a run that ends between two rows leaves complete files.
-        with self.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, *self._facts], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({**row.record(), **self._facts} for row in self.rows)
-        self.markdown.write_text(as_markdown(self.rows, self._facts), encoding="utf-8")
-
 
 def as_markdown(rows: list[BenchRow], facts: Mapping[str, str]) -> str:
-    """Return the table, and above it where it was measured.
-
-    Args:
-        rows: Rows of the table.
-        facts: Lines above the table.
-
-    """
+    """Return the table, and above it where it was measured."""
     lines = ["# Compressed against plain vLLM", ""]
     for name, value in facts.items():
         if value:

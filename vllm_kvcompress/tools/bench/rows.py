@@ -108,7 +108,7 @@ class BenchRow:
 def title_of(
     case: str, prompt: int | None, requests: int | None, generated: int | None, pool: str
 ) -> str:
-    """Name a case with its sizes, each as in :class:`Row`."""
+    """Name a case with its sizes, each as in :class:`BenchRow`."""
     sizes = "" if prompt is None else f"{prompt:,}"
     if sizes and requests is not None:
         sizes = f"{requests} x {sizes}"

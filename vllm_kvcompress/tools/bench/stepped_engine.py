@@ -14,11 +14,6 @@ class SteppedEngine:
     Args:
         llm: A ``vllm.LLM`` whose engine core runs in this process.
 
-    Attributes:
-        llm_engine: vLLM's engine.
-        core: Its core.
-        scheduler: The core's scheduler.
-
     """
 
     def __init__(self, llm: Any) -> None:

@@ -9,7 +9,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.tools.arguments import DTYPES, CommandError, count, json_object
+from vllm_kvcompress.tools.arguments import (
+    DTYPES,
+    CommandError,
+    add_engine_arguments,
+    check_prefix,
+    count,
+    json_object,
+)
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.config import KVCompressionConfig
@@ -17,20 +24,12 @@ if TYPE_CHECKING:
     from vllm_kvcompress.tools.inspection.run import InspectionJob
 
 DEFAULT_METHOD = "cake"
-DEFAULT_BUDGET = "0.25"
-DEFAULT_BLOCK_SIZE = 32
-"""Small enough for the budget of a short prompt, and what attention on a CPU can do."""
 
 DRAWING = ("jinja2", "matplotlib", "plotly")
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the sub-command's arguments.
-
-    Args:
-        subparsers: Object that ``ArgumentParser.add_subparsers`` returned.
-
-    """
+    """Add the sub-command's arguments."""
     parser = subparsers.add_parser(
         "inspect",
         help="a picture of the tokens that a method keeps of a prompt",
@@ -52,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
     methods.add_argument("--compare", metavar="NAMES", help="methods, with commas between them")
     compression.add_argument(
         "--budget",
-        default=DEFAULT_BUDGET,
+        default="0.25",
         metavar="N",
         help="tokens per layer, or a share of the prompt (default: %(default)s)",
     )
@@ -64,25 +63,15 @@ def add_parser(subparsers: Any) -> None:
         help="parameters of the method; with --compare an object of them for each method's name",
     )
     engine = parser.add_argument_group("engine")
-    engine.add_argument(
-        "--block-size", type=count, default=DEFAULT_BLOCK_SIZE, help="(default: %(default)s)"
-    )
+    # Small enough for the budget of a short prompt, and what attention on a CPU can do.
+    engine.add_argument("--block-size", type=count, default=32, help="(default: %(default)s)")
     engine.add_argument("--max-model-len", type=count, help="(default: what the prompt needs)")
     engine.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model")
-    engine.add_argument(
-        "--engine-args",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="further keyword arguments of vLLM's LLM",
-    )
+    add_engine_arguments(engine)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the prompt, and write the files.
-
-    Args:
-        args: Parsed arguments.
 
     Returns:
         0.
@@ -96,24 +85,17 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(
             f"drawing needs {', '.join(missing)}: pip install 'vllm_kvcompress[inspect]'"
         )
-    prefix: Path = args.output
-    if not prefix.name or not prefix.parent.is_dir():
-        raise CommandError(
-            f"--output must be a name in a folder that exists, such as out/cake, got {prefix}"
-        )
+    check_prefix(args.output)
     job = make_job(args)
 
     from vllm_kvcompress.tools.inspection.run import inspect
 
-    write(inspect(job), prefix, raw=args.raw)
+    write(inspect(job), args.output, raw=args.raw)
     return 0
 
 
 def make_job(args: argparse.Namespace) -> InspectionJob:
     """Check everything that can be checked without the model.
-
-    Args:
-        args: Parsed arguments.
 
     Raises:
         CommandError: The user can correct the arguments.
@@ -136,16 +118,8 @@ def make_job(args: argparse.Namespace) -> InspectionJob:
     )
 
 
-def write(inspection: Inspection, prefix: Path, *, raw: bool) -> list[Path]:
+def write(inspection: Inspection, prefix: Path, *, raw: bool) -> None:
     """Write the files and name them on stdout.
-
-    Args:
-        inspection: The kept tokens to draw.
-        prefix: Beginning of the files' names.
-        raw: Whether to write the numbers too.
-
-    Returns:
-        The files.
 
     Raises:
         CommandError: One of them cannot be written.
@@ -156,7 +130,6 @@ def write(inspection: Inspection, prefix: Path, *, raw: bool) -> list[Path]:
     from vllm_kvcompress.tools.inspection.png_picture import save_picture
 
     writers = {".png": save_picture, ".html": save_page, **({".npz": save_arrays} if raw else {})}
-    written = []
     for suffix, save in writers.items():
         path = prefix.with_name(prefix.name + suffix)
         try:
@@ -164,8 +137,6 @@ def write(inspection: Inspection, prefix: Path, *, raw: bool) -> list[Path]:
         except OSError as error:
             raise CommandError(f"cannot write {path}: {error.strerror}") from error
         print(path)
-        written.append(path)
-    return written
 
 
 def _read(name: str) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from rich.cells import get_character_cell_size
 
 from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Passage, Run, passages
 from vllm_kvcompress.tools.inspection.style import MARK, one_line, strongest
@@ -49,9 +50,7 @@ class Glyph:
     @property
     def cells(self) -> int:
         """Columns it takes: two for the wide characters of East Asia, none for an accent."""
-        if unicodedata.combining(self.text):
-            return 0
-        return 2 if unicodedata.east_asian_width(self.text) in "WF" else 1
+        return get_character_cell_size(self.text)
 
 
 def pick(inspection: Inspection, run: Run, *, columns: int, count: int) -> list[Passage]:
@@ -122,36 +121,28 @@ def _draw_line(
     axes: Axes, line: Sequence[Glyph], row: float, family: list[str], highest: float
 ) -> None:
     column = 0
-    for text, share, cells in _tokens(line):
+    for _, group in groupby(line, lambda glyph: glyph.token):
+        part = list(group)
+        cells = sum(glyph.cells for glyph in part)
         ground = Rectangle(
             (column, row),
             cells,
             0.94,
             facecolor=MARK,
-            alpha=min(1.0, share / highest),
+            alpha=min(1.0, part[0].share / highest),
             edgecolor="none",
         )
         axes.add_patch(ground)
         axes.text(
             column,
             row + 0.5,
-            text,
+            "".join(glyph.text for glyph in part),
             fontsize=FONT_SIZE,
             family=family,
             va="center_baseline",
             parse_math=False,
         )
         column += cells
-
-
-def _tokens(line: Sequence[Glyph]) -> Iterator[tuple[str, float, int]]:
-    """Text, share and cells of the parts of a line that belong to one token."""
-    begin = 0
-    for end in range(1, len(line) + 1):
-        if end == len(line) or line[end].token != line[begin].token:
-            part = line[begin:end]
-            yield "".join(g.text for g in part), part[0].share, sum(g.cells for g in part)
-            begin = end
 
 
 @cache

@@ -15,18 +15,9 @@ import jinja2
 import numpy as np
 from plotly.offline import get_plotlyjs
 
+from vllm_kvcompress.tools.inspection import style
 from vllm_kvcompress.tools.inspection.html_chart import chart, edges_of, min_width
 from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Run
-from vllm_kvcompress.tools.inspection.style import (
-    MARK,
-    PROFILE_NAMES,
-    PROFILE_NOTE,
-    headline,
-    one_line,
-    run_title,
-    shorten,
-    strongest,
-)
 
 LEVELS = 10
 """Strengths of the marks in the text."""
@@ -50,31 +41,31 @@ def render(inspection: Inspection) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    red, green, blue = (int(MARK[i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = (int(style.MARK[i : i + 2], 16) for i in (1, 3, 5))
     return environment.from_string(template).render(
-        title=headline(inspection),
+        title=style.headline(inspection),
         question=inspection.question,
         tokens=list(zip(inspection.pieces, levels(inspection, inspection.runs[0]), strict=True)),
-        runs=[run_title(run) for run in inspection.runs],
+        runs=[style.run_title(run) for run in inspection.runs],
         profile=[
             name
-            for symbol, name in PROFILE_NAMES.items()
+            for symbol, name in style.PROFILE_NAMES.items()
             if any(symbol in run.profile for run in inspection.runs)
         ],
-        profile_note=PROFILE_NOTE,
+        profile_note=style.PROFILE_NOTE,
         levels=LEVELS,
-        strongest=strongest(inspection),
+        strongest=style.strongest(inspection),
         mark=f"{red},{green},{blue}",
-        data=_script_safe(json.dumps(page_data(inspection), separators=(",", ":"))),
+        data=page_data(inspection),
         min_width=min_width(inspection),
-        figure=_script_safe(chart(inspection).to_json()),
+        figure=json.loads(chart(inspection).to_json()),
         plotly=get_plotlyjs(),
     )
 
 
 def levels(inspection: Inspection, run: Run) -> list[int]:
     """Strength of every token's mark, 0 to :data:`LEVELS`."""
-    scaled = np.ceil(run.token_share / strongest(inspection) * LEVELS)
+    scaled = np.ceil(run.token_share / style.strongest(inspection) * LEVELS)
     return [int(level) for level in np.minimum(scaled, LEVELS)]
 
 
@@ -93,7 +84,7 @@ def page_data(inspection: Inspection) -> dict[str, Any]:
         "columns": [_column(inspection, a, b) for a, b in pairwise(edges)],
         "runs": [
             {
-                "title": run_title(run),
+                "title": style.run_title(run),
                 "heads": run.num_heads,
                 "levels": "".join(np.base_repr(n, 36) for n in levels(inspection, run)),
                 "counts": _packed(run),
@@ -106,15 +97,10 @@ def page_data(inspection: Inspection) -> dict[str, Any]:
 def _column(inspection: Inspection, start: int, stop: int) -> tuple[str, str]:
     span = str(start) if stop - start == 1 else f"{start} to {stop - 1}"
     # Plotly takes its hover texts for HTML of a kind, without all of its entities.
-    text = one_line("".join(inspection.pieces[start:stop]))
-    return span, html.escape(shorten(text, _SNIPPET), quote=False)
+    text = style.one_line("".join(inspection.pieces[start:stop]))
+    return span, html.escape(style.shorten(text, _SNIPPET), quote=False)
 
 
 def _packed(run: Run) -> str:
     raw = zlib.compress(run.counts.astype("<u2").tobytes(), 9)
     return base64.b64encode(raw).decode("ascii")
-
-
-def _script_safe(text: str) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return text.replace("<", "\\u003c")

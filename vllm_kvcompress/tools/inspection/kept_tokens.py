@@ -5,59 +5,28 @@ A share is always a share of KV heads: of one layer in the heat map, of all laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from vllm_kvcompress.eviction.records import CutRecord
+from vllm_kvcompress.eviction.records import CutRecord
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Run:
-    """The tokens that one method kept of the prompt.
-
-    Attributes:
-        method: The method's name.
-        prompt_len: S, tokens of the prompt.
-        window: Tokens at the prompt's end that are always kept.
-        block_size: Tokens of a page; a layer's count is a multiple of it.
-        kept: Per layer int64 [N, T_l]: ids of the tokens that each KV head keeps, window included.
-        stats: Per layer, the numbers that the allocator read.
-        weights: Relative preference of every layer, fp64 [L]; None if the method has none.
-
-    """
-
-    method: str
-    prompt_len: int
-    window: int
-    block_size: int
-    kept: tuple[Ints, ...]
-    stats: tuple[Mapping[str, float], ...] = ()
-    weights: Floats | None = None
+class Run(CutRecord):
+    """The tokens that one method kept of the prompt: the cut at its end."""
 
     @classmethod
     def of(cls, ranks: Sequence[CutRecord]) -> Run:
         """Put together what an engine's ranks recorded of one cut; each has its own KV heads."""
-        first = ranks[0]
-        return cls(
-            method=first.method,
-            prompt_len=first.prompt_len,
-            window=first.window,
-            block_size=first.block_size,
-            kept=tuple(
-                np.concatenate(layer) for layer in zip(*(r.kept for r in ranks), strict=True)
-            ),
-            stats=first.stats,
-            weights=first.weights,
-        )
+        layers = zip(*(rank.kept for rank in ranks), strict=True)
+        kept = tuple(np.concatenate(layer) for layer in layers)
+        return cls(**{**vars(ranks[0]), "kept": kept})
 
     @property
     def num_layers(self) -> int:
@@ -134,7 +103,7 @@ class Inspection:
     token_ids: Ints
     pieces: tuple[str, ...]
     runs: tuple[Run, ...]
-    question: str = field(default="")
+    question: str = ""
     layers: tuple[int, ...] = ()
 
     @property
@@ -179,8 +148,6 @@ def bin_edges(tokens: int, width: int) -> Ints:
 
     Every bin has at least one token, and no two differ by more than one.
     """
-    if tokens < 1 or width < 1:
-        raise ValueError(f"tokens and width must be at least 1, got {tokens} and {width}")
     bins = min(tokens, width)
     return np.arange(bins + 1, dtype=np.int64) * tokens // bins
 

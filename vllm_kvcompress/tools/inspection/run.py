@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from vllm_kvcompress.tools.engine_arguments import (
     user_errors,
 )
 from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Run
-from vllm_kvcompress.tools.inspection.token_texts import split_text
 from vllm_kvcompress.tools.plan.model import ServedModel, read_model
 
 if TYPE_CHECKING:
@@ -62,21 +61,10 @@ class InspectionJob:
     engine_args: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class TokenizedPrompt:
-    """Token ids, and the text that belongs to each."""
-
-    token_ids: list[int]
-    pieces: tuple[str, ...]
-
-
 def inspect(job: InspectionJob) -> Inspection:
     """Run the prompt once for each method, in one engine.
 
     Changes the process's environment variables (:data:`ENVIRONMENT`) where they are not set.
-
-    Args:
-        job: The prompt and the methods.
 
     Raises:
         CommandError: The prompt is kept whole, or vLLM refuses a setting.
@@ -85,28 +73,27 @@ def inspect(job: InspectionJob) -> Inspection:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     model, _ = read_model(str(job.model), job.dtype)
-    prompt = read_prompt(job)
-    length = check_length(job, model, len(prompt.token_ids))
+    token_ids, pieces = read_prompt(job)
+    length = check_length(job, model, len(token_ids))
     with user_errors():
         llm = start(job, model, length)
     llm.collective_rpc("kv_compression_record", args=(True,))
-    runs = [record(llm, prompt, config, first=config is job.configs[0]) for config in job.configs]
+    runs = [
+        record(llm, token_ids, config, first=config is job.configs[0]) for config in job.configs
+    ]
     return Inspection(
         model=job.model.absolute().name,
         budget=job.configs[0].budget,
-        token_ids=np.array(prompt.token_ids, dtype=np.int64),
-        pieces=prompt.pieces,
+        token_ids=np.array(token_ids, dtype=np.int64),
+        pieces=pieces,
         runs=tuple(runs),
         question=job.question,
         layers=model.compressed,
     )
 
 
-def read_prompt(job: InspectionJob) -> TokenizedPrompt:
-    """Tokenize the document with its question.
-
-    Args:
-        job: The prompt and the methods.
+def read_prompt(job: InspectionJob) -> tuple[list[int], tuple[str, ...]]:
+    """Return the token ids of the document with its question, and the text of each.
 
     Raises:
         CommandError: The model has no tokenizer here, or no chat template.
@@ -128,20 +115,42 @@ def read_prompt(job: InspectionJob) -> TokenizedPrompt:
     # A chat template writes the special tokens itself.
     if not tokenizer.is_fast:
         ids = list(tokenizer(text, add_special_tokens=not job.chat)["input_ids"])
-        return TokenizedPrompt(ids, tuple(tokenizer.decode([token]) for token in ids))
+        return ids, tuple(tokenizer.decode([token]) for token in ids)
     encoded = tokenizer(text, add_special_tokens=not job.chat, return_offsets_mapping=True)
     ids = list(encoded["input_ids"])
     names = tokenizer.convert_ids_to_tokens(ids)
-    return TokenizedPrompt(ids, tuple(split_text(text, encoded["offset_mapping"], names)))
+    return ids, tuple(split_text(text, encoded["offset_mapping"], names))
+
+
+def split_text(text: str, offsets: Sequence[tuple[int, int]], names: Sequence[str]) -> list[str]:
+    """One string a token; together they give the text again.
+
+    Characters that no token covers (spaces that a tokenizer drops) go with the token that follows,
+    those at the end with the last. A character of several tokens goes with the first of them; the
+    others are empty. A token that stands for no text, such as a beginning of sequence that the
+    tokenizer adds, shows its name.
+
+    Args:
+        text: Text that was tokenized.
+        offsets: Begin and end in ``text``, in characters, of every token.
+        names: The vocabulary's name of every token.
+
+    """
+    pieces: list[str] = []
+    position = 0
+    for (begin, end), name in zip(offsets, names, strict=True):
+        if begin == end:
+            pieces.append(name)
+            continue
+        pieces.append(text[position:end])
+        position = max(position, end)
+    if pieces and position < len(text):
+        pieces[-1] += text[position:]
+    return pieces
 
 
 def check_length(job: InspectionJob, model: ServedModel, tokens: int) -> int:
     """Return the context to start the engine with.
-
-    Args:
-        job: The prompt and the methods.
-        model: Shape of its model.
-        tokens: Number of tokens of the prompt.
 
     Raises:
         CommandError: A method keeps the prompt whole, or it is longer than the context.
@@ -170,14 +179,7 @@ def check_length(job: InspectionJob, model: ServedModel, tokens: int) -> int:
 
 
 def cache_bytes(job: InspectionJob, model: ServedModel, max_model_len: int) -> int:
-    """Memory for the cache of one prompt; without being told vLLM takes most of the machine's.
-
-    Args:
-        job: The prompt and the methods.
-        model: Shape of its model.
-        max_model_len: Tokens of the context.
-
-    """
+    """Memory for the cache of one prompt; without being told vLLM takes most of the machine's."""
     whole = cdiv(max_model_len, job.block_size)
     # A prompt holds its own blocks and those that it is compressed into, which are fewer; of each
     # group of sliding-window layers vLLM wants one more at most.
@@ -187,11 +189,6 @@ def cache_bytes(job: InspectionJob, model: ServedModel, max_model_len: int) -> i
 
 def start(job: InspectionJob, model: ServedModel, max_model_len: int) -> Any:
     """Start an engine with the first method whose requests may ask for the others.
-
-    Args:
-        job: The prompt and the methods.
-        model: Shape of its model.
-        max_model_len: Tokens of the context.
 
     Raises:
         CommandError: vLLM has no such argument.
@@ -218,12 +215,12 @@ def start(job: InspectionJob, model: ServedModel, max_model_len: int) -> Any:
     )
 
 
-def record(llm: Any, prompt: TokenizedPrompt, config: KVCompressionConfig, *, first: bool) -> Run:
+def record(llm: Any, token_ids: list[int], config: KVCompressionConfig, *, first: bool) -> Run:
     """Run the prompt with one method.
 
     Args:
         llm: A ``vllm_kvcompress.LLM`` that records.
-        prompt: The prompt in tokens.
+        token_ids: The prompt.
         config: The method and its parameters.
         first: Whether they are the engine's own.
 
@@ -239,7 +236,7 @@ def record(llm: Any, prompt: TokenizedPrompt, config: KVCompressionConfig, *, fi
         temperature=0.0, max_tokens=1, detokenize=False, extra_args=None if first else asked
     )
     with user_errors():
-        llm.generate({"prompt_token_ids": prompt.token_ids}, sampling, use_tqdm=False)
+        llm.generate({"prompt_token_ids": token_ids}, sampling, use_tqdm=False)
     ranks = [records[-1] for records in llm.collective_rpc("kv_compression_records") if records]
     if not ranks:
         raise RuntimeError(f"{config.method}: the engine recorded nothing of a planned cut")

@@ -5,32 +5,29 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.tools.arguments import DTYPES, CommandError, compression, count, json_object
+from vllm_kvcompress.tools.arguments import (
+    DTYPES,
+    CommandError,
+    add_compression,
+    compression,
+    count,
+)
 from vllm_kvcompress.tools.byte_sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.planning.config import KVCompressionConfig
     from vllm_kvcompress.planning.request_settings import SettingsResolver
     from vllm_kvcompress.tools.plan.model import ServedModel
     from vllm_kvcompress.tools.plan.report import PlanReport
     from vllm_kvcompress.tools.plan.server import ServerSettings
 
-DEFAULT_OUTPUT = 256
 UNKNOWN_LENGTH = 2048
 """What vLLM takes for the longest context where a configuration states none."""
 
 
 def add_parser(subparsers: Any) -> None:
-    """Add the sub-command's arguments.
-
-    Args:
-        subparsers: What ``ArgumentParser.add_subparsers`` returned.
-
-    """
+    """Add the sub-command's arguments."""
     parser = subparsers.add_parser(
         "plan",
         help="blocks, concurrent requests and flags for a model and a budget",
@@ -66,20 +63,10 @@ def add_parser(subparsers: Any) -> None:
         "--output",
         type=count,
         metavar="TOKENS",
-        default=DEFAULT_OUTPUT,
+        default=256,
         help="answer tokens among them (default: %(default)s)",
     )
-    compression = parser.add_argument_group("compression")
-    compression.add_argument("--method", default="cake", help="(default: %(default)s)")
-    compression.add_argument(
-        "--budget", metavar="N", help="tokens per layer, or a share of the prompt (default: 1024)"
-    )
-    compression.add_argument(
-        "--config",
-        type=json_object,
-        metavar="JSON",
-        help="as --kv-compression-config of the server",
-    )
+    add_compression(parser)
     server = parser.add_argument_group("server")
     server.add_argument(
         "--device", choices=("gpu", "cpu"), default="gpu", help="(default: %(default)s)"
@@ -100,9 +87,6 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Plan, and write the result to stdout.
 
-    Args:
-        args: The parsed arguments.
-
     Returns:
         0.
 
@@ -114,8 +98,11 @@ def run(args: argparse.Namespace) -> int:
 
     # What vLLM and transformers have to say of a configuration is not part of a plan; errors are
     # raised.
-    with _silenced("vllm"), _silenced("transformers"):
+    logging.disable()
+    try:
         report = make_report(args)
+    finally:
+        logging.disable(logging.NOTSET)
     if args.json:
         print(as_json(report))
     else:
@@ -126,13 +113,11 @@ def run(args: argparse.Namespace) -> int:
 def make_report(args: argparse.Namespace) -> PlanReport:
     """Work out a plan.
 
-    Args:
-        args: The parsed arguments.
-
     Raises:
         CommandError: What the user can put right.
 
     """
+    from vllm_kvcompress.planning.request_settings import SettingsResolver
     from vllm_kvcompress.tools.plan.figures import (
         Pool,
         SlidingWindows,
@@ -144,11 +129,14 @@ def make_report(args: argparse.Namespace) -> PlanReport:
     from vllm_kvcompress.tools.plan.report import PlanReport
 
     _check_combinations(args)
-    settings = compression(args.method, args.budget, args.config)
+    settings = compression(args)
     model, loaded = read_model(args.model, args.dtype)
     work = _workload(args, model)
     server = _server(args, work.context)
-    resolver = _resolver(settings, server, model)
+    try:
+        resolver = SettingsResolver(settings, server.block_size, server.limits(model.groups))
+    except ValueError as error:
+        raise CommandError(str(error)) from None
     planner = resolver.default_planner
     assumed: list[str] = []
     memory = args.kv_cache_memory
@@ -182,17 +170,6 @@ def make_report(args: argparse.Namespace) -> PlanReport:
         ],
         shared_flags=_shared_flags(args, server),
     )
-
-
-@contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _check_combinations(args: argparse.Namespace) -> None:
@@ -242,17 +219,6 @@ def _server(args: argparse.Namespace, context: int) -> ServerSettings:
         max_num_seqs=args.max_num_seqs or min(requests, tokens),
         max_model_len=context,
     )
-
-
-def _resolver(
-    settings: KVCompressionConfig, server: ServerSettings, model: ServedModel
-) -> SettingsResolver:
-    from vllm_kvcompress.planning.request_settings import SettingsResolver
-
-    try:
-        return SettingsResolver(settings, server.block_size, server.limits(model.groups))
-    except ValueError as error:
-        raise CommandError(str(error)) from None
 
 
 def _beside_bytes(resolver: SettingsResolver, server: ServerSettings, model: ServedModel) -> int:

@@ -146,15 +146,7 @@ def plain_figures(pool: Pool, work: Workload, windows: SlidingWindows) -> Figure
 def compressed_figures(
     pool: Pool, work: Workload, planner: BlockPlanner, windows: SlidingWindows
 ) -> Figures:
-    """What vLLM serves with compression.
-
-    Args:
-        pool: The KV cache.
-        work: The requests.
-        planner: The planner of the engine, with the limits of the server.
-        windows: Blocks of the layers that are not compressed.
-
-    """
+    """What vLLM serves with compression."""
     plain = plain_figures(pool, work, windows)
     least = planner.least_pool(work.context) + windows.reserved(work.context)
     window_group_peak, window_group_held = windows.read(work.context), windows.held(work.context)
@@ -192,12 +184,6 @@ def longest_model_len(
     planner: BlockPlanner, usable: int, longest: int, windows: SlidingWindows
 ) -> int:
     """Longest --max-model-len with which an engine starts.
-
-    Args:
-        planner: The planner of the engine.
-        usable: Blocks that can be handed out.
-        longest: Most that the model allows.
-        windows: Blocks of the layers that are not compressed.
 
     Returns:
         Between 0 and longest.

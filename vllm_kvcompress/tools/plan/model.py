@@ -58,18 +58,12 @@ class ServedModel:
         return ModelShape(layers, self.heads, self.kv_heads, self.head_size, itemsize)
 
     def page_bytes(self, block_size: int, cache_dtype: str = "auto") -> int:
-        """Bytes of one layer's keys and values in a block.
-
-        Args:
-            block_size: Tokens per block.
-            cache_dtype: vLLM's kv_cache_dtype.
-
-        """
+        """Bytes of one layer's keys and values in a block."""
         itemsize = 1 if cache_dtype.startswith("fp8") else self.dtype.itemsize
         return 2 * self.kv_heads * self.head_size * block_size * itemsize
 
     def block_bytes(self, block_size: int, cache_dtype: str = "auto") -> int:
-        """Bytes of a block; arguments as for :meth:`page_bytes`."""
+        """Bytes of a block."""
         return self.groups.pages_of_block(self.layers) * self.page_bytes(block_size, cache_dtype)
 
 

@@ -19,16 +19,7 @@ def gain_notes(
     planner: BlockPlanner,
     server: ServerSettings,
 ) -> list[str]:
-    """Sentences on what compression gains with these settings.
-
-    Args:
-        plain: Figures without compression.
-        compressed: Figures with compression.
-        work: The requests.
-        planner: The planner of the engine.
-        server: The settings of the server.
-
-    """
+    """Sentences on what compression gains with these settings."""
     notes = []
     config, prompt = planner.config, work.prompt
     if config.off:
@@ -81,14 +72,7 @@ def gain_notes(
 
 
 def window_notes(model: ServedModel, work: Workload, windows: SlidingWindows) -> list[str]:
-    """What a model's sliding-window layers hold, with and without compression.
-
-    Args:
-        model: The model.
-        work: The requests.
-        windows: Blocks of the layers that are not compressed.
-
-    """
+    """What a model's sliding-window layers hold, with and without compression."""
     groups = model.groups
     if not groups.window_groups:
         return []

@@ -83,13 +83,7 @@ def as_json(report: PlanReport) -> str:
 
 
 def show(report: PlanReport, file: TextIO) -> None:
-    """Write tables, notes and command lines.
-
-    Args:
-        report: The plan.
-        file: A terminal or not.
-
-    """
+    """Write tables, notes and command lines."""
     console = Console(
         file=file, width=None if file.isatty() else PIPED_WIDTH, highlight=False, markup=False
     )

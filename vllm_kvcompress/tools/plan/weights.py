@@ -22,10 +22,6 @@ _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 def weight_bytes(model: ServedModel, config: Any) -> tuple[int, str]:
     """Return the bytes of the weights in the served dtype, and the source of this figure in words.
 
-    Args:
-        model: The model as vLLM serves it.
-        config: Its configuration, an object of transformers.
-
     Raises:
         CommandError: No files are here, and the model cannot be laid out without them.
 
@@ -104,3 +100,17 @@ def _parameters(model: ServedModel, config: Any) -> int:
             f"({str(error).splitlines()[0]}); give --kv-cache-memory instead of --gpu-memory"
         ) from None
     return sum(parameter.numel() for parameter in layout.parameters())
+
+
+def bytes_of_step(model: ServedModel, config: Any) -> int:
+    """Return the bytes of the weights without an input embedding of which a step reads some rows.
+
+    All experts of a mixture are counted, although a small batch reads only some of them. Arguments
+    and errors are those of :func:`weight_bytes`.
+    """
+    size, _ = weight_bytes(model, config)
+    text = config.get_text_config()
+    tied = getattr(text, "tie_word_embeddings", getattr(config, "tie_word_embeddings", True))
+    if tied or model.quantized:
+        return size
+    return size - int(text.vocab_size) * int(text.hidden_size) * model.dtype.itemsize
