@@ -53,11 +53,13 @@ class LatestScorer(UniformScorer):
 def test_how_tokens_are_chosen_is_the_scorers_business() -> None:
     cake = Cake(window=8)
     method = Method("latest+cake", LatestScorer(window=8), cake.allocator)
-    assert not method.budgets_are_nested
-    assert method.stores_by_worth
+    assert not method.scorer.budgets_are_nested
+    assert method.scorer.stores_by_worth
     layers = [LayerScores(torch.rand(2, 20))] * 2
-    chosen = [found.tolist() for found in method.select_layers(layers, [3, 5])]
+    chosen = [
+        found.tolist() for found in method.scorer.select_layers([s.tokens for s in layers], [3, 5])
+    ]
     assert chosen == [[list(range(20 - count, 20))] * 2 for count in (3, 5)]
     assert layers_between_cuts(method, 10) == 10
     latest = MethodSpec(name="latest", scorer=LatestScorer)(window=8)
-    assert Method("cake+latest", cake.scorer, latest.allocator).budgets_are_nested
+    assert Method("cake+latest", cake.scorer, latest.allocator).scorer.budgets_are_nested

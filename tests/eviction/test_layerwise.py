@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.eviction.test_composed_cuts import COMPOSITIONS
-from vllm_kvcompress.eviction.layer_budgets import page_budgets
+from tests.support.budgets import page_budgets
 from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
 from vllm_kvcompress.eviction.selection import by_worth, with_window
 from vllm_kvcompress.methods import Cake, DynamicKV, LayerScores, Method, Random, Uniform
@@ -160,9 +160,11 @@ def check_against_one_cut(method: Method, world: World, layers: list[LayerScores
     )
     cascade = world.cascade
     assert [len(table) for table in cascade.tables] == counts.tolist()
-    chosen = method.select_layers(layers, (counts * world.size - method.window).tolist())
+    chosen = method.scorer.select_layers(
+        [s.tokens for s in layers], (counts * world.size - method.window).tolist()
+    )
     for layer, history in enumerate(chosen):
-        if method.stores_by_worth:
+        if method.scorer.stores_by_worth:
             history = by_worth(history, layers[layer].tokens).flip(1)
         expected = with_window(history, world.prompt, method.window)
         kept, order = cascade.kept[layer], cascade.in_order(layer)
@@ -308,12 +310,12 @@ def test_only_budgets_that_no_score_changes_are_known_beforehand(method: Method)
         ).tolist()
         for seed in range(4)
     ]
-    assert method.budgets_ignore_scores == all(budgets == found[0] for budgets in found)
+    assert method.allocator.budgets_ignore_scores == all(budgets == found[0] for budgets in found)
 
 
 @every_composition_too
 def test_with_a_smaller_budget_a_layer_keeps_the_best_of_what_it_kept(method: Method) -> None:
-    assert method.budgets_are_nested
+    assert method.scorer.budgets_are_nested
     (scores,) = score(5, 1, 112, ties=True)
     kept = [method.select(scores, count) for count in (0, 5, 40, 112)]
     for fewer, more in itertools.pairwise(kept):

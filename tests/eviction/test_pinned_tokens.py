@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.eviction.test_layerwise import METHODS, geometry_of, score
-from vllm_kvcompress.eviction.layer_budgets import page_budgets
+from tests.support.budgets import page_budgets
 from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, PinnedTokens, rank_first
 from vllm_kvcompress.eviction.selection import select_survivors
@@ -191,7 +191,7 @@ def test_a_cascade_ends_where_one_cut_does_with_kept_tokens_too(case: Any) -> No
     geometry = geometry_of(LAYERS, SIZE, "block")
     blocks = -(-prompt // SIZE)
     at_once = layers_between_cuts(method, LAYERS)
-    if not method.budgets_are_nested:
+    if not method.scorer.budgets_are_nested:
         return
     workspace = -(-at_once * blocks // LAYERS)
     cascade = LayerwiseEviction(

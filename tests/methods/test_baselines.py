@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress_kernels.scoring import paged_window_statistics, window_statistics
+from tests.support.budgets import page_budgets, token_budgets
 from tests.support.layers import DIM, HEADS, KV_HEADS, random_layer, score_random
-from vllm_kvcompress.eviction.layer_budgets import page_budgets, token_budgets
 from vllm_kvcompress.methods import (
     H2O,
     KeyDiff,
@@ -34,7 +34,7 @@ from vllm_kvcompress.methods import (
 TOKENS = 90
 layer_of = partial(random_layer, tokens=TOKENS)
 
-SCORING = [name for name in available() if not get_method(name, {}).keeps_all]
+SCORING = [name for name in available() if not get_method(name, {}).scorer.keeps_all]
 WAYS = {name: get_method(name, {"window": 8}) for name in SCORING} | {
     f"{name}-faithful": get_method(name, {"window": 8, "faithful": True})
     for name in ("cake", "dynamickv")
@@ -270,8 +270,8 @@ def test_positions_of_long_prompts_are_told_apart() -> None:
 )
 def test_equal_budgets_are_known_beforehand(name: str) -> None:
     method = WAYS[name]
-    assert method.budgets_ignore_scores
-    assert method.budgets_are_nested
+    assert method.allocator.budgets_ignore_scores
+    assert method.scorer.budgets_are_nested
     layers = score_random(method, 4, tokens=TOKENS)
     assert token_budgets(method, layers, base=24, num_layers=4).tolist() == [24] * 4
     pages = page_budgets(method, layers, pages_per_layer=3, block_size=16, lengths=TOKENS)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kvcompress_kernels.scoring import WindowStatistics, window_statistics
+from tests.support.budgets import page_budgets, token_budgets
 from tests.support.layers import DIM, HEADS, KV_HEADS, random_layer, score_random
-from vllm_kvcompress.eviction.layer_budgets import page_budgets, token_budgets
 from vllm_kvcompress.methods import (
     Cake,
     DynamicKV,
@@ -28,7 +28,7 @@ from vllm_kvcompress.methods import (
 from vllm_kvcompress.methods.released_attention import window_attention
 from vllm_kvcompress.planning.config import KVCompressionConfig
 
-PARTS = [name for name in available() if not get_method(name, {}).keeps_all]
+PARTS = [name for name in available() if not get_method(name, {}).scorer.keeps_all]
 BOTH = frozenset({Need.WINDOW_QUERIES, Need.KEYS})
 
 
@@ -176,10 +176,10 @@ def test_tokens_are_the_scorers_and_budgets_the_allocators(scorer: str, allocato
         assert budgets(method).tolist() == budgets(second).tolist()
     assert torch.equal(method.select(found[0], 9), first.select(found[0], 9))
     assert method.needs == first.scorer.needs | second.allocator.needs
-    assert method.budgets_are_nested
-    assert method.budgets_ignore_scores == second.budgets_ignore_scores
-    assert method.ratios_are_fixed == second.ratios_are_fixed
-    assert method.layers_per_division == second.layers_per_division
+    assert method.scorer.budgets_are_nested
+    assert method.allocator.budgets_ignore_scores == second.allocator.budgets_ignore_scores
+    assert method.allocator.ratios_are_fixed == second.allocator.ratios_are_fixed
+    assert method.allocator.layers_per_division == second.allocator.layers_per_division
 
 
 def test_only_what_is_used_is_collected() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.budgets import token_budgets
 from tests.support.golden_files import Golden, kind, load
 from tests.support.layers import score_layers
 from tests.support.released_pipelines import (
@@ -22,7 +23,6 @@ from tests.support.released_pipelines import (
     ReleasedCake,
     ReleasedDynamicKV,
 )
-from vllm_kvcompress.eviction.layer_budgets import token_budgets
 from vllm_kvcompress.methods import Cake, DynamicKV, LayerScores, Method
 from vllm_kvcompress.methods.released_cake import adjust_budgets
 

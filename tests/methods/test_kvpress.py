@@ -14,8 +14,8 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from tests.support.budgets import token_budgets
 from tests.support.layers import score_layers
-from vllm_kvcompress.eviction.layer_budgets import token_budgets
 from vllm_kvcompress.methods import (
     KeyDiff,
     Knorm,

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from kvcompress_kernels.scoring import window_statistics
 from kvcompress_kernels.selection import top_tokens
+from tests.support.budgets import page_budgets, token_budgets
 from tests.support.layers import random_layer, score_random
-from vllm_kvcompress.eviction.layer_budgets import page_budgets, token_budgets
 from vllm_kvcompress.methods import (
     Cake,
     DynamicKV,
@@ -56,7 +56,7 @@ def test_all_methods_are_known():
         assert method.name == name
         # One query is what TOVA judges by; the others share a window, so that they can be compared.
         assert method.window == (1 if name == "tova" else 32)
-        assert method.keeps_all == (name not in SCORING)
+        assert method.scorer.keeps_all == (name not in SCORING)
 
 
 def test_parameters_arrive():
@@ -337,10 +337,10 @@ def test_cake_takes_statistics_from_a_kernel_that_leaves_scalars_on_its_device()
 
 
 def test_selecting_for_all_layers_is_selecting_for_each():
-    scores = [LayerScores(torch.rand(2, 40)) for _ in range(3)]
-    chosen = Cake().select_layers(scores, [7, 0, 40])
+    scores = [torch.rand(2, 40) for _ in range(3)]
+    chosen = Cake().scorer.select_layers(scores, [7, 0, 40])
     for ids, score, count in zip(chosen, scores, [7, 0, 40], strict=True):
-        assert torch.equal(ids, top_tokens(score.tokens, count))
+        assert torch.equal(ids, top_tokens(score, count))
 
 
 @settings(max_examples=30, deadline=None)

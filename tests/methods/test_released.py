@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.budgets import token_budgets
 from tests.support.layers import score_layers
 from tests.support.released_pipelines import ReleasedCake, ReleasedDynamicKV
-from vllm_kvcompress.eviction.layer_budgets import token_budgets
 from vllm_kvcompress.methods import Cake, DynamicKV, LayerScores, Method
 from vllm_kvcompress.methods.released_attention import window_attention
 from vllm_kvcompress.methods.released_cake import adjust_budgets, layer_budgets, preference

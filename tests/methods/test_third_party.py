@@ -85,7 +85,7 @@ def test_a_method_is_found_by_its_own_name(package: Package) -> None:
     assert method.name == "guess"
     scores = method.score(random_layer(method, tokens=120))
     assert method.select(scores, 2).tolist() == [[110, 111]] * 2
-    assert method.layers_per_division == 0
+    assert method.allocator.layers_per_division == 0
     assert method.weights([], base=1, num_layers=1).shape == (0,)
     with pytest.raises(ValueError, match=r'^guess: unknown parameter "lucky", accepted are .*luck'):
         get_method("guess", {"lucky": 2})

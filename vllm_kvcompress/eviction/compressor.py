@@ -70,7 +70,7 @@ class Compressor:
             raise ValueError(f"request {request_id} is never cut")
         timer = PhaseTimer({"score": request.score_seconds} if request.scores else {})
         held = self._held(request_id, request, cut, windows)
-        if request.method.keeps_all:
+        if request.method.scorer.keeps_all:
             request.advance()
             pages = self._scatter(request, cut, held)
         else:

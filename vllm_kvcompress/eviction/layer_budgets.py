@@ -80,7 +80,7 @@ class BudgetDivision:
         if count > self._num_layers:
             raise ValueError(f"all {self._num_layers} layers have been seen already")
         self._see([scores])
-        every = self._method.layers_per_division
+        every = self._method.allocator.layers_per_division
         if count < self._num_layers and (not every or count % every):
             return None
         self._divide()
@@ -97,7 +97,7 @@ class BudgetDivision:
 
         """
         divided = False
-        if self._method.ratios_are_fixed:  # divisions in between make no difference
+        if self._method.allocator.ratios_are_fixed:  # divisions in between make no difference
             self._see(layers)
         else:
             for scores in layers:
@@ -122,43 +122,6 @@ class BudgetDivision:
         self.weights = np.asarray(weights, dtype=np.float64)
         floors = np.full(count, self._floor, dtype=np.int64)
         self._shared = apportion(weights, self._shared, self._pool, floors=floors)
-
-
-def token_budgets(
-    method: Method, layers: Sequence[LayerScores], *, base: int, num_layers: int
-) -> Ints:
-    """Divide single tokens, as the papers do.
-
-    Args:
-        method: Weighs the layers. If its own cap cannot hold the pool, it is raised to ``base``.
-        layers: Scores of the layers seen so far, normally of all.
-        base: History tokens of an average layer, so the pool is base * num_layers.
-        num_layers: L.
-
-    Returns:
-        History tokens of every layer, int64 [len(layers)]; the protected window comes on top. They
-        sum to min(pool, S' * len(layers)), or less if the method's own cap binds while layers are
-        still missing.
-
-    Raises:
-        ValueError: base is negative, no layer is given or more than num_layers.
-
-    """
-    if base < 0:
-        raise ValueError(f"base must not be negative, got {base}")
-    if not 1 <= len(layers) <= num_layers:
-        raise ValueError(f"expected 1 to {num_layers} layers, got {len(layers)}")
-    history = layers[0].tokens.shape[-1]
-    own = max(method.cap(history, base), base)
-    division = BudgetDivision(
-        method,
-        pool=base * num_layers,
-        cap=min(history, own),
-        floor=method.floor(history, base),
-        base=base,
-        num_layers=num_layers,
-    )
-    return division.divide_all(layers)
 
 
 def page_division(
@@ -206,13 +169,13 @@ def page_division(
     base = capacity - method.window
     history = (held - method.window).tolist()
     own = [
-        max(cdiv(method.cap(tokens, base), block_size), pages_per_layer - reserved)
+        max(cdiv(method.allocator.cap(tokens, base), block_size), pages_per_layer - reserved)
         for tokens in history
     ]
     caps = np.minimum(full, own)
     if caps.sum() < pool:  # layers that hold little cannot make up for those that may not
         caps = full
-    least = method.floor(min(history), base)
+    least = method.allocator.floor(min(history), base)
     if pinned:
         # Where the pool is too small for all floors none of them would hold, so let them fit.
         least = max(min(least, base), pinned)
@@ -225,42 +188,3 @@ def page_division(
         num_layers=num_layers,
         reserved=reserved,
     )
-
-
-def page_budgets(
-    method: Method,
-    layers: Sequence[LayerScores],
-    *,
-    pages_per_layer: int,
-    block_size: int,
-    lengths: int | Sequence[int],
-    pinned: int = 0,
-) -> Ints:
-    """Divide an arena's whole pages between all layers at once.
-
-    Args:
-        method: As for :func:`page_division`, like all others but ``layers``.
-        layers: Scores of all L layers.
-        pages_per_layer: R.
-        block_size: Tokens per page.
-        lengths: Tokens of each layer.
-        pinned: History tokens that every layer must have room for.
-
-    Returns:
-        Pages of every layer, int64 [L], the protected window's included; they sum to R * L.
-
-    Raises:
-        ValueError: As :func:`page_division`, or no layer is given.
-
-    """
-    if not layers:
-        raise ValueError("expected at least one layer")
-    division = page_division(
-        method,
-        num_layers=len(layers),
-        pages_per_layer=pages_per_layer,
-        block_size=block_size,
-        lengths=lengths,
-        pinned=pinned,
-    )
-    return division.divide_all(layers)

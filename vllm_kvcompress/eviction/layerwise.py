@@ -164,7 +164,7 @@ class LayerwiseEviction:
     def in_order(self, layer: int) -> Tensor:
         """Where a layer's tokens lie now, in their final storage order: int64 [N, T]."""
         kept = self.kept[layer]
-        if not self._method.stores_by_worth:
+        if not self._method.scorer.stores_by_worth:
             return kept.argsort(dim=-1)
         places = torch.arange(kept.shape[1], device=kept.device).expand(len(kept), -1)
         history = kept.shape[1] - self._method.window
@@ -177,7 +177,7 @@ class LayerwiseEviction:
     def _pages(self) -> IntArray | None:
         """Pages of at least the layers seen, int64; None where the arena is not divided now."""
         newest = self._waiting[-1]
-        if not self._method.budgets_ignore_scores:
+        if not self._method.allocator.budgets_ignore_scores:
             return self._division.add(to_numbers([newest])[0])
         if self._given is None:  # shapes are all that matters, and those of all layers are the same
             self._given = self._division.divide_all([newest] * self._num_layers)

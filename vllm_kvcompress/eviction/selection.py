@@ -87,7 +87,7 @@ def select_survivors(
         pages,
         block_size=block_size,
         lengths=lengths,
-        order=Order.BEST_FIRST if method.stores_by_worth else Order.TEXT,
+        order=Order.BEST_FIRST if method.scorer.stores_by_worth else Order.TEXT,
         pinned=pinned.places if pinned else None,
     )
     lap("select")
@@ -125,7 +125,7 @@ def tokens_to_keep(
             for s, places in zip(scores, pinned, strict=True)
         ]
     counts = (np.asarray(pages) * block_size - method.window).tolist()
-    chosen = method.select_layers(scores, counts)
+    chosen = method.scorer.select_layers([s.tokens for s in scores], counts)
     if order is not Order.TEXT:
         chosen = [by_worth(ids, s.tokens) for ids, s in zip(chosen, scores, strict=True)]
     if order is Order.BEST_FIRST:

@@ -20,7 +20,7 @@ ROLES = ("scorer", "allocator")
 
 @dataclass(frozen=True)
 class Method:
-    """What the engine compresses with. All but ``score`` is documented with the parts.
+    """What the engine compresses with. What depends on one part is asked of it.
 
     Attributes:
         name: As it is logged; "scorer+allocator" if the parts come from two methods.
@@ -59,54 +59,13 @@ class Method:
         """Return the tokens' worth by the scorer and the allocator's statistics of a layer."""
         return LayerScores(self.scorer.score(layer), self.allocator.stats(layer))
 
-    # --- the scorer's ----------------------------------------------------------------------------
-
-    @property
-    def keeps_all(self) -> bool:
-        return self.scorer.keeps_all
-
-    @property
-    def stores_by_worth(self) -> bool:
-        return self.scorer.stores_by_worth
-
-    @property
-    def token_by_token(self) -> bool:
-        return self.scorer.token_by_token
-
-    @property
-    def budgets_are_nested(self) -> bool:
-        return self.scorer.budgets_are_nested
-
     def select(self, scores: LayerScores, count: int) -> Tensor:
         return self.scorer.select(scores.tokens, count)
-
-    def select_layers(self, scores: Sequence[LayerScores], counts: Sequence[int]) -> list[Tensor]:
-        return self.scorer.select_layers([layer.tokens for layer in scores], counts)
-
-    # --- the allocator's -------------------------------------------------------------------------
-
-    @property
-    def budgets_ignore_scores(self) -> bool:
-        return self.allocator.budgets_ignore_scores
-
-    @property
-    def ratios_are_fixed(self) -> bool:
-        return self.allocator.ratios_are_fixed
-
-    @property
-    def layers_per_division(self) -> int:
-        return self.allocator.layers_per_division
 
     def weights(
         self, seen: Sequence[LayerScores], *, base: int, num_layers: int
     ) -> npt.NDArray[np.float64]:
         return self.allocator.weights(seen, base=base, num_layers=num_layers)
-
-    def cap(self, history: int, base: int) -> int:
-        return self.allocator.cap(history, base)
-
-    def floor(self, history: int, base: int) -> int:
-        return self.allocator.floor(history, base)
 
 
 @dataclass(frozen=True, kw_only=True)

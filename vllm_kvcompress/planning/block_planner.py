@@ -54,10 +54,10 @@ class BlockPlanner:
         self.limits = limits or EngineLimits()
         self.method = method = config.build_method()
         self.window = method.window
-        self.keeps_all = method.keeps_all
-        self.token_by_token = method.token_by_token
+        self.keeps_all = method.scorer.keeps_all
+        self.token_by_token = method.scorer.token_by_token
         self.needs_queries = Need.WINDOW_QUERIES in method.needs
-        self.decode_window = 1 if method.token_by_token else method.window
+        self.decode_window = 1 if method.scorer.token_by_token else method.window
         self.layers_per_division = layers_between_cuts(method, self.limits.num_layers)
         self._stream_chunk = self._checked_chunk()
         if config.prefill == "cascade" and limits is not None and not limits.alone:
@@ -319,8 +319,8 @@ class BlockPlanner:
 
 def layers_between_cuts(method: Method, num_layers: int) -> int:
     """Most layers whose full keys and values are held at one time in a cascade."""
-    if method.keeps_all or not method.budgets_are_nested:
+    if method.scorer.keeps_all or not method.scorer.budgets_are_nested:
         return num_layers
-    if method.budgets_ignore_scores:
+    if method.allocator.budgets_ignore_scores:
         return 1
-    return min(method.layers_per_division or num_layers, num_layers)
+    return min(method.allocator.layers_per_division or num_layers, num_layers)

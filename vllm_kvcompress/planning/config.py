@@ -164,10 +164,12 @@ class KVCompressionConfig:
 
         """
         method = self.build_method()
+        if method.scorer.keeps_all:
+            return
         least = method.window + block_size
         budgets = {name: self.budget, "decode_budget": self.decode_budget}
         for which, budget in budgets.items():
-            if method.keeps_all or budget is None or isinstance(budget, float) or budget >= least:
+            if budget is None or isinstance(budget, float) or budget >= least:
                 continue
             raise ValueError(
                 f"{which} {budget} is too small: {self.method} needs at least {least} tokens per "
@@ -180,7 +182,7 @@ class KVCompressionConfig:
                 raise ValueError(f"{CONFIG_KEY}: {name} needs prefill to be streaming")
         if self.prefill != "streaming":
             return
-        if method.keeps_all and not self.off:
+        if method.scorer.keeps_all and not self.off:
             raise ValueError(
                 f"{CONFIG_KEY}: prefill streaming needs a method that evicts, not {self.method}"
             )
@@ -197,11 +199,11 @@ class KVCompressionConfig:
     def _check_decode(self, method: Method) -> None:
         if self.decode_budget is None or self.off:
             return
-        if method.keeps_all:
+        if method.scorer.keeps_all:
             raise ValueError(
                 f"{CONFIG_KEY}: decode_budget needs a method that evicts, not {self.method}"
             )
-        if method.token_by_token:
+        if method.scorer.token_by_token:
             if self.decode_buffer != 1 or self.decode_budget != self.budget:
                 raise ValueError(
                     f"{CONFIG_KEY}: {self.method} evicts a token for each that it generates with "

@@ -174,7 +174,7 @@ def _configs(args: argparse.Namespace) -> tuple[KVCompressionConfig, ...]:
             for name in names
         )
         for config in found:
-            if config.off or config.build_method().keeps_all:
+            if config.off or config.build_method().scorer.keeps_all:
                 raise CommandError(f"{config.method} keeps every token, there is nothing to draw")
             config.check_block_size(args.block_size)
     except ValueError as error:
