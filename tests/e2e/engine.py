@@ -115,7 +115,7 @@ class Engine:
         assert self.llm.reset_prefix_cache()
         self._before = self._counted()
         if self.compressed:
-            self.session.records = None
+            self.session.reporter.records = None
 
     def free_blocks(self) -> int:
         """Blocks in the pool's free queue."""
@@ -163,7 +163,7 @@ class Engine:
             def append(self, record: Any) -> None:
                 kept.append([layer.tolist() for layer in record.kept])
 
-        self.session.records = Records()
+        self.session.reporter.records = Records()
         return kept
 
     def run_counting(

@@ -17,7 +17,6 @@ from vllm_kvcompress.engine.attention import BACKENDS
 from vllm_kvcompress.engine.attention.flash_attn import ArenaFlashImpl
 from vllm_kvcompress.engine.checks import WORKERS
 from vllm_kvcompress.engine.plugin import register
-from vllm_kvcompress.engine.step.session import StepInputs
 from vllm_kvcompress.engine.worker.arena_worker import _follow_v2
 from vllm_kvcompress.engine.worker.gpu_worker import ArenaGPUWorker
 from vllm_kvcompress.paging.page_tables import LayerTables
@@ -118,7 +117,7 @@ def test_a_schedule_for_other_lengths_never_reaches_a_layer() -> None:
         slot_mapping=torch.arange(6).view(2, 3),
         max_lens=[90, 70],
     )
-    own = impl.layer_metadata(base, StepInputs((), tables))
+    own = impl.layer_metadata(base, tables)
     assert own.scheduler_metadata is None
     assert own.max_num_splits == 32
     assert own.max_seq_len == 70

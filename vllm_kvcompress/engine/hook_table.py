@@ -12,10 +12,7 @@ _BLOCKS_TO_ALLOCATE = (
     "apply_admission_cap, prefill_end"
 )
 _CACHE_BLOCKS = "self, request, num_tokens, retention_interval, *, replay_boundaries"
-_FORWARD = (
-    "self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale, "
-    "output_block_scale"
-)
+_FORWARD = "self, layer, query, key, value, kv_cache, attn_metadata, ..."
 _UPDATE_CACHE = "self, layer, key, value, kv_cache, slot_mapping"
 _BUILD = "self, common_prefix_len, common_attn_metadata, fast_build"
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import numpy as np
 from torch import Tensor
 
 from vllm_kvcompress.eviction.cut_reporter import CutReporter, PhaseTimer
@@ -81,7 +80,7 @@ class CascadePrefill:
             self._request.window,
         )
         if keys is not None:
-            scores = self._scorer.score_with_keys(held, layer, keys)
+            scores = self._scorer.score_layer(held, layer, keys=keys)
         else:
             (scores,) = self._scorer.score_some(held, range(layer, layer + 1))
         timer.lap("score")
@@ -114,18 +113,15 @@ class CascadePrefill:
             # As if compressed after the step: the same numbers are added in the same order.
             self._codec.rewrite(pages, eviction.in_order(layer), pages)
         timer.lap("move")
-        size = self._arena.geometry.block_size
         recorded = len(self._scores) == len(self._lengths)
-        if recorded or self._pinned is not None:  # nobody else asks, and it is work
-            stored = eviction.stored()
-            if recorded:
-                self._reporter.record(
-                    self._request_id, request, cut, self._scores, stored, eviction.weights, size
-                )
-            request.advance()
-            request.follow_pinned(cut, self._pinned, stored, self._lengths)
-        else:
-            request.advance()
+        # Nobody else asks, and it is work.
+        stored = eviction.stored() if recorded or self._pinned is not None else []
+        if recorded:
+            self._reporter.record(
+                self._request_id, request, cut, self._scores, stored, eviction.weights
+            )
+        request.advance()
+        request.follow_pinned(cut, self._pinned, stored, self._lengths)
         self._arena.drop(self._request_id)
         self._arena.admit(
             self._request_id,
@@ -135,5 +131,4 @@ class CascadePrefill:
             slack=cut.slack,
             growth_column=request.tail_start,
         )
-        counts: IntArray = np.asarray([len(pages) for pages in eviction.tables], dtype=np.int64)
-        self._reporter.note(self._request_id, request, cut, counts, timer.laps, size)
+        self._reporter.note(self._request_id, request, cut, eviction.tables, timer.laps)

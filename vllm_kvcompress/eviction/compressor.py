@@ -86,8 +86,7 @@ class Compressor:
             slack=cut.slack,
             growth_column=request.tail_start,
         )
-        counts: IntArray = np.asarray([len(own) for own in pages], dtype=np.int64)
-        self._reporter.note(request_id, request, cut, counts, timer.laps, self._block_size)
+        self._reporter.note(request_id, request, cut, pages, timer.laps)
 
     def _held(
         self, request_id: str, request: WorkerRequest, cut: Cut, windows: Tensor | None
@@ -123,9 +122,7 @@ class Compressor:
             pages=None if cut.moves else self._arena.dealt_pages(request_id),
             pinned=pinned,
         )
-        self._reporter.record(
-            request_id, request, cut, scores, selection.tokens, selection.weights, self._block_size
-        )
+        self._reporter.record(request_id, request, cut, scores, selection.tokens, selection.weights)
         request.advance()
         request.follow_pinned(cut, pinned, selection.tokens, held.lengths)
         return selection
@@ -179,7 +176,7 @@ class Compressor:
         held = HeldTokens(
             [], [cut.position] * self._num_layers, cut.blocks * self._block_size, request.window
         )
-        request.scores[layer] = self._scorer(request.method).score_with_keys(held, layer, keys)
+        request.scores[layer] = self._scorer(request.method).score_layer(held, layer, keys=keys)
         request.score_seconds += time.perf_counter() - start
 
     def begin_cascade(self, request_id: str, request: WorkerRequest) -> CascadePrefill:

@@ -44,6 +44,7 @@ class CutReporter:
 
     Args:
         log_requests: Whether to log one JSON line per cut.
+        block_size: Tokens per page.
 
     Attributes:
         seconds: Time spent so far, by phase.
@@ -52,8 +53,9 @@ class CutReporter:
 
     """
 
-    def __init__(self, log_requests: bool) -> None:
+    def __init__(self, log_requests: bool, block_size: int) -> None:
         self._log_requests = log_requests
+        self._block_size = block_size
         self.seconds: dict[str, float] = {}
         self.records: list[CutRecord] | None = None
         self.report = CutReport()
@@ -66,19 +68,10 @@ class CutReporter:
         scores: Sequence[LayerScores],
         tokens: Sequence[Tensor],
         weights: Floats | None,
-        block_size: int,
     ) -> None:
         """Describe a cut that is about to be made, if anybody asked. Mutates the records.
 
-        Args:
-            request_id: The request's id.
-            request: The request.
-            cut: Its next cut.
-            scores: Scores of all layers.
-            tokens: Per layer where the kept tokens lay, int [N, T_l], in any order.
-            weights: The allocator's weights, fp64 [L]; None if it was not asked.
-            block_size: Tokens per page.
-
+        The cut is the request's next one; other arguments are as of :func:`make_record`.
         """
         if self.records is None:
             return
@@ -91,7 +84,7 @@ class CutReporter:
                 request_id=request_id,
                 number=request.cuts_made + 1,
                 prompt_len=cut.position,
-                block_size=block_size,
+                block_size=self._block_size,
             )
         )
 
@@ -100,9 +93,8 @@ class CutReporter:
         request_id: str,
         request: WorkerRequest,
         cut: Cut,
-        pages: IntArray,
+        tables: Sequence[IntArray],
         laps: dict[str, float],
-        block_size: int,
     ) -> None:
         """Count and log a cut that was just made. Mutates seconds and report.
 
@@ -110,17 +102,18 @@ class CutReporter:
             request_id: The request's id.
             request: The request, this cut behind it.
             cut: The cut.
-            pages: Pages per layer, int64 [L].
+            tables: Per layer the pages it holds now.
             laps: Seconds it took, by phase.
-            block_size: Tokens per page.
 
         """
         for phase, seconds in laps.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
             self.report.phase_times.append((phase, seconds))
-        name, tokens = request.method.name, pages * block_size - cut.slack
+        name, size = request.method.name, self._block_size
+        pages = [len(own) for own in tables]
+        tokens = [count * size - cut.slack for count in pages]
         if request.schedule is not None and request.schedule.kind(request.cuts_made) == "prompt":
-            self.report.add_prompt(name, cut.position, tokens.tolist())
+            self.report.add_prompt(name, cut.position, tokens)
         if not self._log_requests:
             return
         line = {
@@ -130,11 +123,11 @@ class CutReporter:
             "cascade": request.prefill_blocks is not None and request.cuts_made == 1,
             "prompt_tokens": request.prompt_len,
             "text_tokens": cut.position,
-            "block_size": block_size,
-            "blocks_before": cdiv(cut.position, block_size),
+            "block_size": size,
+            "blocks_before": cdiv(cut.position, size),
             "blocks_after": cut.blocks,
-            "pages_per_layer": pages.tolist(),
-            "tokens_per_layer": tokens.tolist(),
+            "pages_per_layer": pages,
+            "tokens_per_layer": tokens,
             "seconds": {k: round(v, 4) for k, v in laps.items()},
         }
         logger.info("KVCOMPRESS %s", json.dumps(line))

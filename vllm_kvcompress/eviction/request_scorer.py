@@ -45,7 +45,6 @@ class RequestScorer:
         self._method = method
         self._codec = codec
         self._layers = layers
-        self.needs_queries = Need.WINDOW_QUERIES in method.needs
 
     def score_all(self, held: HeldTokens) -> list[LayerScores]:
         """Score every layer from its pages."""
@@ -67,7 +66,7 @@ class RequestScorer:
                 held.windows[part], held.pages[part], held.lengths[part], self._layers[part]
             )
         return [
-            self._score(
+            self.score_layer(
                 held,
                 layer,
                 read_keys=partial(self._codec.read_keys, held.pages[layer], held.lengths[layer]),
@@ -76,11 +75,7 @@ class RequestScorer:
             for layer in layers
         ]
 
-    def score_with_keys(self, held: HeldTokens, layer: int, keys: Tensor) -> LayerScores:
-        """Score a layer from all its keys after RoPE, [N, S, D]."""
-        return self._score(held, layer, keys=keys)
-
-    def _score(
+    def score_layer(
         self,
         held: HeldTokens,
         layer: int,
@@ -89,6 +84,7 @@ class RequestScorer:
         read_keys: Callable[[], Tensor] | None = None,
         statistics: WindowStatistics | None = None,
     ) -> LayerScores:
+        """Score a layer from one of these: its keys after RoPE, [N, S, D], or what gives more."""
         attention = self._layers[layer]
         given = LayerInput(
             layer=layer,

@@ -17,7 +17,7 @@ from vllm_kvcompress.engine.step.session import Session, StepInputs
 from vllm_kvcompress.paging.arena import PageArena
 from vllm_kvcompress.paging.device_page_tables import DeviceTableBuilder
 from vllm_kvcompress.paging.page_codec import PageCodec
-from vllm_kvcompress.paging.page_tables import StepTableBuilder, TableLimits
+from vllm_kvcompress.paging.page_tables import LayerTables, StepTableBuilder, TableLimits
 from vllm_kvcompress.paging.strided_codec import StridedPageCodec
 
 
@@ -51,15 +51,7 @@ class ArenaBuilder:
         """Ask the session what this step needs. Mutates the session; None: plain vLLM's path."""
         if self.session is None:
             return None
-        return self.session.prepare_step(
-            self.request_ids(common.num_reqs),
-            common.block_table_tensor,
-            common.seq_lens,
-            common.query_start_loc,
-            common.slot_mapping,
-            query_start_cpu=common.query_start_loc_cpu,
-            seq_lens_bound=common.seq_lens_cpu_upper_bound,
-        )
+        return self.session.prepare_step(self.request_ids(common.num_reqs), common)
 
 
 class ArenaImpl:
@@ -69,19 +61,55 @@ class ArenaImpl:
         session: Set by the worker; None in an engine without compression.
         arena_layer: Index of this layer in the arena.
         cache_dtypes: vLLM's names of the cache dtypes that this backend's codec can move.
+        on_device: Whether ``forward`` updates the cache, as ``forward_includes_kv_cache_update`` of
+            the backend says, and scoring reads keys from the pages even where a step has them all.
 
     """
 
     session: Session | None = None
     arena_layer: int = -1
     cache_dtypes: tuple[str, ...] = PLAIN_CACHES
+    on_device: bool = False
 
-    def take_queries(self, step: StepInputs, query: Tensor) -> None:
-        """Copy the queries that coming cuts look at, [T, H, D]. Mutates windows and buffer."""
-        for capture in step.captures:
-            capture.take(self.arena_layer, query)
-        if step.query_buffer is not None:
-            step.query_buffer.take(self.arena_layer, query)
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """See vLLM's AttentionImpl; on the flat view where the layer has tables of its own."""
+        session = self.session
+        step: StepInputs | None = getattr(attn_metadata, "arena_step", None)
+        # Where a prompt's keys are at hand, reading them back out of the CPU's pages costs more.
+        keys = None if self.on_device else key
+        if step is not None and session is not None:
+            for capture in step.captures:
+                capture.take(self.arena_layer, query)
+                if capture.whole and keys is not None:
+                    session.score(self.arena_layer, capture, keys)
+            if step.query_buffer is not None:
+                step.query_buffer.take(self.arena_layer, query)
+            if step.tables is not None:
+                kv_cache = session.flat_cache
+                attn_metadata = self.layer_metadata(attn_metadata, step.tables)
+        if self.on_device and attn_metadata is not None:
+            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)  # type: ignore[attr-defined]
+        result: Tensor = super().forward(  # type: ignore[misc]
+            layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
+        )
+        if step is not None and session is not None:
+            for row in step.cascades:
+                session.cut_layer(self.arena_layer, row, keys)
+        return result
+
+    def layer_metadata(self, base: Any, tables: LayerTables) -> Any:
+        """Return the batch's metadata with this layer's tables."""
+        raise NotImplementedError
 
     @staticmethod
     def make_codec(
@@ -149,53 +177,16 @@ class DeviceImpl(ArenaImpl):
     """
 
     cache_dtypes = (*PLAIN_CACHES, *FP8_CACHES)
+    on_device = True
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: Any,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
-        """See vLLM's AttentionImpl."""
-        step: StepInputs | None = getattr(attn_metadata, "arena_step", None)
-        if attn_metadata is not None:
-            if step is not None and self.session is not None:
-                self.take_queries(step, query)
-                if step.tables is not None:
-                    kv_cache = self.session.flat_cache
-                    attn_metadata = self.layer_metadata(attn_metadata, step)
-            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)  # type: ignore[attr-defined]
-        result: Tensor = super().forward(  # type: ignore[misc]
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
-        )
-        if step is not None and self.session is not None:
-            for row in step.cascades:
-                self.session.cut_layer(self.arena_layer, row, None)
-        return result
-
-    def layer_metadata(self, base: Any, step: StepInputs) -> Any:
-        """Return the batch's metadata with this layer's tables."""
-        assert step.tables is not None
+    def layer_metadata(self, base: Any, tables: LayerTables) -> Any:
+        """See the base class."""
         own = copy.copy(base)
-        own.block_table = step.tables.block_tables[self.arena_layer]
-        own.seq_lens = step.tables.seq_lens[self.arena_layer]
-        own.slot_mapping = step.tables.slot_mapping[self.arena_layer]
-        if step.tables.max_lens is not None:
-            own.max_seq_len = step.tables.max_lens[self.arena_layer]
+        own.block_table = tables.block_tables[self.arena_layer]
+        own.seq_lens = tables.seq_lens[self.arena_layer]
+        own.slot_mapping = tables.slot_mapping[self.arena_layer]
+        if tables.max_lens is not None:
+            own.max_seq_len = tables.max_lens[self.arena_layer]
         return own
 
     @staticmethod

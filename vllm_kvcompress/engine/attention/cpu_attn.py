@@ -15,7 +15,6 @@ from vllm.v1.attention.backends.cpu_attn import (
 
 from vllm_kvcompress.engine.attention.common import ArenaBackend, ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.attention.cpu_codec import CpuPageCodec
-from vllm_kvcompress.engine.step.session import StepInputs
 from vllm_kvcompress.paging.arena import PageArena
 from vllm_kvcompress.paging.page_codec import PageCodec
 from vllm_kvcompress.paging.page_tables import (
@@ -52,11 +51,9 @@ class ArenaCPUMetadataBuilder(ArenaBuilder, CPUAttentionMetadataBuilder):
         """See the base class."""
         common = common_attn_metadata
         base = super().build(common_prefix_len, common, fast_build)
-        step = self.step_inputs(common)
-        if step is not None:
-            base.arena_step = step
-            if step.tables is not None:
-                base.arena_layers = self._build_layers(common_prefix_len, common, step.tables)
+        base.arena_step = step = self.step_inputs(common)
+        if step is not None and step.tables is not None:
+            base.arena_layers = self._build_layers(common_prefix_len, common, step.tables)
         return base
 
     def _build_layers(
@@ -87,44 +84,9 @@ class ArenaCPUMetadataBuilder(ArenaBuilder, CPUAttentionMetadataBuilder):
 class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
     """The stock kernel, on the flat view of the pool where its layer's own tables say so."""
 
-    def forward(
-        self,
-        layer: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        kv_cache: Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
-        output: Tensor,
-        output_scale: Tensor | None = None,
-        output_block_scale: Tensor | None = None,
-    ) -> Tensor:
+    def layer_metadata(self, base: Any, tables: LayerTables) -> CPUAttentionMetadata:
         """See the base class."""
-        step: StepInputs | None = getattr(attn_metadata, "arena_step", None)
-        if step is not None and self.session is not None and attn_metadata is not None:
-            self.take_queries(step, query)
-            for capture in step.captures:
-                if capture.whole:
-                    # The prompt's keys are at hand; reading them back out of the pages costs more.
-                    self.session.score(self.arena_layer, capture, key)
-            if step.tables is not None:
-                kv_cache = self.session.flat_cache
-                attn_metadata = attn_metadata.arena_layers[self.arena_layer]
-        result = super().forward(
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
-        )
-        if step is not None and self.session is not None:
-            for row in step.cascades:
-                self.session.cut_layer(self.arena_layer, row, key)
-        return result
+        return base.arena_layers[self.arena_layer]
 
     def do_kv_cache_update(
         self,

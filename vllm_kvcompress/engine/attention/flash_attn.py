@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 
 from vllm_kvcompress.engine.attention.common import ArenaBackend, DeviceBuilder, DeviceImpl
-from vllm_kvcompress.engine.step.session import StepInputs
+from vllm_kvcompress.paging.page_tables import LayerTables
 
 
 class ArenaFlashBackend(ArenaBackend, FlashAttentionBackend):
@@ -35,8 +35,8 @@ class ArenaFlashMetadataBuilder(DeviceBuilder, FlashAttentionMetadataBuilder):
 class ArenaFlashImpl(DeviceImpl, FlashAttentionImpl):
     """The stock kernel on the flat view of the pool."""
 
-    def layer_metadata(self, base: Any, step: StepInputs) -> Any:
+    def layer_metadata(self, base: Any, tables: LayerTables) -> Any:
         """See the base class; a schedule made for the logical lengths must not be used."""
-        own = super().layer_metadata(base, step)
+        own = super().layer_metadata(base, tables)
         own.scheduler_metadata = None
         return own

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvcompress.engine.step.block_ledger import BlockLedger
@@ -18,9 +19,8 @@ from vllm_kvcompress.eviction.cut_reporter import CutReporter
 from vllm_kvcompress.eviction.decode_query_buffer import DecodeQueryBuffer
 from vllm_kvcompress.eviction.measurements import CutReport
 from vllm_kvcompress.eviction.query_collector import QueryCollector, WindowCapture
-from vllm_kvcompress.eviction.records import CutRecord
 from vllm_kvcompress.eviction.request import WorkerRequest
-from vllm_kvcompress.paging.arena import IntArray, PageArena, PageGeometry
+from vllm_kvcompress.paging.arena import PageArena, PageGeometry
 from vllm_kvcompress.paging.attention_layer import AttentionParams
 from vllm_kvcompress.paging.page_codec import PageCodec
 from vllm_kvcompress.paging.page_tables import BatchRows, LayerTables, StepTableBuilder, TableLimits
@@ -86,6 +86,7 @@ class Session:
         replays: Whether the coming step runs as a FULL CUDA graph, which reads the per-layer
             tables whatever the batch holds; set by the worker.
         stats: Cuts and steps of each kind so far.
+        reporter: Seconds spent on cuts, and descriptions of them if somebody asked for those.
 
     """
 
@@ -114,8 +115,8 @@ class Session:
         self._ledger = BlockLedger(resolver, group)
         self._tables = make_tables(self.arena)
         self._codec = codec
-        self._reporter = CutReporter(config.log_requests)
-        self._compressor = Compressor(self.arena, codec, layers, self._reporter)
+        self.reporter = CutReporter(config.log_requests, geometry.block_size)
+        self._compressor = Compressor(self.arena, codec, layers, self.reporter)
         self._query_shape = (num_heads, codec.head_size)
         self._dtype = dtype
         buffer: DecodeQueryBuffer | None = None
@@ -166,26 +167,13 @@ class Session:
         return any(self._queries.needs(self._ledger[name]) for name in self._scheduled)
 
     def prepare_step(
-        self,
-        request_ids: Sequence[str],
-        block_table: Tensor,
-        seq_lens: Tensor,
-        query_start: Tensor,
-        slot_mapping: Tensor,
-        *,
-        query_start_cpu: Tensor,
-        seq_lens_bound: Tensor | None,
+        self, request_ids: Sequence[str], common: CommonAttentionMetadata
     ) -> StepInputs | None:
         """Decide what this step's attention has to do. Mutates windows and the session's step.
 
         Args:
             request_ids: The batch's requests in the order of its rows.
-            block_table: int32 [B, W], the runner's block table.
-            seq_lens: int32 [B], logical lengths after the step.
-            query_start: int32 [B + 1].
-            slot_mapping: int64 [T].
-            query_start_cpu: The same as query_start, on the host.
-            seq_lens_bound: int32 [B] on the host, at least seq_lens; None if not known.
+            common: What the runner knows of the batch.
 
         Returns:
             None for a batch in which plain vLLM does everything.
@@ -193,20 +181,20 @@ class Session:
         """
         if not self._scheduled or not self._scheduled.issuperset(request_ids):
             return None  # a dummy run
-        cascades = self._read_rows(request_ids, query_start_cpu.tolist())
+        cascades = self._read_rows(request_ids, common.query_start_loc_cpu.tolist())
         rows = [row for row, name in enumerate(request_ids) if name in self.arena]
         self.stats["compressed_steps" if rows else "plain_steps"] += 1
         tables = None
         if rows or self.replays:
-            index: IntArray = np.asarray(rows, dtype=np.int64)
+            bound = common.seq_lens_cpu_upper_bound
             batch = BatchRows(
-                block_table=block_table,
-                seq_lens=seq_lens,
-                query_start=query_start,
-                slot_mapping=slot_mapping,
-                rows=index,
+                block_table=common.block_table_tensor,
+                seq_lens=common.seq_lens,
+                query_start=common.query_start_loc,
+                slot_mapping=common.slot_mapping,
+                rows=np.asarray(rows, dtype=np.int64),
                 slots=self.arena.slots(request_ids[row] for row in rows),
-                seq_lens_bound=None if seq_lens_bound is None else seq_lens_bound.numpy(),
+                seq_lens_bound=None if bound is None else bound.numpy(),
             )
             tables = self._tables.build(batch)
         query_buffer = self._queries.select_generated()
@@ -289,8 +277,8 @@ class Session:
 
     def report_with(self, output: Any) -> Any:
         """Send what was measured along with a step's output. Mutates both; returns the output."""
-        if self._reporter.report and attach(output, self._reporter.report):
-            self._reporter.report = CutReport()
+        if self.reporter.report and attach(output, self.reporter.report):
+            self.reporter.report = CutReport()
         return output
 
     # --- beside the steps ------------------------------------------------------------------------
@@ -316,20 +304,6 @@ class Session:
         """
         tables = self._tables.capture(seq_lens, num_tokens)
         return StepInputs((), tables, query_buffer=self._queries.buffer)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds spent on cuts so far, by phase; a copy."""
-        return dict(self._reporter.seconds)
-
-    @property
-    def records(self) -> list[CutRecord] | None:
-        """Descriptions of cuts, appended to; None: none are made."""
-        return self._reporter.records
-
-    @records.setter
-    def records(self, records: list[CutRecord] | None) -> None:
-        self._reporter.records = records
 
     def check_integrity(self) -> None:
         """Verify the arena against the scheduler's blocks.

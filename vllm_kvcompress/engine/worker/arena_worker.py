@@ -124,13 +124,13 @@ class ArenaWorker:
 
     def kv_compression_record(self, on: bool) -> None:
         """For collective_rpc: begin to describe what is kept at each cut, or stop."""
-        self._session.records = [] if on else None
+        self._session.reporter.records = [] if on else None
 
     def kv_compression_records(self) -> list[CutRecord]:
         """For collective_rpc: the descriptions since the last call."""
-        records = self._session.records or []
+        records = self._session.reporter.records or []
         if records:
-            self._session.records = []
+            self._session.reporter.records = []
         return records
 
     def _follow_runner(self) -> Callable[[int], Sequence[str]]:

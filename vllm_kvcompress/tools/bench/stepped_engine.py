@@ -42,7 +42,7 @@ class SteppedEngine:
     def phases(self) -> dict[str, float]:
         """Seconds spent on compressing so far, by phase; empty for plain vLLM."""
         session = getattr(self.core.model_executor.driver_worker.worker, "_session", None)
-        return {} if session is None else session.seconds
+        return {} if session is None else dict(session.reporter.seconds)
 
     def add(self, prompts: Prompts, generate: int) -> list[Any]:
         """Queue requests.
