@@ -47,7 +47,9 @@ def test_abort_at_every_stage(engines: Engines, prose: list[int]) -> None:
         doomed = engine.add(prose[start + 200 : start + 600], 40, **SMALLER)
         for step, _ in enumerate(engine.steps(), start=1):
             if step == stop_after:
-                stages.add((doomed in engine.arena, engine.manager.is_released(doomed)))
+                state = engine.manager.reservations.get(doomed)
+                released = state is not None and state.released > 0
+                stages.add((doomed in engine.arena, released))
                 engine.abort(doomed)
                 break
         engine.drain()

@@ -232,7 +232,8 @@ def test_a_long_generation_holds_bounded_blocks_unless_its_request_says_no(
     while engine.scheduler.requests:
         engine.step()
         for name in engine.answers:
-            if engine.arena.is_released(name):
+            state = engine.arena.reservations.get(name)
+            if state is not None and state.released:
                 most[name] = max(most[name], engine.held(name))
     # Survivors, what is generated between two cuts, and once both, where the first cut moves them.
     assert most["cut"] == most["default"]

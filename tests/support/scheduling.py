@@ -308,18 +308,20 @@ class Engine:
         self.arena.check_integrity()
         assert self.free + self.taken() == self.total
         for name, entry in self.ledger:
-            if self.arena.is_admitted(name):
+            if name in self.arena.reservations:
                 self._compare(name, entry)
         for step in self.in_flight:
             for name, (admission, using) in step.using.items():
                 # Steps of requests that were preempted run before anybody else's use of the block.
-                if self.arena.is_admitted(name) and self.admissions[name] == admission:
+                if name in self.arena.reservations and self.admissions[name] == admission:
                     held = {block.block_id for block in self.arena.req_to_blocks[name]}
                     assert using <= held, f"{name} lost blocks that a step in flight uses"
 
     def _compare(self, name: str, entry: WorkerRequest) -> None:
         state = self.arena.reservations[name]
-        assert (entry.prefill_blocks, entry.cached) == (state.prefill_blocks, state.cached)
+        assert entry.prefill_blocks == state.prefill_blocks
+        if entry.prefill_blocks is not None and not entry.cuts_made:
+            assert entry.computed // self.arena.block_size == state.cached
         assert len(entry.blocks) <= self._row
         blocks = [block.block_id for block in self.arena.req_to_blocks[name]]
         assert state.released <= entry.cuts_made

@@ -44,6 +44,7 @@ class CascadePrefill:
         self._request_id, self._request, self._cut = request_id, request, cut
         self._arena, self._codec, self._scorer = arena, codec, scorer
         self._reporter = reporter
+        cached = request.computed // arena.geometry.block_size  # blocks from the prefix cache
         self._lengths = [cut.position] * arena.geometry.num_layers
         self._pinned = request.pinned_places(cut, self._lengths, codec.num_kv_heads)
         self._seconds: dict[str, float] = {}
@@ -52,8 +53,8 @@ class CascadePrefill:
             request.method,
             arena.geometry,
             cut,
-            cached=request.blocks[: request.cached],
-            workspace=request.blocks[request.cached : prefill_blocks],
+            cached=request.blocks[:cached],
+            workspace=request.blocks[cached:prefill_blocks],
             arena=request.blocks[prefill_blocks : prefill_blocks + cut.blocks],
             layers_per_division=request.settings.planner.layers_per_division,
             pinned=self._pinned,

@@ -23,7 +23,6 @@ class WorkerRequest:
         computed: Tokens computed before this step.
         scheduled: Tokens of this step.
         prefill_blocks: In a cascade, blocks in place of the prompt's own; None otherwise.
-        cached: In a cascade, how many of them come from the prefix cache.
         cuts_made: Cuts behind it.
         survivors_start: Where in ``blocks`` the survivors' blocks begin.
         tail_start: Where in ``blocks`` those of the tokens after the last cut begin.
@@ -42,7 +41,6 @@ class WorkerRequest:
     computed: int
     scheduled: int = 0
     prefill_blocks: int | None = None
-    cached: int = 0
     cuts_made: int = 0
     survivors_start: int = 0
     tail_start: int = 0

@@ -84,7 +84,7 @@ class RequestScorer:
         read_keys: Callable[[], Tensor] | None = None,
         statistics: WindowStatistics | None = None,
     ) -> LayerScores:
-        """Score a layer from one of these: its keys after RoPE, [N, S, D], or what gives more."""
+        """Score a layer, from all its keys after RoPE, [N, S, D], where they are at hand."""
         attention = self._layers[layer]
         given = LayerInput(
             layer=layer,

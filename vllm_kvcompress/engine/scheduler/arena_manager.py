@@ -34,14 +34,21 @@ class ArenaManager(FullAttentionManager):
     tokens are computed, and ``reserve_tokens`` generated ones if it is ever cut, beside what is
     reserved for others in the same way. Growth beyond that is as in plain vLLM: a block if one is
     free, else a preemption.
+
+    Attributes:
+        resolver: The engine's resolver of request settings; set by :meth:`bind`.
+        reservations: What is reserved for every request; set by :meth:`bind`.
+        counters: What has been counted since the scheduler last sent its figures.
+
     """
+
+    resolver: SettingsResolver
+    reservations: Reservations
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._requests: Mapping[str, Request] = {}
-        self._resolver: SettingsResolver | None = None
         self._watermark = 0
-        self._reservations: Reservations | None = None
         self._chosen: dict[str, tuple[int, int]] = {}
         self.counters = CompressionCounters()
 
@@ -56,31 +63,16 @@ class ArenaManager(FullAttentionManager):
 
         Args:
             requests: The scheduler's own mapping, read only.
-            plans: Say what each request will hold.
+            resolver: Says what each request will hold.
             max_model_len: Most tokens of any request.
             watermark_blocks: Blocks that vLLM leaves free when it admits a request.
 
         """
         self._requests = requests
-        self._resolver = resolver
-        self._reservations = Reservations(
-            resolver.default_planner, max_model_len, self.req_to_blocks
-        )
+        self.resolver = resolver
+        planner = resolver.default_planner
+        self.reservations = Reservations(planner, max_model_len, self.req_to_blocks)
         self._watermark = watermark_blocks
-
-    @property
-    def resolver(self) -> SettingsResolver:
-        """The engine's plans; RuntimeError under a scheduler that is not ours."""
-        if self._resolver is None:
-            raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
-        return self._resolver
-
-    @property
-    def reservations(self) -> Reservations:
-        """What is reserved for every request; RuntimeError as for the resolver."""
-        if self._reservations is None:
-            raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
-        return self._reservations
 
     def schedule_of(self, request_id: str) -> CompressionSchedule | None:
         """Return when the request is cut, None if it never is."""
@@ -96,29 +88,16 @@ class ArenaManager(FullAttentionManager):
             setattr(request, _TERMS, settings)
         return settings
 
-    def is_admitted(self, request_id: str) -> bool:
-        """Whether the request holds blocks."""
-        return request_id in self.reservations
-
-    def is_released(self, request_id: str) -> bool:
-        """Whether the request's prompt blocks have been given back."""
-        reservation = self.reservations.get(request_id)
-        return reservation is not None and reservation.released > 0
-
-    def prefill_blocks_of(self, request_id: str) -> int | None:
-        """Blocks in place of the prompt's own if the request's prefill is a cascade."""
-        return self.reservations[request_id].prefill_blocks
-
     def block_gauges(self) -> BlockGauges:
         """Count blocks as they are now."""
         free = self.block_pool.get_num_free_blocks()
         held = self.block_pool.num_gpu_blocks - 1 - free  # less the null block
-        tokens = [self._requests[name].num_computed_tokens for name, _ in self.reservations]
+        tokens = [self._requests[name].num_computed_tokens for name in self.reservations]
         return BlockGauges(
             held=held,
             reserved=held + self.reservations.outstanding(),
             free=free,
-            running_held=sum(len(self.req_to_blocks[name]) for name, _ in self.reservations),
+            running_held=sum(len(self.req_to_blocks[name]) for name in self.reservations),
             running_plain=sum(cdiv(count, self.block_size) for count in tokens),
         )
 
@@ -231,9 +210,9 @@ class ArenaManager(FullAttentionManager):
         blocks = list(super().allocate_new_blocks(request_id, slots, slots))
         if begins:
             # Others may share blocks with it from now on, which they will not get free.
-            self.reservations.update_all()
+            self.reservations.recount_all()
         elif blocks:
-            self.reservations.update(request_id)
+            self.reservations.recount(request_id)
         return blocks
 
     def needs_block(self, request_id: str, num_tokens: int) -> bool:
@@ -250,7 +229,7 @@ class ArenaManager(FullAttentionManager):
     def _admit(self, request_id: str) -> None:
         reservation = self.quoted(request_id)
         self._chosen.pop(request_id, None)
-        self.reservations.admit(request_id, reservation)
+        self.reservations[request_id] = reservation
         request = self._requests[request_id]
         planner, prompt_len = self.settings_of(request).planner, request.num_prompt_tokens
         compressed = planner.prompt_cut(prompt_len) is not None
@@ -289,7 +268,7 @@ class ArenaManager(FullAttentionManager):
         if over:
             reservation.reserved_until = 0
         if over or reservation.released > released:
-            self.reservations.update(request_id)
+            self.reservations.recount(request_id)
 
     def _release(
         self, request_id: str, schedule: CompressionSchedule, reservation: Reservation
@@ -337,7 +316,7 @@ class ArenaManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request (finished or preempted) and hand its blocks over."""
-        self.reservations.drop(request_id)
+        self.reservations.pop(request_id, None)
         self._chosen.pop(request_id, None)
         return list(super().pop_blocks_for_free(request_id))
 
@@ -346,7 +325,7 @@ class ArenaManager(FullAttentionManager):
     def private_blocks(self) -> dict[str, list[int]]:
         """Block ids that no other request may share, of every request that has some."""
         private = {}
-        for request_id, reservation in self.reservations:
+        for request_id, reservation in self.reservations.items():
             if reservation.schedule is None:
                 continue
             skip = 0

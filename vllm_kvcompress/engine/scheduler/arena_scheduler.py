@@ -30,7 +30,7 @@ from vllm_kvcompress.engine.scheduler.arena_manager import ArenaManager
 from vllm_kvcompress.engine.scheduler.sliding_window_groups import patch_coordinator
 from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.step.measurement_channel import report_of
-from vllm_kvcompress.engine.step.messages import StepMessage, attach
+from vllm_kvcompress.engine.step.messages import attach
 from vllm_kvcompress.eviction.measurements import CutReport
 
 
@@ -66,9 +66,9 @@ class _ArenaScheduling(Scheduler):
         output = super().schedule(throttle_prefills)
         begun = [r.req_id for r in output.scheduled_new_reqs]
         begun += output.scheduled_cached_reqs.resumed_req_ids
-        chosen = {name: self._arena.prefill_blocks_of(name) for name in begun}
+        chosen = {name: self._arena.reservations[name].prefill_blocks for name in begun}
         cascades = {name: blocks for name, blocks in chosen.items() if blocks is not None}
-        attach(output, StepMessage(prefill_blocks=cascades))
+        attach(output, cascades)
         return output
 
     def update_from_output(
@@ -117,7 +117,7 @@ class _ArenaScheduling(Scheduler):
             return int(num_new_tokens)
         if (cut := schedule.next_position(num_computed_tokens)) is not None:
             num_new_tokens = min(num_new_tokens, cut - num_computed_tokens)
-        if not self._arena.is_admitted(request.request_id):
+        if request.request_id not in self._arena.reservations:
             name, hits = self._hits
             num_new_tokens = self._arena.choose_prefill(
                 request,

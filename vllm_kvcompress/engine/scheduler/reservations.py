@@ -5,9 +5,9 @@ an admitted request will hold, until it has ``reserved_until`` tokens, is counte
 else's allocations: a number, not blocks.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
@@ -15,6 +15,9 @@ from vllm.v1.request import Request
 from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.engine.scheduler.sliding_window_groups import SlidingWindowGroups
 
 
 @dataclass
@@ -46,18 +49,8 @@ class Reservation:
     prefilled: bool = False
 
 
-class WindowGroups(Protocol):
-    """Sliding-window groups of a hybrid model, which draw on the same pool."""
-
-    def missing(self, request_id: str, reservation: Reservation) -> int:
-        """Count the blocks that a request will still be given in these groups."""
-
-    def block_ids(self) -> set[int]:
-        """All blocks that requests hold in these groups."""
-
-
-class Reservations:
-    """The reservations of all admitted requests.
+class Reservations(dict[str, Reservation]):
+    """The reservations of all admitted requests, by request.
 
     Args:
         planner: Says what requests will hold.
@@ -69,28 +62,15 @@ class Reservations:
 
     """
 
-    window_groups: WindowGroups | None = None
+    window_groups: "SlidingWindowGroups | None" = None
 
     def __init__(
         self, planner: BlockPlanner, max_len: int, blocks: Mapping[str, Sequence[KVCacheBlock]]
     ) -> None:
+        super().__init__()
         self._planner = planner
         self._max_len = max_len
         self._blocks = blocks
-        self._reservations: dict[str, Reservation] = {}
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._reservations
-
-    def __getitem__(self, request_id: str) -> Reservation:
-        return self._reservations[request_id]
-
-    def __iter__(self) -> Iterator[tuple[str, Reservation]]:
-        return iter(self._reservations.items())
-
-    def get(self, request_id: str) -> Reservation | None:
-        """Return a request's reservation; None if it holds no blocks."""
-        return self._reservations.get(request_id)
 
     def quote(
         self,
@@ -114,14 +94,6 @@ class Reservations:
             left = request.max_tokens - request.num_output_tokens
             until += max(min(left, self._planner.config.reserve_tokens) - 1, 0)
         return Reservation(schedule, until, prefill_blocks, cached, known_tokens=request.num_tokens)
-
-    def admit(self, request_id: str, reservation: Reservation) -> None:
-        """Note that a request is about to get its first blocks. Mutates the reservations."""
-        self._reservations[request_id] = reservation
-
-    def drop(self, request_id: str) -> None:
-        """Forget a request, if it is here. Mutates the reservations."""
-        self._reservations.pop(request_id, None)
 
     def blocks_for(self, reservation: Reservation, num_tokens: int) -> int:
         """Count the blocks that a request must hold to have slots for its first num_tokens."""
@@ -147,14 +119,14 @@ class Reservations:
         """The same from the first cut's release on; 0 if the request is never cut."""
         return 0 if reservation.schedule is None else self.peak(reservation, 1)
 
-    def update(self, request_id: str) -> None:
+    def recount(self, request_id: str) -> None:
         """Count anew what a request will still be given. Mutates its reservation."""
-        self._reservations[request_id].outstanding = self._outstanding(request_id)
+        self[request_id].outstanding = self._outstanding(request_id)
 
-    def update_all(self) -> None:
+    def recount_all(self) -> None:
         """Count anew for all requests: blocks may be shared by more requests than before."""
-        for request_id in self._reservations:
-            self.update(request_id)
+        for request_id in self:
+            self.recount(request_id)
 
     def outstanding(self, but: str | None = None, hits: Iterable[KVCacheBlock] = ()) -> int:
         """Count the blocks that all requests but one will still be given.
@@ -164,7 +136,7 @@ class Reservations:
             hits: Blocks of the prefix cache that this request is about to share.
 
         """
-        others = [(name, other) for name, other in self._reservations.items() if name != but]
+        others = [(name, other) for name, other in self.items() if name != but]
         total = sum(other.outstanding for _, other in others)
         if shared := {block.block_id for block in hits if block.ref_cnt == 1}:
             total += sum(
@@ -180,7 +152,7 @@ class Reservations:
         cut returns the prompt's blocks, and what follows may need more blocks than that: returned
         blocks that nobody else uses can serve, shared ones stay taken and must be made up for.
         """
-        reservation, blocks = self._reservations[request_id], self._blocks[request_id]
+        reservation, blocks = self[request_id], self._blocks[request_id]
         if not reservation.reserved_until:
             return 0
         peak = self.peak(reservation, reservation.released)

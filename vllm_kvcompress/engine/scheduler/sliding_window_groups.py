@@ -159,9 +159,9 @@ def patch_coordinator(coordinator: Any, arena: ArenaManager, max_len: int) -> No
         begins = request_id not in reservations
         blocks = allocate(request_id, *args, **kwargs)
         if begins:
-            reservations.update_all()
+            reservations.recount_all()
         elif any(blocks):
-            reservations.update(request_id)
+            reservations.recount(request_id)
         return blocks
 
     def remove_skipped_blocks(
@@ -173,7 +173,7 @@ def patch_coordinator(coordinator: Any, arena: ArenaManager, max_len: int) -> No
             reservation.prefilled = (
                 reservation.prefilled or processed_computed_tokens >= reservation.known_tokens
             )
-            reservations.update(request_id)
+            reservations.recount(request_id)
 
     def cache_blocks(request: Any, num_computed_tokens: int) -> None:
         schedule = arena.schedule_of(request.request_id)

@@ -4,11 +4,11 @@ Both model runners get the same messages. With a record of our own, the order of
 runner has to be asked for.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_kvcompress.engine.step.messages import message_of
+from vllm_kvcompress.engine.step.messages import prefill_blocks_of
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.planning.request_settings import SettingsResolver
 
@@ -46,13 +46,14 @@ class BlockLedger:
         """
         void: list[str] = [*output.finished_req_ids, *(output.preempted_req_ids or ())]
         grown: list[str] = []
-        self._forget(output.finished_req_ids)
-        prefill_blocks = message_of(output).prefill_blocks
+        for request_id in output.finished_req_ids:
+            self._entries.pop(request_id, None)
+        prefill_blocks = prefill_blocks_of(output)
         for new in output.scheduled_new_reqs:
             void.append(new.req_id)
             extra = getattr(new.sampling_params, "extra_args", None)
             settings = self._resolver.resolve(extra, new.prompt_len)
-            request = self._entries[new.req_id] = WorkerRequest(
+            self._entries[new.req_id] = WorkerRequest(
                 prompt_len=new.prompt_len,
                 settings=settings,
                 schedule=settings.schedule(new.prompt_len),
@@ -60,7 +61,6 @@ class BlockLedger:
                 computed=new.num_computed_tokens,
                 prefill_blocks=prefill_blocks.get(new.req_id),
             )
-            request.cached = self._cached(request)
         cached = output.scheduled_cached_reqs
         for request_id, blocks, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
@@ -71,21 +71,9 @@ class BlockLedger:
                 void.append(request_id)
                 own = list(blocks[self._group]) if blocks else []
                 request.restart(own, prefill_blocks.get(request_id))
-                request.cached = self._cached(request)
             elif blocks and blocks[self._group]:
                 request.blocks.extend(blocks[self._group])
                 grown.append(request_id)
         for request_id, count in output.num_scheduled_tokens.items():
             self._entries[request_id].scheduled = count
         return void, grown
-
-    def _cached(self, request: WorkerRequest) -> int:
-        return (
-            0
-            if request.prefill_blocks is None
-            else request.computed // self._resolver.default_planner.block_size
-        )
-
-    def _forget(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
-            self._entries.pop(request_id, None)

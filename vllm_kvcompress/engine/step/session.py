@@ -12,7 +12,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvcompress.engine.step.block_ledger import BlockLedger
 from vllm_kvcompress.engine.step.measurement_channel import attach
-from vllm_kvcompress.engine.step.messages import message_of
+from vllm_kvcompress.engine.step.messages import prefill_blocks_of
 from vllm_kvcompress.eviction.cascade_prefill import CascadePrefill
 from vllm_kvcompress.eviction.compressor import Compressor
 from vllm_kvcompress.eviction.cut_reporter import CutReporter
@@ -143,7 +143,6 @@ class Session:
 
     def begin_step(self, output: SchedulerOutput) -> None:
         """Take in the scheduler's message before the model runs. Mutates ledger and arena."""
-        message = message_of(output)
         void, grown = self._ledger.update(output)
         for request_id in void:
             self.arena.drop(request_id)
@@ -154,7 +153,7 @@ class Session:
                 self.arena.grow(request_id, blocks)
         self._cascades = {
             request_id: self._compressor.begin_cascade(request_id, self._ledger[request_id])
-            for request_id in message.prefill_blocks
+            for request_id in prefill_blocks_of(output)
         }
         self._scheduled = frozenset(output.num_scheduled_tokens)
         self._ending = []
