@@ -204,7 +204,7 @@ def requests(root: Path) -> Cases:
     )
     yield (
         "answers longer than the pool has room for",
-        lambda: check_request(request, SimpleNamespace(vllm_config=config)),
+        lambda: check_request(request, config),
     )
 
 

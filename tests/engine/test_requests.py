@@ -20,16 +20,14 @@ def test_the_message_is_one_printable_line(
 ) -> None:
     config = KVCompressionConfig("cake", 256, allow={"params": True})
     resolver = SettingsResolver(config, 16)
-    monkeypatch.setattr(requests, "_resolver", lambda processor: resolver)
+    monkeypatch.setattr(requests, "resolver_of", lambda *_: resolver)
     request = SimpleNamespace(
         resumable=False,
         prompt_token_ids=[1] * 300,
         sampling_params=SamplingParams(extra_args={"kv_compression_config": {name: 1}}),
     )
-    processor = SimpleNamespace(
-        vllm_config=SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=100))
-    )
+    vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=100, block_size=16))
     with pytest.raises(VLLMValidationError) as caught:
-        requests.check_request(request, processor)
+        requests.check_request(request, vllm_config)
     assert str(caught.value).isprintable()
     assert shown in str(caught.value)

@@ -171,7 +171,7 @@ def test_memory_set_aside_is_what_the_buffers_take() -> None:
     tables = StepTables.allocate(3, 5, 17, 64, device=torch.device("cpu"))
     buffers = (tables.block_tables, tables.seq_lens, tables.slot_mapping)
     assert table_bytes(shape, limits) == sum(b.numel() * b.element_size() for b in buffers)
-    small = transient_bytes(shape, max_model_len=1000, window=8, most_kept=100, observed=1 << 20)
-    large = transient_bytes(shape, max_model_len=9000, window=8, most_kept=100, observed=1 << 20)
+    small = transient_bytes(shape, max_model_len=1000, window=8, most_kept=100)
+    large = transient_bytes(shape, max_model_len=9000, window=8, most_kept=100)
     # Scores of every layer and KV head, twice.
     assert large - small == 2 * 4 * 3 * HEADS * 8000

@@ -2,15 +2,13 @@
 
 from typing import Any
 
+from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.model_layers import pool_for_arena
 from vllm_kvcompress.engine.settings import compression_of, resolver_of
-from vllm_kvcompress.planning.request_settings import SettingsResolver
-
-_RESOLVER = "_kv_compression_resolver"
 
 _LONGEST = 500
 """Most characters of an error message."""
@@ -23,7 +21,7 @@ def guard_requests() -> None:
         def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
             request = original(self, *args, **kwargs)
             if compression_of(self.vllm_config) is not None:
-                check_request(request, self)
+                check_request(request, self.vllm_config)
             return request
 
         return process_inputs
@@ -31,13 +29,13 @@ def guard_requests() -> None:
     wrap_once(InputProcessor, "process_inputs", make_checking)
 
 
-def check_request(request: Any, processor: Any) -> None:
+def check_request(request: Any, config: VllmConfig) -> None:
     """Refuse what cannot be served, and limit how much is generated to what the pool can hold.
 
     Args:
         request: vLLM's EngineCoreRequest. Mutated: where the client named no limit, max_tokens is
             lowered to what the pool has room for.
-        processor: vLLM's InputProcessor of an engine with compression on.
+        config: Of an engine with compression on.
 
     Raises:
         VLLMValidationError: One sentence that names the setting and what to change.
@@ -48,12 +46,12 @@ def check_request(request: Any, processor: Any) -> None:
             "streaming input is not supported with --kv-compression; send the whole prompt"
         )
     params = request.sampling_params
-    config = processor.vllm_config
     blocks = config.cache_config.num_gpu_blocks
     ids = request.prompt_token_ids
     prompt_len = len(ids) if ids is not None else len(request.prompt_embeds)
     try:
-        settings = _resolver(processor).resolve(getattr(params, "extra_args", None), prompt_len)
+        resolver = resolver_of(config, config.cache_config.block_size)
+        settings = resolver.resolve(getattr(params, "extra_args", None), prompt_len)
     except ValueError as error:
         raise VLLMValidationError(_printable(error)) from None
     if not blocks or params is None or params.max_tokens is None:
@@ -83,12 +81,3 @@ def _printable(error: ValueError) -> str:
         for char in str(error)
     )
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
-
-
-def _resolver(processor: Any) -> SettingsResolver:
-    resolver: SettingsResolver | None = getattr(processor, _RESOLVER, None)
-    if resolver is None:
-        config = processor.vllm_config
-        resolver = resolver_of(config, config.cache_config.block_size)
-        setattr(processor, _RESOLVER, resolver)
-    return resolver

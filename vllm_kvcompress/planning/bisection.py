@@ -1,5 +1,6 @@
 """Search for the largest number that still works."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 
 
@@ -12,10 +13,4 @@ def largest(low: int, high: int, holds: Callable[[int], bool]) -> int:
         holds: The condition. If it holds for a number, it must hold for all smaller ones.
 
     """
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    return low + bisect_left(range(low + 1, high + 1), True, key=lambda n: not holds(n))

@@ -216,19 +216,7 @@ class KVCompressionConfig:
             )
 
 
-_OPTIONS = (
-    "method",
-    "budget",
-    "prefill",
-    "stream_chunk",
-    "stream_budget",
-    "decode_budget",
-    "decode_buffer",
-    "reserve_tokens",
-    "allow",
-    "check_integrity",
-    "log_requests",
-)
+_OPTIONS = tuple(option.name for option in fields(KVCompressionConfig) if option.name != "params")
 
 
 def parse_budget(text: str) -> int | float:

@@ -62,7 +62,9 @@ def workspace_bytes(
     if planner.can_cascade and planner.config.prefill != "full":
         staged = cdiv(min(planner.limits.one_step_tokens, max_model_len), planner.block_size)
     if planner.config.decode_budget is not None:
-        queries = query_buffer_bytes(shape, max_num_seqs, resolver.largest_decode_window)
+        query = shape.layers * shape.heads * shape.head_size * shape.itemsize
+        # And one for those that nobody needs.
+        queries = (max_num_seqs * resolver.largest_decode_window + 1) * query
     cut = planner.prompt_cut(max_model_len)
     # A layer can at most be given every page of the arena.
     most = cut.blocks * planner.block_size * shape.layers if cut else 0
@@ -71,7 +73,6 @@ def workspace_bytes(
         max_model_len=max_model_len,
         window=resolver.largest_window,
         most_kept=min(most, max_model_len),
-        observed=OBSERVED_BYTES,
     )
     return table_bytes(shape, limits, staged) + queries, transient
 
@@ -90,22 +91,7 @@ def table_bytes(shape: ModelShape, limits: TableLimits, staged_pages: int = 0) -
     return shape.layers * (4 * entries + 8 * limits.tokens)
 
 
-def query_buffer_bytes(shape: ModelShape, rows: int, queries: int) -> int:
-    """Return the bytes of the buffer for queries of generated tokens, always held.
-
-    Args:
-        shape: Sizes of the worker's part of the model.
-        rows: Largest number of requests at one time.
-        queries: Number of queries that one cut uses.
-
-    """
-    row = shape.layers * shape.heads * shape.head_size * shape.itemsize
-    return (rows * queries + 1) * row
-
-
-def transient_bytes(
-    shape: ModelShape, *, max_model_len: int, window: int, most_kept: int, observed: int
-) -> int:
+def transient_bytes(shape: ModelShape, *, max_model_len: int, window: int, most_kept: int) -> int:
     """Return the bytes held while one prompt of max_model_len tokens is compressed.
 
     Args:
@@ -113,11 +99,10 @@ def transient_bytes(
         max_model_len: Tokens of the longest prompt.
         window: Tokens of the observation window, whose queries are collected.
         most_kept: Largest number of tokens that one layer keeps.
-        observed: Bytes of statistics that are held at one time, before they become scores.
 
     """
     one_layer = 2 * 4 * shape.heads * max_model_len
-    statistics = max(observed, one_layer)
+    statistics = max(OBSERVED_BYTES, one_layer)
     # Scores of all layers, and the stack of them that selection reads.
     scores = 2 * 4 * shape.layers * shape.kv_heads * max_model_len
     chosen = 3 * 4 * shape.layers * shape.kv_heads * most_kept
