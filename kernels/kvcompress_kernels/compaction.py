@@ -22,7 +22,7 @@ def move_tokens(
     cache: Tensor,
     source_pages: Tensor,
     tokens: Tensor,
-    counts: Sequence[int] | Tensor,
+    counts: Sequence[int],
     target_pages: Tensor,
     *,
     implementation: Implementation = "auto",
@@ -30,8 +30,7 @@ def move_tokens(
     """Copy the surviving tokens of R jobs to the front of other pages, one launch for all jobs.
 
     A job is one layer of one prompt. Mutates the slots of the cache that are written and nothing
-    else. The Triton version does not wait for the device; the torch version does if ``counts`` is a
-    tensor on one.
+    else. Neither version waits for the device.
 
     The caller makes sure that no target page is a source page of any job or another job's target
     page, that the page ids lie in [0, P), and that the tokens read lie in [0, Ws * bs): none of
@@ -44,15 +43,14 @@ def move_tokens(
         tokens: int32 or int64 [R, N, T], positions in that prompt, for each KV head its own; the
             first ``counts[r]`` of each row are read (ascending ones read memory in order), the
             others may hold anything.
-        counts: [R], survivors per head: a sequence, or an int32 or int64 tensor on the cache's
-            device.
+        counts: [R], survivors per head.
         target_pages: int32 or int64 [R, Wt]; survivor i of each head goes to slot i % bs of page
             ``target_pages[r, i // bs]``.
         implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
 
     Raises:
         ValueError: Shapes, strides or dtypes do not fit together, or counts do not fit ``tokens``
-            and ``target_pages``, as far as they are known without asking the device.
+            and ``target_pages``.
 
     """
     _check_cache(cache)
@@ -65,7 +63,11 @@ def move_tokens(
         _check_index(name, pages, cache)
     _check_index("tokens", tokens, cache)
     most = min(width, target_pages.shape[1] * cache.shape[2])
-    _check_counts(counts, jobs, most, cache)
+    if len(counts) != jobs:
+        raise ValueError(f"{len(counts)} counts for {jobs} jobs")
+    for job, count in enumerate(counts):
+        if not 0 <= count <= most:
+            raise ValueError(f"job {job}: {count} survivors, but there is room for 0 to {most}")
     if jobs == 0 or most == 0:
         return
     words = as_words(cache)
@@ -163,34 +165,16 @@ def _check_index(name: str, index: Tensor, cache: Tensor) -> None:
         raise ValueError(f"{name} is on {index.device}, the cache on {cache.device}")
 
 
-def _check_counts(counts: Sequence[int] | Tensor, jobs: int, most: int, cache: Tensor) -> None:
-    if isinstance(counts, Tensor):
-        _check_index("counts", counts, cache)
-        if counts.shape != (jobs,):
-            raise ValueError(f"counts must be [{jobs}], got {tuple(counts.shape)}")
-        if counts.device.type != "cpu":
-            return
-        values = [int(c) for c in counts.tolist()]
-    else:
-        values = list(counts)
-        if len(values) != jobs:
-            raise ValueError(f"{len(values)} counts for {jobs} jobs")
-    for job, count in enumerate(values):
-        if not 0 <= count <= most:
-            raise ValueError(f"job {job}: {count} survivors, but there is room for 0 to {most}")
-
-
 def _move_tokens_torch(
     words: Tensor,
     source_pages: Tensor,
     tokens: Tensor,
-    counts: Sequence[int] | Tensor,
+    counts: Sequence[int],
     target_pages: Tensor,
 ) -> None:
     size = words.shape[2]
     head = torch.arange(words.shape[1], device=words.device)[:, None]
-    values = counts.tolist() if isinstance(counts, Tensor) else counts
-    for job, count in enumerate(values):
+    for job, count in enumerate(counts):
         token = tokens[job, :, :count].long()
         slot = torch.arange(count, device=words.device)
         source = source_pages[job].long()[token // size]

@@ -28,26 +28,23 @@ def move_tokens(
     words: Tensor,
     source_pages: Tensor,
     tokens: Tensor,
-    counts: Sequence[int] | Tensor,
+    counts: Sequence[int],
     target_pages: Tensor,
 ) -> None:
     """Launch :func:`_move_tokens`; arguments as in ``compaction.move_tokens``, in words."""
     _, heads, size, width = words.shape
     assert words.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
     assert words.stride(-1) == 1
-    if not isinstance(counts, Tensor):
-        counts = upload(torch.tensor(counts, dtype=torch.int32), words.device)
     rows = _rows_per_program(words)
     grid = (triton.cdiv(tokens.shape[-1], rows), heads, tokens.shape[0])
     _move_tokens[grid](
         words,
         source_pages,
         tokens,
-        counts,
+        upload(torch.tensor(counts, dtype=torch.int32), words.device),
         target_pages,
         *source_pages.stride(),
         *tokens.stride(),
-        counts.stride(0),
         *target_pages.stride(),
         *words.stride()[:-1],
         SIZE=size,
@@ -102,7 +99,7 @@ def _copy_rows(words, source, target, mask, WIDTH: tl.constexpr, COLS: tl.conste
 @triton.jit(
     do_not_specialize=[
         *("source_job", "source_page", "token_job", "token_head", "token_token"),
-        *("count_job", "target_job", "target_page"),
+        *("target_job", "target_page"),
     ],
     do_not_specialize_on_alignment=["source_pages", "tokens", "counts", "target_pages"],
 )
@@ -117,7 +114,6 @@ def _move_tokens(
     token_job,
     token_head,
     token_token,
-    count_job,
     target_job,
     target_page,
     STRIDE_PAGE: tl.constexpr,
@@ -131,7 +127,7 @@ def _move_tokens(
     """ROWS survivors of one head of one job; programs beyond the job's count have nothing to do."""
     head = tl.program_id(1).to(tl.int64)
     job = tl.program_id(2).to(tl.int64)
-    count = tl.load(counts + job * count_job)
+    count = tl.load(counts + job)
     first = tl.program_id(0) * ROWS
     if first < count:
         slot = first + tl.arange(0, ROWS)

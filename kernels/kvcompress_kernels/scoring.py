@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kvcompress_kernels.cost import Cost
 from kvcompress_kernels.dispatch import Implementation, triton_kernels, use_triton
-from kvcompress_kernels.scoring_torch import StatisticsOut, gather_keys, sweep
+from kvcompress_kernels.scoring_torch import gather_keys, sweep
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class PagedStatistics:
         var: fp32 [R, H, S'max], likewise.
         entropy: fp64 [R], on the device of ``mean``.
         shift: fp64 [R], on the device of ``mean``.
-        last: fp32 [R, H, S'max], the probability row of each job's last query, or None.
         history: The jobs' own numbers of columns S', on the host.
 
     """
@@ -61,7 +60,6 @@ class PagedStatistics:
     var: Tensor
     entropy: Tensor
     shift: Tensor
-    last: Tensor | None
     history: tuple[int, ...]
 
     def job(self, index: int) -> WindowStatistics:
@@ -115,10 +113,10 @@ def window_statistics(
         raise ValueError(f"sinks must have shape ({heads},), got {tuple(sinks.shape)}")
     history = tokens - window
     mean = torch.empty(heads, history, dtype=torch.float32, device=keys.device)
-    out = StatisticsOut(mean, torch.empty_like(mean), None)
-    entropy, shift = sweep(queries, keys, scale, soft_cap, sinks, out)
+    var = torch.empty_like(mean)
+    entropy, shift = sweep(queries, keys, scale, soft_cap, sinks, mean, var)
     both = torch.stack((entropy, shift)).tolist()  # one device synchronisation, not two
-    return WindowStatistics(mean=out.mean, var=out.var, entropy=both[0], shift=both[1])
+    return WindowStatistics(mean=mean, var=var, entropy=both[0], shift=both[1])
 
 
 def paged_window_statistics(
@@ -127,12 +125,10 @@ def paged_window_statistics(
     page_table: Tensor,
     *,
     num_tokens: Sequence[int],
-    counts: Sequence[int] | None = None,
     window: int,
     scale: float | Sequence[float],
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
-    last: bool = False,
     implementation: Implementation = "auto",
 ) -> PagedStatistics:
     """Return :func:`window_statistics` of R jobs whose keys lie in the pages of a KV cache.
@@ -140,26 +136,24 @@ def paged_window_statistics(
     A job is one layer of one request; layers of one prompt are separate jobs, each with its pages
     and its scale. Arithmetic is fp32; products that run on tensor cores have exact operands (FP8
     keys as the queries' type, other types that differ as fp32). Equal calls on one device give
-    equal bits, and a job's ``mean``, ``var`` and ``last`` do not depend on the jobs beside it.
+    equal bits, and a job's ``mean`` and ``var`` do not depend on the jobs beside it.
     Nothing is mutated. The Triton version does not wait for the device; the torch version gathers
     the keys of one job at a time.
 
     Source: as for :func:`window_statistics`.
 
     Args:
-        queries: [R, H, w, D], fp32, fp16 or bf16, last dimension contiguous; the first counts[r]
-            rows of job r are the last queries of its prompt in order, the others are not read.
+        queries: [R, H, m, D], fp32, fp16 or bf16, last dimension contiguous, the last m queries of
+            each prompt in order; 1 <= m <= window.
         key_cache: [P, N, block_size, D], any strides with a contiguous last dimension, fp32, fp16,
             bf16 or FP8 (e4m3fn, e5m2).
         page_table: int32 or int64 [R, W], flat page ids in token order; entries past the job's last
             token are not read.
         num_tokens: S_r, prompt tokens of each job, above ``window``.
-        counts: Queries of each job, 1 <= counts[r] <= window; None: all w.
         window: As for :func:`window_statistics`.
         scale: Positive, one number or one per job (for an FP8 cache it includes the key scale).
         soft_cap: As for :func:`window_statistics`.
         sinks: [R, H] or None.
-        last: Whether the last query's row is returned, too.
         implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
 
     Raises:
@@ -169,16 +163,13 @@ def paged_window_statistics(
     jobs, heads, rows, dim = queries.shape
     _, kv_heads, page, key_dim = key_cache.shape
     _check_heads(heads, dim, kv_heads, key_dim)
-    each = list(counts) if counts is not None else [rows] * jobs
     scales = [float(s) for s in scale] if isinstance(scale, Sequence) else [float(scale)] * jobs
-    given = (len(num_tokens), len(each), len(scales), page_table.shape[0])
+    given = (len(num_tokens), len(scales), page_table.shape[0])
     if jobs < 1 or set(given) != {jobs}:
-        raise ValueError(f"{jobs} jobs, but lengths, counts, scales and page rows are {given}")
-    for count, tokens in zip(each, num_tokens, strict=True):
-        _check_lengths(count, tokens, window)
+        raise ValueError(f"{jobs} jobs, but lengths, scales and page rows are {given}")
+    _check_lengths(rows, min(num_tokens), window)
     most, room = max(num_tokens), page_table.shape[1] * page
     for wrong, message in (
-        (max(each) > rows, f"{max(each)} queries are asked for but there are {rows} rows"),
         (most > room, f"{page_table.shape[1]} pages do not hold {most} tokens"),
         (min(scales) <= 0.0, f"scales must be positive: {scales}"),
         (sinks is not None and tuple(sinks.shape) != (jobs, heads), "sinks must be [jobs, heads]"),
@@ -192,26 +183,23 @@ def paged_window_statistics(
     history = tuple(tokens - window for tokens in num_tokens)
     # A job's own columns get written; where all have equally many, nothing needs to be cleared.
     make = torch.zeros if min(history) < max(history) else torch.empty
-    mean, var, *rest = (
+    mean, var = (
         make((jobs, heads, max(history)), dtype=torch.float32, device=key_cache.device)
-        for _ in range(3 if last else 2)
+        for _ in range(2)
     )
-    row = rest[0] if last else None
     if use_triton(key_cache, implementation):
         entropy, shift = triton_kernels("scoring").paged_window_statistics(
-            queries, key_cache, page_table, num_tokens, each, history, scales, soft_cap, sinks,
-            mean, var, row,
+            queries, key_cache, page_table, num_tokens, history, scales, soft_cap, sinks, mean, var,
         )  # fmt: skip
-        return PagedStatistics(mean, var, entropy, shift, row, history)
+        return PagedStatistics(mean, var, entropy, shift, history)
     scalars = []
     for r, (tokens, before) in enumerate(zip(num_tokens, history, strict=True)):
         keys = gather_keys(key_cache, page_table[r, : -(-tokens // page)])[:, :tokens]
-        tail = None if row is None else row[r, :, :before]
-        out = StatisticsOut(mean[r, :, :before], var[r, :, :before], tail)
         sink = None if sinks is None else sinks[r]
-        scalars.append(sweep(queries[r, :, : each[r]], keys, scales[r], soft_cap, sink, out))
+        out = mean[r, :, :before], var[r, :, :before]
+        scalars.append(sweep(queries[r], keys, scales[r], soft_cap, sink, *out))
     entropy, shift = (torch.stack(values) for values in zip(*scalars, strict=True))
-    return PagedStatistics(mean, var, entropy, shift, row, history)
+    return PagedStatistics(mean, var, entropy, shift, history)
 
 
 def scoring_cost(

@@ -85,12 +85,12 @@ def _query_tile(
     queries,
     job,
     head,
-    count,
     stride_job,
     stride_head,
     stride_row,
     chunk,
     GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
     DIM: tl.constexpr,
     OPERAND: tl.constexpr,
     TILE_HEADS: tl.constexpr,
@@ -104,7 +104,7 @@ def _query_tile(
     dims = tl.arange(0, TILE_DIM)
     base = queries + job.to(tl.int64) * stride_job
     at = base + (head * GROUP + member) * stride_head + row * stride_row
-    there = (member < GROUP) & (row < count)
+    there = (member < GROUP) & (row < ROWS)
     tile = tl.load(
         at[:, None] + dims[None, :], mask=there[:, None] & (dims < DIM)[None, :], other=0.0
     )
@@ -162,9 +162,8 @@ def row_sums(
     split = tl.program_id(1)
     job = tl.program_id(2)
     tokens = tl.load(job_data + job)
-    count = tl.load(job_data + jobs + job)
-    history = tl.load(job_data + 2 * jobs + job)
-    share = tl.load(job_data + 3 * jobs + job)
+    history = tl.load(job_data + jobs + job)
+    share = tl.load(job_data + 2 * jobs + job)
     start = split * share
     if start >= tokens:
         return
@@ -172,12 +171,12 @@ def row_sums(
     scale = tl.load(scales + job)
     unit = _unit(scale, CAPPED)
     q = _query_tile(
-        queries, job, head, count, stride_job, stride_head, stride_row, chunk,
-        GROUP, DIM, OPERAND, TILE_HEADS, TILE_ROWS, TILE_DIM,
+        queries, job, head, stride_job, stride_head, stride_row, chunk,
+        GROUP, ROWS, DIM, OPERAND, TILE_HEADS, TILE_ROWS, TILE_DIM,
     )  # fmt: skip
     cache += head.to(tl.int64) * stride_kv_head
     table += job.to(tl.int64) * stride_table
-    first = tokens - count  # position of the first query
+    first = tokens - ROWS  # position of the first query
     line = tl.arange(0, TILE_HEADS * TILE_ROWS)
     row = line % TILE_ROWS
     top = tl.full([TILE_HEADS * TILE_ROWS], float("-inf"), tl.float32)
@@ -247,8 +246,7 @@ def combine(
     line = tl.program_id(0) * TILE + tl.arange(0, TILE)
     there = line < heads * ROWS
     tokens = tl.load(job_data + job)
-    count = tl.load(job_data + jobs + job)
-    own_splits = tl.cdiv(tokens, tl.load(job_data + 3 * jobs + job))
+    own_splits = tl.cdiv(tokens, tl.load(job_data + 2 * jobs + job))
     unit = _unit(tl.load(scales + job), CAPPED)
     plane = (jobs * splits).to(tl.int64) * heads * ROWS
     top = tl.full([TILE], float("-inf"), tl.float32)
@@ -276,11 +274,10 @@ def combine(
         dot = (dot + fall * before) * tl.exp2(fall)
         total = total * tl.exp2(fall) + tl.exp2((sink - safe) * unit)
         before = before * tl.exp2(fall)
-    real = there & (line % ROWS < count)
-    total = tl.where(real, total, 1.0)
+    total = tl.where(there, total, 1.0)
     log_total = tl.log2(total)
     # -sum p log2 p with log2 p = (logit - top) - log_total: both parts have one sign.
-    entropy = tl.where(real, (log_total * before - dot) / total, 0.0)
+    entropy = tl.where(there, (log_total * before - dot) / total, 0.0)
     out = job.to(tl.int64) * (heads * ROWS) + line
     tl.store(top_out + out, top, mask=there)
     tl.store(log_out + out, log_total, mask=there)
@@ -308,7 +305,6 @@ def columns(
     log_in,
     mean_out,
     var_out,
-    last_out,
     shift_out,
     width,
     GROUP: tl.constexpr,
@@ -322,7 +318,6 @@ def columns(
     TILE_TOKENS: tl.constexpr,
     TILE_DIM: tl.constexpr,
     FULL: tl.constexpr,
-    LAST: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
     head = tl.program_id(0) // CHUNKS
@@ -330,9 +325,8 @@ def columns(
     split = tl.program_id(1)
     job = tl.program_id(2)
     shift_out += (job * tl.num_programs(1) + split) * tl.num_programs(0) + tl.program_id(0)
-    count = tl.load(job_data + jobs + job)
-    history = tl.load(job_data + 2 * jobs + job)
-    share = tl.load(job_data + 3 * jobs + job)
+    history = tl.load(job_data + jobs + job)
+    share = tl.load(job_data + 2 * jobs + job)
     start = split * share
     if start >= history:
         tl.store(shift_out, 0.0)
@@ -341,8 +335,8 @@ def columns(
     scale = tl.load(scales + job)
     unit = _unit(scale, CAPPED)
     q = _query_tile(
-        queries, job, head, count, stride_job, stride_head, stride_row, chunk,
-        GROUP, DIM, OPERAND, TILE_HEADS, TILE_ROWS, TILE_DIM,
+        queries, job, head, stride_job, stride_head, stride_row, chunk,
+        GROUP, ROWS, DIM, OPERAND, TILE_HEADS, TILE_ROWS, TILE_DIM,
     )  # fmt: skip
     cache += head.to(tl.int64) * stride_kv_head
     table += job.to(tl.int64) * stride_table
@@ -350,14 +344,14 @@ def columns(
     line_member = chunk * TILE_HEADS + line // TILE_ROWS
     line_row = line % TILE_ROWS
     place = (job.to(tl.int64) * heads + head * GROUP + line_member) * ROWS + line_row
-    there = (line_member < GROUP) & (line_row < count)
+    there = (line_member < GROUP) & (line_row < ROWS)
     top = tl.load(top_in + place, mask=there, other=0.0)
     log_total = tl.load(log_in + place, mask=there, other=0.0)
     row = tl.arange(0, TILE_ROWS)
     member = chunk * TILE_HEADS + tl.arange(0, TILE_HEADS)
     outs = (job.to(tl.int64) * heads + head * GROUP + member) * width
-    per_query = 1.0 / count.to(tl.float32)
-    per_degree = 1.0 / tl.maximum(count - 1, 1).to(tl.float32)
+    per_query: tl.constexpr = 1.0 / ROWS
+    per_degree: tl.constexpr = 1.0 / (ROWS - 1) if ROWS > 1 else 1.0
     shift = tl.zeros([TILE_TOKENS, TILE_HEADS], tl.float32)
     pages = _pages(table, start, stop, PAGE, TILE_TOKENS)
     for at in tl.range(start, stop, TILE_TOKENS):
@@ -371,7 +365,7 @@ def columns(
         log_p = (logits - top[None, :]) * unit - log_total[None, :]
         p = tl.reshape(tl.exp2(log_p), (TILE_TOKENS, TILE_HEADS, TILE_ROWS))
         if not FULL:
-            real = (row < count)[None, None, :]
+            real = (row < ROWS)[None, None, :]
             p = tl.where(real, p, 0.0)
         mean = tl.sum(p, 2) * per_query
         deviation = p - mean[:, :, None]
@@ -384,8 +378,5 @@ def columns(
         out = outs[None, :] + token[:, None]
         tl.store(mean_out + out, mean, mask=mask)
         tl.store(var_out + out, var, mask=mask)
-        if LAST:
-            newest = tl.where((row == count - 1)[None, None, :], p, 0.0)
-            tl.store(last_out + out, tl.sum(newest, 2), mask=mask)
         shift += tl.where(mask, var, 0.0)
     tl.store(shift_out, tl.sum(tl.sum(shift, 1), 0))

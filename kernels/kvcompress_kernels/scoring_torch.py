@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,31 +37,16 @@ def gather_keys(key_cache: Tensor, pages: Tensor) -> Tensor:
     return taken.flatten(0, 1).transpose(0, 1)
 
 
-@dataclass(frozen=True)
-class StatisticsOut:
-    """Where the results of one layer go.
-
-    Attributes:
-        mean: fp32 [H, S'].
-        var: fp32 [H, S'].
-        last: fp32 [H, S'], or None if it is not wanted.
-
-    """
-
-    mean: Tensor
-    var: Tensor
-    last: Tensor | None
-
-
 def sweep(
     queries: Tensor,
     keys: Tensor,
     scale: float,
     soft_cap: float,
     sinks: Tensor | None,
-    out: StatisticsOut,
+    mean: Tensor,
+    var: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the statistics of one layer.
+    """Compute the statistics of one layer; fills ``mean`` and ``var``.
 
     Args:
         queries: As for :func:`~kvcompress_kernels.scoring.window_statistics`.
@@ -70,7 +54,8 @@ def sweep(
         scale: As there.
         soft_cap: As there.
         sinks: As there.
-        out: Is filled.
+        mean: fp32 [H, S'].
+        var: fp32 [H, S'].
 
     Returns:
         Entropy and shift as fp64 tensors of no dimension.
@@ -79,16 +64,15 @@ def sweep(
     heads, count, _ = queries.shape
     kv_heads, tokens, _ = keys.shape
     group = heads // kv_heads
-    blocks = _Blocks(group, count, tokens, out.mean.shape[1], soft_cap, keys)
+    blocks = _Blocks(group, count, tokens, mean.shape[1], soft_cap, keys)
     entropy = torch.zeros((), dtype=torch.float64, device=keys.device)
     for n in range(kv_heads):
         rows = slice(n * group, (n + 1) * group)
         q = queries[rows].flatten(0, 1).float() * scale
         sink = None if sinks is None else sinks[rows].float().repeat_interleave(count)
         entropy += blocks.first(q, keys[n], sink)
-        last = None if out.last is None else out.last[rows]
-        blocks.second(q, keys[n], StatisticsOut(out.mean[rows], out.var[rows], last))
-    return entropy, out.var.sum(dtype=torch.float64)
+        blocks.second(q, keys[n], mean[rows], var[rows])
+    return entropy, var.sum(dtype=torch.float64)
 
 
 class _Blocks:
@@ -174,8 +158,8 @@ class _Blocks:
         terms = below.sub_(total.log()).mul_(self._before).add_(self._dot)
         return -terms.mul_(factor).sum(dtype=torch.float64)
 
-    def second(self, q: Tensor, keys: Tensor, out: StatisticsOut) -> None:
-        """Write mean, variance and last row [G, S'] of this head."""
+    def second(self, q: Tensor, keys: Tensor, mean_out: Tensor, var_out: Tensor) -> None:
+        """Write mean and variance [G, S'] of this head."""
         group, count = self._group, self._count
         factors = (self._factor * _LIFT).view(-1, group, count, 1)
         weights = (self._factor * (_LIFT / count)).view(-1, group, 1, count)
@@ -187,17 +171,15 @@ class _Blocks:
             stop = min(stop, self._history)
             per_head = per_head[:, :, : stop - start]
             mean = torch.bmm(weights[i], per_head)
-            torch.mul(mean[:, 0], 1.0 / _LIFT, out=out.mean[:, start:stop])
-            if out.last is not None:
-                out.last[:, start:stop] = per_head[:, -1] * factors[i][:, -1] / _LIFT
+            torch.mul(mean[:, 0], 1.0 / _LIFT, out=mean_out[:, start:stop])
             if count == 1:
-                out.var[:, start:stop] = 0.0
+                var_out[:, start:stop] = 0.0
                 continue
             # Two passes: mean of squares minus squared mean cancels where p hardly varies.
             size = group * count * (stop - start)
             deviation = self._work[i].flatten()[:size].view(per_head.shape)
             torch.addcmul(mean.neg_(), per_head, factors[i], out=deviation)
-            squares = torch.sum(deviation.square_(), dim=1, out=out.var[:, start:stop])
+            squares = torch.sum(deviation.square_(), dim=1, out=var_out[:, start:stop])
             squares.mul_(1.0 / (_LIFT * _LIFT * (count - 1)))
 
 

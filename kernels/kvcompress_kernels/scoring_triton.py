@@ -76,18 +76,16 @@ def paged_window_statistics(
     key_cache: Tensor,
     page_table: Tensor,
     num_tokens: Sequence[int],
-    counts: Sequence[int],
     history: Sequence[int],
     scales: Sequence[float],
     soft_cap: float,
     sinks: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    last: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernels; arguments as in ``scoring.paged_window_statistics``, checked there.
 
-    Fills each job's own columns of ``mean``, ``var`` and ``last``.
+    Fills each job's own columns of ``mean`` and ``var``.
 
     Returns:
         Entropy and shift, fp64 [R].
@@ -96,7 +94,8 @@ def paged_window_statistics(
     jobs, heads, rows, dim = queries.shape
     kv_heads, page = key_cache.shape[1:3]
     assert queries.stride(-1) == key_cache.stride(-1) == page_table.stride(-1) == 1
-    assert all(out is None or out.is_contiguous() for out in (mean, var, last))
+    assert mean.is_contiguous()
+    assert var.is_contiguous()
     device = queries.device
     group = heads // kv_heads
     operand = _operand(queries.dtype, key_cache.dtype)
@@ -105,7 +104,7 @@ def paged_window_statistics(
     tiles = _tiles(group, rows, tile_dim, operand.primitive_bitwidth // 8, shared)
     programs = kv_heads * triton.cdiv(group, tiles.heads)
     shares = [_share(tokens, programs, tiles.tokens, processors) for tokens in num_tokens]
-    job_data, job_scales = _send(num_tokens, counts, history, shares, scales, device)
+    job_data, job_scales = _send(num_tokens, history, shares, scales, device)
 
     splits = max(map(triton.cdiv, num_tokens, shares))
     partial = mean.new_empty((4, jobs, splits, heads * rows))
@@ -165,11 +164,9 @@ def paged_window_statistics(
         whole[1],
         mean,
         var,
-        mean if last is None else last,
         shifts,
         mean.shape[2],
-        FULL=tiles.rows == rows and min(counts) == rows,
-        LAST=last is not None,
+        FULL=tiles.rows == rows,
         **sizes,
     )
     entropy = whole[2].sum(dim=-1, dtype=torch.float64) * _LN2
@@ -205,15 +202,14 @@ def _share(tokens: int, programs: int, tile: int, processors: int) -> int:
 
 def _send(
     num_tokens: Sequence[int],
-    counts: Sequence[int],
     history: Sequence[int],
     shares: Sequence[int],
     scales: Sequence[float],
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Int32 [4, R] and fp32 [R] on the device, in one copy that nobody waits for."""
-    packed = np.empty((5, len(scales)), dtype=np.int32)
-    packed[:4] = num_tokens, counts, history, shares
-    packed[4] = np.asarray(scales, dtype=np.float32).view(np.int32)
+    """Int32 [3, R] and fp32 [R] on the device, in one copy that nobody waits for."""
+    packed = np.empty((4, len(scales)), dtype=np.int32)
+    packed[:3] = num_tokens, history, shares
+    packed[3] = np.asarray(scales, dtype=np.float32).view(np.int32)
     sent = upload(torch.from_numpy(packed), device)
-    return sent[:4], sent[4].view(torch.float32)
+    return sent[:3], sent[3].view(torch.float32)

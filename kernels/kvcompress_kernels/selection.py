@@ -103,7 +103,6 @@ def token_scores(
     mode: Literal["avg", "max"],
     num_kv_heads: int,
     reduce: Literal["mean", "max"] = "mean",
-    lengths: Sequence[int] | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Return scores of tokens per KV head: mean + gamma * var, pooled, reduced over query heads.
@@ -123,9 +122,6 @@ def token_scores(
         mode: As for :func:`pool_tokens`.
         num_kv_heads: N.
         reduce: How the H / N query heads of each KV head are reduced.
-        lengths: For [R, H, S'] only: how many columns each of the R jobs has. What lies beyond is
-            not read and becomes 0. It has no influence on the columns before: to "avg" it is zero
-            padding, to "max" it is outside.
         implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
 
     Returns:
@@ -148,10 +144,6 @@ def token_scores(
                 f"{name} must be torch.float32 {list(mean.shape)}, "
                 f"got {tensor.dtype} {list(tensor.shape)}"
             )
-    if lengths is not None:
-        if len(jobs) != 1 or len(lengths) != jobs[0]:
-            raise ValueError(f"{len(lengths)} lengths do not fit scores {list(mean.shape)}")
-        _check_lengths(lengths, tokens)
     if use_triton(mean, implementation):
         out = torch.empty(
             math.prod(jobs), num_kv_heads, tokens, dtype=torch.float32, device=mean.device
@@ -165,30 +157,18 @@ def token_scores(
                 kernel=kernel,
                 average=mode == "avg",
                 reduce_mean=reduce == "mean",
-                lengths=lengths,
             )
         return out.view(*jobs, num_kv_heads, tokens)
     indicator = mean if var is None else mean.add(var, alpha=gamma)
-    beyond = None
-    if lengths is not None:
-        columns = torch.arange(tokens, device=mean.device)
-        beyond = columns >= torch.tensor(lengths, device=mean.device)[:, None, None]
-        indicator = indicator.masked_fill(beyond, 0.0 if mode == "avg" else -math.inf)
     grouped_shape = (*jobs, num_kv_heads, heads // num_kv_heads, tokens)
     pooled = pool_tokens(indicator, kernel, mode).reshape(grouped_shape)
-    scores = (pooled.mean(dim=-2) if reduce == "mean" else pooled.amax(dim=-2)).contiguous()
-    return scores if beyond is None else scores.masked_fill_(beyond, 0.0)
+    return (pooled.mean(dim=-2) if reduce == "mean" else pooled.amax(dim=-2)).contiguous()
 
 
 def _three_dimensions(scores: Tensor) -> Tensor:
     """[..., H, S'] as [R, H, S'] with contiguous rows; a view wherever one exists."""
     scores = scores[None] if scores.dim() == 2 else scores.flatten(0, -3)
     return scores if scores.stride(2) == 1 else scores.contiguous()
-
-
-def _check_lengths(lengths: Sequence[int], tokens: int) -> None:
-    if any(not 0 <= length <= tokens for length in lengths):
-        raise ValueError(f"lengths must be between 0 and {tokens}, got {list(lengths)}")
 
 
 def token_scores_cost(
@@ -217,9 +197,8 @@ def token_scores_cost(
 
 def select_tokens(
     scores: Tensor,
-    counts: Sequence[int] | Tensor,
+    counts: Sequence[int],
     *,
-    lengths: Sequence[int] | Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Return the best tokens of every head of many jobs (layers, requests) at once.
@@ -228,21 +207,17 @@ def select_tokens(
     in torch.sort, and -0.0 equals 0.0. The result is exact and the same on every device. On a GPU
     every (job, head) row is one program that reads its scores four times and sorts nothing.
 
-    ``counts`` and ``lengths`` are needed on the host: given as tensors on a GPU, each costs one
-    synchronisation; given as sequences or CPU tensors, none.
-
     Args:
         scores: fp32 [R, N, S], higher is better, any strides (a last dimension that is not
             contiguous is copied on a GPU).
-        counts: [R], how many tokens each head of a job keeps, 0 <= counts[r] <= lengths[r].
-        lengths: [R], columns of a job that take part; None: S.
+        counts: [R], how many tokens each head of a job keeps, 0 <= counts[r] <= S.
         implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
 
     Returns:
         int32 [R, N, max(counts)]: ascending token ids, -1 from entry counts[r] on.
 
     Raises:
-        ValueError: Shapes or types do not fit, or counts or lengths are out of range.
+        ValueError: Shapes or types do not fit, or counts are out of range.
 
     """
     if scores.dim() != 3 or scores.dtype != torch.float32:
@@ -250,29 +225,22 @@ def select_tokens(
             f"scores must be torch.float32 [R, N, S], got {scores.dtype} {list(scores.shape)}"
         )
     jobs, heads, tokens = scores.shape
-    keep = _host_integers(counts)
-    sizes = [tokens] * jobs if lengths is None else _host_integers(lengths)
-    if len(keep) != jobs or len(sizes) != jobs:
-        raise ValueError(f"{len(keep)} counts and {len(sizes)} lengths do not fit {jobs} jobs")
-    _check_lengths(sizes, tokens)
-    for count, size in zip(keep, sizes, strict=True):
-        if not 0 <= count <= size:
-            raise ValueError(f"cannot select {count} of {size} tokens")
-    shape = (jobs, heads, max(keep, default=0))
+    if len(counts) != jobs:
+        raise ValueError(f"{len(counts)} counts do not fit {jobs} jobs")
+    for count in counts:
+        if not 0 <= count <= tokens:
+            raise ValueError(f"cannot select {count} of {tokens} tokens")
+    shape = (jobs, heads, max(counts, default=0))
     if use_triton(scores, implementation):
         kept = torch.empty(shape, dtype=torch.int32, device=scores.device)
         if kept.numel():
             rows = scores if scores.stride(2) == 1 else scores.contiguous()
-            triton_kernels("selection").select_tokens(rows, keep, sizes, kept)
+            triton_kernels("selection").select_tokens(rows, counts, kept)
         return kept
     kept = torch.full(shape, -1, dtype=torch.int32, device=scores.device)
-    for job, (count, size) in enumerate(zip(keep, sizes, strict=True)):
-        kept[job, :, :count] = top(scores[job, :, :size], count)
+    for job, count in enumerate(counts):
+        kept[job, :, :count] = top(scores[job], count)
     return kept
-
-
-def _host_integers(values: Sequence[int] | Tensor) -> list[int]:
-    return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]
 
 
 def selection_cost(*, jobs: int, heads: int, tokens: int, count: int) -> Cost:

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_RADIX = 1 << 11  # bins of a histogram: 32 bits are read as digits of 11, 11 and 10
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -82,31 +81,19 @@ def winners_numpy(scores: Sequence[npt.NDArray[Any]], k: int) -> npt.NDArray[np.
     parts = [_above_and_tied(layer, every[split]) for layer in scores]
     above = np.array([np.count_nonzero(part) for part, _ in parts], dtype=np.int64)
     ties = np.array([np.count_nonzero(part) for _, part in parts], dtype=np.int64)
-    return _share_ties(above, ties, k)
-
-
-def _share_ties(
-    above: npt.NDArray[np.int64], ties: npt.NDArray[np.int64], k: int
-) -> npt.NDArray[np.int64]:
-    """Add to ``above`` what each layer gets of the ties, which go to the layers in order."""
+    # Ties go to the layers in order.
     before = np.cumsum(ties) - ties
     result: npt.NDArray[np.int64] = above + np.clip(k - above.sum() - before, 0, ties)
     return result
 
 
 def winners_torch(scores: Sequence[Tensor], k: int) -> npt.NDArray[np.int64]:
-    """Count the winners from three small histograms per layer, one synchronisation each."""
-    counts = np.zeros(len(scores), dtype=np.int64)
-    keys = [_ordered_bits(layer).flatten() for layer in scores]
-    wanted = k
-    for shift in (21, 10, 0):
-        digits = [_digit(key, shift) for key in keys]
-        counted = torch.stack([torch.bincount(d, minlength=_RADIX) for d in digits]).cpu().numpy()
-        threshold, wanted = _bin_of_kth(counted.sum(axis=0), wanted)
-        counts += counted[:, threshold + 1 :].sum(axis=1)
-        ties = counted[:, threshold]
-        keys = [key[digit == threshold] for key, digit in zip(keys, digits, strict=True)]
-    return _share_ties(counts, ties, k)
+    """Count the winners on any device, by one stable sort of all entries."""
+    keys = torch.cat([_ordered_bits(layer).flatten() for layer in scores])
+    winners = torch.sort(keys, descending=True, stable=True).indices[:k].cpu().numpy()
+    ends = np.cumsum([layer.numel() for layer in scores])
+    owner = np.searchsorted(ends, winners, side="right")
+    return np.bincount(owner, minlength=len(scores)).astype(np.int64)
 
 
 def _ordered_bits(scores: Tensor) -> Tensor:
@@ -118,18 +105,3 @@ def _ordered_bits(scores: Tensor) -> Tensor:
     magnitude = bits & 0x7FFFFFFF
     keys = torch.where(bits < 0, -magnitude, magnitude)
     return keys.masked_fill_(magnitude > 0x7F800000, 0x7FFFFFFF)
-
-
-def _digit(keys: Tensor, shift: int) -> Tensor:
-    """Bits of ``keys`` from ``shift`` on, as a bin of the histogram; the top digit has the sign."""
-    if shift == 21:
-        return (keys >> shift) + _RADIX // 2
-    return (keys >> shift) & (_RADIX - 1 if shift else (1 << 10) - 1)
-
-
-def _bin_of_kth(counts: npt.NDArray[np.int64], k: int) -> tuple[int, int]:
-    """Return the bin of the k-th largest entry, and how many of its entries are still wanted."""
-    from_top = np.cumsum(counts[::-1])
-    steps = int(np.searchsorted(from_top, k))
-    above = int(from_top[steps - 1]) if steps else 0
-    return len(counts) - 1 - steps, k - above

@@ -48,13 +48,13 @@ def _bin_of_kth(counts, bins, wanted):
     return found, tl.sum(tl.where(bins > found, counts, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["heads", "job_stride", "head_stride", "max_count"])
+@triton.jit(do_not_specialize=["tokens", "heads", "job_stride", "head_stride", "max_count"])
 def _select_kernel(
     scores,  # fp32, row (job, head) at job * job_stride + head * head_stride
     kept,  # int32 [jobs, heads, max_count]
     scratch,  # int32 [jobs * heads, 2, 4096], all zero
     counts,  # int32 [jobs]
-    lengths,  # int32 [jobs]
+    tokens,
     heads,
     job_stride,
     head_stride,
@@ -67,7 +67,7 @@ def _select_kernel(
     target = kept + row.to(tl.int64) * max_count
     count = tl.load(counts + job)
     # Nothing to keep, nothing to read: the loops below are skipped.
-    length = tl.where(count > 0, tl.load(lengths + job), 0)
+    length = tl.where(count > 0, tokens, 0)
     lanes = tl.arange(0, BLOCK)
 
     top_bins = tl.arange(0, _TOP_BINS)
@@ -121,15 +121,12 @@ def _select_kernel(
         tl.store(target + at, -1, mask=at < max_count)
 
 
-def select_tokens(
-    scores: Tensor, counts: Sequence[int], lengths: Sequence[int], kept: Tensor
-) -> None:
+def select_tokens(scores: Tensor, counts: Sequence[int], kept: Tensor) -> None:
     """Launch the kernel; the caller has checked that no dimension is empty.
 
     Args:
-        scores: fp32 [R, N, S], last dimension contiguous.
-        counts: 0 <= counts[r] <= lengths[r].
-        lengths: lengths[r] <= S < 2 ** 31.
+        scores: fp32 [R, N, S], last dimension contiguous, S < 2 ** 31.
+        counts: 0 <= counts[r] <= S.
         kept: int32 [R, N, max(counts)], contiguous; is filled.
 
     """
@@ -139,15 +136,14 @@ def select_tokens(
     assert kept.dtype == torch.int32
     assert kept.is_contiguous()
     rows = jobs * heads
-    both = upload(torch.tensor([*counts, *lengths], dtype=torch.int32), scores.device)
     scratch = torch.zeros(rows * _SCRATCH, dtype=torch.int32, device=scores.device)
-    block, warps = _tile(max(lengths))
+    block, warps = _tile(tokens)
     _select_kernel[(rows,)](
         scores,
         kept,
         scratch,
-        both[:jobs],
-        both[jobs:],
+        upload(torch.tensor(counts, dtype=torch.int32), scores.device),
+        tokens,
         heads,
         scores.stride(0),
         scores.stride(1),

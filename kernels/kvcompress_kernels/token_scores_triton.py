@@ -8,14 +8,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from kvcompress_kernels.transfer import upload
 
 
 @triton.jit
@@ -39,7 +35,6 @@ def _token_scores_kernel(
     mean,  # fp32 [jobs, heads, tokens]
     var,  # the same shape; not read unless HAS_VAR
     out,  # fp32 [jobs, kv_heads, tokens], contiguous
-    lengths,  # int32 [jobs]; not read unless HAS_LENGTHS
     tokens,
     mean_job,
     mean_head,
@@ -51,7 +46,6 @@ def _token_scores_kernel(
     AVERAGE: tl.constexpr,
     REDUCE_MEAN: tl.constexpr,
     HAS_VAR: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     kv_head = tl.program_id(1)
@@ -60,10 +54,7 @@ def _token_scores_kernel(
     # Tiles overlap by the halo: KERNEL // 2 lanes at either end only lend their scores.
     half: tl.constexpr = KERNEL // 2
     at = tl.program_id(0) * (BLOCK - 2 * half) - half + lanes
-    length = tokens
-    if HAS_LENGTHS:
-        length = tl.load(lengths + job)
-    inside = (at >= 0) & (at < length)
+    inside = (at >= 0) & (at < tokens)
     outside: tl.constexpr = 0.0 if AVERAGE else float("-inf")
     # A sum of sums and a maximum of maxima can be taken heads first: one pooling for the group.
     heads_first: tl.constexpr = AVERAGE == REDUCE_MEAN
@@ -84,10 +75,9 @@ def _token_scores_kernel(
     if heads_first:
         reduced = _pooled(reduced, lanes, KERNEL, AVERAGE, BLOCK)
     divisor: tl.constexpr = (KERNEL if AVERAGE else 1) * (GROUP if REDUCE_MEAN else 1)
-    result = tl.where(at < length, reduced / divisor, 0.0)
     own = (lanes >= half) & (lanes < BLOCK - half) & (at < tokens)
     row = job.to(tl.int64) * tl.num_programs(1) + kv_head
-    tl.store(out + row * tokens + at, result, mask=own)
+    tl.store(out + row * tokens + at, reduced / divisor, mask=own)
 
 
 def token_scores(
@@ -99,7 +89,6 @@ def token_scores(
     kernel: int,
     average: bool,
     reduce_mean: bool,
-    lengths: Sequence[int] | None,
 ) -> None:
     """Fill ``out``: fp32 [R, N, S'], contiguous. ``mean``, ``var``: fp32 [R, H, S'], last dimension
     contiguous; no dimension is empty, H is a multiple of N, ``kernel`` is odd."""
@@ -116,7 +105,6 @@ def token_scores(
         mean,
         second,
         out,
-        mean if lengths is None else upload(torch.tensor(lengths, dtype=torch.int32), mean.device),
         tokens,
         mean.stride(0),
         mean.stride(1),
@@ -128,7 +116,6 @@ def token_scores(
         AVERAGE=average,
         REDUCE_MEAN=reduce_mean,
         HAS_VAR=var is not None,
-        HAS_LENGTHS=lengths is not None,
         BLOCK=block,
         num_warps=4,
     )

@@ -57,14 +57,12 @@ class Case:
     num_tokens: list[int]
     window: int
     scale: list[float]
-    counts: list[int] | None = None
     soft_cap: float = 0.0
     sinks: Tensor | None = None
-    last: bool = True
     keys: list[Tensor] = field(default_factory=list)  # [N, S, D] of each job, as stored
 
     def run(self, implementation: Implementation) -> PagedStatistics:
-        names = ("num_tokens", "counts", "window", "scale", "soft_cap", "sinks", "last")
+        names = ("num_tokens", "window", "scale", "soft_cap", "sinks")
         options = {name: getattr(self, name) for name in names}
         return paged_window_statistics(
             self.queries, self.cache, self.table, **options, implementation=implementation
@@ -79,7 +77,6 @@ def build(
     kv_heads: int = 2,
     rows: int = 32,
     window: int | None = None,
-    counts: list[int] | None = None,
     dim: int = 32,
     page: int = 16,
     dtype: torch.dtype = F32,
@@ -110,8 +107,6 @@ def build(
     if heads_first:
         pool = pool.contiguous()
     queries = torch.randn(jobs, rows, heads, dim, generator=generator) * peak
-    for r, count in enumerate(counts or []):
-        queries[r, count:] = math.nan
     return Case(
         queries=queries.to(device, dtype).transpose(1, 2),
         cache=pool.to(key_dtype).to(device)[..., :dim],
@@ -119,14 +114,13 @@ def build(
         num_tokens=lengths,
         window=window or rows,
         scale=[dim**-0.5 * (1 + r / 8) for r in range(jobs)],
-        counts=counts,
         keys=keys,
     )
 
 
-def oracle(case: Case, r: int) -> tuple[Tensor, Tensor, float, float, Tensor]:
-    count = case.counts[r] if case.counts else case.queries.shape[2]
-    q, k = case.queries[r, :, :count].double(), case.keys[r].double()
+def oracle(case: Case, r: int) -> tuple[Tensor, Tensor, float, float]:
+    count = case.queries.shape[2]
+    q, k = case.queries[r].double(), case.keys[r].double()
     tokens = k.shape[1]
     logits = q @ k.repeat_interleave(len(q) // len(k), dim=0).transpose(-1, -2) * case.scale[r]
     if case.soft_cap:
@@ -138,7 +132,7 @@ def oracle(case: Case, r: int) -> tuple[Tensor, Tensor, float, float, Tensor]:
         logits = torch.cat((logits, extra), dim=-1)
     p = logits.softmax(dim=-1)[..., : tokens - case.window]
     var = p.var(dim=1) if count > 1 else torch.zeros_like(p[:, 0])
-    return p.mean(dim=1), var, float(-torch.xlogy(p, p).sum()), float(var.sum()), p[:, -1]
+    return p.mean(dim=1), var, float(-torch.xlogy(p, p).sum()), float(var.sum())
 
 
 def check(case: Case, *, widen: float = 1.0) -> None:
@@ -147,19 +141,16 @@ def check(case: Case, *, widen: float = 1.0) -> None:
     for implementation in BOTH:
         found = case.run(implementation)
         assert found.entropy.dtype == found.shift.dtype == torch.float64
-        assert found.last is not None
         for r in range(len(case.num_tokens)):
-            mean, var, entropy, shift, last = oracle(case, r)
+            mean, var, entropy, shift = oracle(case, r)
             job = found.job(r)
             own = job.mean.shape[1]
             assert own == case.num_tokens[r] - case.window
             torch.testing.assert_close(job.mean.double(), mean, atol=atol, rtol=rtol)
             torch.testing.assert_close(job.var.double(), var, atol=atol, rtol=rtol)
-            newest = found.last[r, :, :own].double()
-            torch.testing.assert_close(newest, last, atol=atol, rtol=rtol)
             assert float(job.entropy) == pytest.approx(entropy, rel=rtol, abs=1e-5)
             assert float(job.shift) == pytest.approx(shift, rel=rtol, abs=1e-9)
-            for whole in (found.mean, found.var, found.last):
+            for whole in (found.mean, found.var):
                 assert not whole[r, :, own:].any()
 
 
@@ -193,13 +184,9 @@ def test_lengths_around_page_and_tile_borders(device, page):
     check(build(device, lengths=sorted(near), rows=rows, page=page, kv_heads=1, dtype=BF16))
 
 
-@pytest.mark.parametrize(
-    ("rows", "window", "counts"),
-    [(1, 1, None), (1, 32, None), (3, 3, None), (16, 20, [16, 3]), (32, 32, [1, 31]), (5, 40, [2])],
-)
-def test_fewer_queries_than_the_window(device, rows, window, counts):
-    lengths = [90, 140][: len(counts) if counts else 2]
-    check(build(device, lengths=lengths, rows=rows, window=window, counts=counts, group=3))
+@pytest.mark.parametrize(("rows", "window"), [(1, 1), (1, 32), (3, 3), (5, 40), (16, 20)])
+def test_fewer_queries_than_the_window(device, rows, window):
+    check(build(device, lengths=[90, 140], rows=rows, window=window, group=3))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -243,9 +230,8 @@ def test_cache_layouts_and_page_id_types(device, heads_first, ids):
 def test_odd_shapes(device, group, rows, more, histories, dim, page, soft_cap, with_sinks, seed):
     window = rows + more
     lengths = [n + window for n in histories]
-    counts = [max(1, rows - r) for r in range(len(lengths))]
     case = build(
-        device, lengths=lengths, group=group, kv_heads=1, rows=rows, window=window, counts=counts,
+        device, lengths=lengths, group=group, kv_heads=1, rows=rows, window=window,
         dim=dim, page=page, seed=seed,
     )  # fmt: skip
     case.soft_cap = soft_cap
@@ -326,12 +312,9 @@ def test_a_job_does_not_depend_on_the_others(device, implementation):
             num_tokens=[tokens],
             scale=[case.scale[r]],
         ).run(implementation)
-        assert together.last is not None
-        assert alone.last is not None
         own = tokens - case.window
         for mine, whole in ((alone.mean, together.mean), (alone.var, together.var)):
             assert torch.equal(mine[0], whole[r, :, :own])
-        assert torch.equal(alone.last[0], together.last[r, :, :own])
         assert float(alone.entropy[0]) == pytest.approx(float(together.entropy[r]), rel=1e-12)
         assert float(alone.shift[0]) == pytest.approx(float(together.shift[r]), rel=1e-12)
 
@@ -341,8 +324,7 @@ def test_inputs_are_left_alone(device, implementation):
     case = build(device, lengths=[90], dtype=F16)
     inputs = (case.queries, case.cache, case.table)
     before = [x.clone() for x in inputs]
-    assert case.run(implementation).last is not None
-    assert replace(case, last=False).run(implementation).last is None
+    case.run(implementation)
     for now, then in zip(inputs, before, strict=True):
         torch.testing.assert_close(now, then, atol=0.0, rtol=0.0, equal_nan=True)
 
@@ -380,8 +362,7 @@ def test_the_host_does_not_wait_for_the_device(device):
         ({"num_tokens": [32, 100]}, "no token lies before"),
         ({"num_tokens": [70]}, "2 jobs, but lengths"),
         ({"num_tokens": [70, 200]}, "do not hold 200 tokens"),
-        ({"counts": [0, 3]}, "queries must be 1 to"),
-        ({"counts": [33, 3], "window": 40}, "33 queries are asked for"),
+        ({"window": 31}, "queries must be 1 to"),
         ({"scale": [1.0, 0.0]}, "scales must be positive"),
         ({"sinks": torch.zeros(2, 3)}, "sinks must be"),
         ({"table": torch.zeros(2, 7)}, "page ids must be"),
