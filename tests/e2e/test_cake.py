@@ -29,7 +29,7 @@ def test_holds_the_promised_blocks(engines: Engines, prose: list[int]) -> None:
             assert engine.free_blocks() == before - len(blocks)
             held.append(len(blocks))
         if request_id in engine.arena and pages is None:
-            pages = engine.arena.pages_per_layer(request_id)
+            pages = engine.arena.used[:, engine.arena.slot(request_id)].copy()
     # The step that ends the prefill holds both; then R, plus a block from the first new token on,
     # and another from the 33rd on.
     assert held[0] == n + R
@@ -131,7 +131,7 @@ def _pages_of(engine: Engine, prompt: list[int]) -> list[int]:
     request_id = engine.add(prompt, 2)
     for _ in engine.steps():
         if request_id in engine.arena:
-            pages = engine.arena.pages_per_layer(request_id)
+            pages = engine.arena.used[:, engine.arena.slot(request_id)].copy()
             break
     engine.drain()
     return [int(p) for p in pages]

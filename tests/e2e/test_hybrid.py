@@ -93,7 +93,7 @@ def test_only_the_global_layers_are_cut(cake: Engine, text: list[int]) -> None:
         assert len(beside) == SIDE
         state = cake.manager.reservations.get(name)
         if state is not None and state.released:
-            pages.append(cake.arena.pages_per_layer(name))
+            pages.append(cake.arena.used[:, cake.arena.slot(name)].copy())
             # The window's first token may be anywhere in its block.
             assert max(beside) <= -(-WINDOW // BLOCK) + 1
             assert arena <= R + 2

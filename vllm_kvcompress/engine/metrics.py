@@ -137,7 +137,6 @@ class CompressionProm(KVConnectorProm):
             self._metrics = CompressionMetrics(vllm_config.model_config.served_model_name)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """See the base class."""
         if self._metrics is not None and SLOT in transfer_stats_data:
             self._metrics.observe(stats_of(transfer_stats_data), engine_idx)
         else:

@@ -138,13 +138,6 @@ class PageArena:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._slot
 
-    def __len__(self) -> int:
-        return len(self._slot)
-
-    def request_ids(self) -> list[str]:
-        """All requests in the arena."""
-        return list(self._slot)
-
     def slot(self, request_id: str) -> int:
         """Return the row of a request in :attr:`tables`; KeyError if it is not here."""
         return self._slot[request_id]
@@ -153,19 +146,12 @@ class PageArena:
         """Return the rows of several requests, int64 [n]."""
         return np.fromiter((self._slot[r] for r in request_ids), dtype=np.int64)
 
-    def pages_per_layer(self, request_id: str) -> IntArray:
-        """Pages each layer's table holds, growth included, int64 [L]."""
-        return self.used[:, self._slot[request_id]].copy()
-
-    def stage(self, request_id: str, pages: Sequence[IntArray]) -> int:
+    def stage(self, request_id: str, pages: Sequence[IntArray]) -> None:
         """Give a request tables for one step, in which layers reuse pages. Mutates the arena.
 
         Args:
             request_id: A request that is not here yet; :meth:`drop` it after the step.
             pages: Per layer the flat page ids in token order, as many for each.
-
-        Returns:
-            Its slot.
 
         Raises:
             ValueError: The request is here already.
@@ -175,7 +161,6 @@ class PageArena:
         self.shift[:, slot] = 0
         self.growth_column[slot] = 0
         self._staged.add(request_id)
-        return slot
 
     def admit(
         self,
@@ -186,7 +171,7 @@ class PageArena:
         num_tokens: int,
         slack: int = 0,
         growth_column: int | None = None,
-    ) -> int:
+    ) -> None:
         """Take in a request whose survivors were just placed. Mutates the arena.
 
         Args:
@@ -197,9 +182,6 @@ class PageArena:
             slack: Free slots in every layer's last page.
             growth_column: Where growth blocks begin among all blocks the request was ever given;
                 by default after those of num_tokens tokens and these.
-
-        Returns:
-            Its slot.
 
         Raises:
             ValueError: The request is here already, or pages and blocks do not agree.
@@ -219,7 +201,6 @@ class PageArena:
         self.growth_column[slot] = growth_column
         self._blocks[request_id] = list(blocks)
         self._admissions[request_id] = _Admission(num_tokens, slack, len(blocks))
-        return slot
 
     def layer_pages(self, request_id: str) -> list[IntArray]:
         """Per layer the flat page ids in use, in token order, growth included."""

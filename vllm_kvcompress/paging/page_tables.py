@@ -107,12 +107,7 @@ class TableBuilder(StepTableBuilder):
         self._tables: Tensor | None = None
 
     def build(self, batch: BatchRows) -> LayerTables:
-        """Return the tables of a batch with at least one compressed row. No page is touched.
-
-        Args:
-            batch: The batch; tensors on the CPU.
-
-        """
+        """See the base class; ``batch`` has a compressed row, its tensors are on the CPU."""
         arena, geometry = self._arena, self._arena.geometry
         seq_lens = batch.seq_lens.numpy().astype(np.int64)
         lens = np.repeat(seq_lens[None], geometry.num_layers, axis=0)

@@ -62,7 +62,6 @@ class StridedPageCodec(PageCodec):
     def move(
         self, sources: Sequence[IntArray], kept: Sequence[Tensor], targets: Sequence[IntArray]
     ) -> None:
-        """See the base class."""
         counts = [tokens.shape[-1] for tokens in kept]
         most = max(counts)
         padded = [
@@ -89,7 +88,6 @@ class StridedPageCodec(PageCodec):
         cache[self._send([target])[0][slots // size], heads, slots % size] = picked
 
     def copy(self, source: IntArray, target: IntArray) -> None:
-        """See the base class."""
         pages = self._send([source, target])
         copy_pages(self._cache, pages[0], pages[1], implementation=self._implementation)
 
@@ -100,7 +98,6 @@ class StridedPageCodec(PageCodec):
         num_tokens: Sequence[int],
         facts: Sequence[AttentionParams],
     ) -> list[WindowStatistics] | None:
-        """See the base class."""
         sinks = [f.sinks for f in facts if f.sinks is not None]
         found = paged_window_statistics(
             windows.transpose(1, 2),
@@ -116,7 +113,6 @@ class StridedPageCodec(PageCodec):
         return [found.job(index) for index in range(len(sources))]
 
     def layers_per_launch(self, num_tokens: int, num_heads: int) -> int:
-        """See the base class."""
         return max(1, OBSERVED_BYTES // (2 * 4 * num_heads * num_tokens))
 
     def warm_up(self) -> None:

@@ -180,7 +180,6 @@ class DeviceImpl(ArenaImpl):
     on_device = True
 
     def layer_metadata(self, base: Any, tables: LayerTables) -> Any:
-        """See the base class."""
         own = copy.copy(base)
         own.block_table = tables.block_tables[self.arena_layer]
         own.seq_lens = tables.seq_lens[self.arena_layer]
@@ -193,12 +192,10 @@ class DeviceImpl(ArenaImpl):
     def make_codec(
         flat_cache: Tensor, layer: Any, cache_dtype: str, dtype: torch.dtype
     ) -> PageCodec:
-        """See the base class."""
         return StridedPageCodec(flat_cache, cache_dtype, dtype)
 
     @staticmethod
     def make_tables(
         arena: PageArena, limits: TableLimits, device: torch.device
     ) -> StepTableBuilder:
-        """See the base class."""
         return DeviceTableBuilder(arena, limits, device, implementation="triton")

@@ -30,12 +30,10 @@ class ArenaCPUBackend(ArenaBackend, CPUAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type["ArenaCPUImpl"]:
-        """See the base class."""
         return ArenaCPUImpl
 
     @staticmethod
     def get_builder_cls() -> type["ArenaCPUMetadataBuilder"]:
-        """See the base class."""
         return ArenaCPUMetadataBuilder
 
 
@@ -48,7 +46,6 @@ class ArenaCPUMetadataBuilder(ArenaBuilder, CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
-        """See the base class."""
         common = common_attn_metadata
         base = super().build(common_prefix_len, common, fast_build)
         base.arena_step = step = self.step_inputs(common)
@@ -85,7 +82,6 @@ class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
     """The stock kernel, on the flat view of the pool where its layer's own tables say so."""
 
     def layer_metadata(self, base: Any, tables: LayerTables) -> CPUAttentionMetadata:
-        """See the base class."""
         return base.arena_layers[self.arena_layer]
 
     def do_kv_cache_update(
@@ -96,7 +92,6 @@ class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
         kv_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
-        """See the base class."""
         step = self.session.step if self.session is not None else None
         if self.session is not None and step is not None and step.tables is not None:
             kv_cache = self.session.flat_cache
@@ -107,12 +102,10 @@ class ArenaCPUImpl(ArenaImpl, CPUAttentionBackendImpl):
     def make_codec(
         flat_cache: Tensor, layer: Any, cache_dtype: str, dtype: torch.dtype
     ) -> PageCodec:
-        """See the base class."""
         return CpuPageCodec(flat_cache, layer.isa, cache_dtype, dtype)
 
     @staticmethod
     def make_tables(
         arena: PageArena, limits: TableLimits, device: torch.device
     ) -> StepTableBuilder:
-        """See the base class."""
         return TableBuilder(arena)

@@ -48,7 +48,6 @@ class CpuPageCodec(PageCodec):
         self._value_order = self._probe(scratch, part=1)
 
     def read_keys(self, pages: IntArray, num_tokens: int) -> Tensor:
-        """See the base class."""
         heads = self._cache.shape[1]
         ids = torch.as_tensor(pages)
         picked = self._cache[:, :, : self.block_size].index_select(0, ids)
@@ -61,12 +60,10 @@ class CpuPageCodec(PageCodec):
     def move(
         self, sources: Sequence[IntArray], kept: Sequence[Tensor], targets: Sequence[IntArray]
     ) -> None:
-        """See the base class."""
         for source, tokens, target in zip(sources, kept, targets, strict=True):
             self.rewrite(source, tokens, target)
 
     def rewrite(self, source: IntArray, kept: Tensor, target: IntArray) -> None:
-        """See the base class."""
         keys, values = self.gather(torch.as_tensor(source), kept)
         self.write(torch.as_tensor(target), keys, values)
 
@@ -94,7 +91,6 @@ class CpuPageCodec(PageCodec):
         self._store(self._cache, keys.transpose(0, 1), values.transpose(0, 1), slots)
 
     def copy(self, source: IntArray, target: IntArray) -> None:
-        """See the base class."""
         self._cache[torch.as_tensor(target)] = self._cache[torch.as_tensor(source)]
 
     def _gather(self, pages: Tensor, tokens: Tensor, part: int) -> Tensor:

@@ -19,12 +19,10 @@ class ArenaFlashBackend(ArenaBackend, FlashAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type["ArenaFlashImpl"]:
-        """See the base class."""
         return ArenaFlashImpl
 
     @staticmethod
     def get_builder_cls() -> type["ArenaFlashMetadataBuilder"]:
-        """See the base class."""
         return ArenaFlashMetadataBuilder
 
 

@@ -16,12 +16,10 @@ class ArenaTritonBackend(ArenaBackend, TritonAttentionBackend):
 
     @staticmethod
     def get_impl_cls() -> type["ArenaTritonImpl"]:
-        """See the base class."""
         return ArenaTritonImpl
 
     @staticmethod
     def get_builder_cls() -> type["ArenaTritonMetadataBuilder"]:
-        """See the base class."""
         return ArenaTritonMetadataBuilder
 
 
