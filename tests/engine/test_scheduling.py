@@ -259,6 +259,6 @@ def test_a_full_pool_makes_vllm_preempt_and_everybody_is_served(
 def test_the_manager_needs_our_scheduler(folder: Path) -> None:
     engine = Engine(ArenaScheduler, configure(folder), 60)
     engine.add("a", 100)
-    engine.arena._resolver = None  # as vLLM's own scheduler would leave it
+    engine.arena._reservations = None  # as vLLM's own scheduler would leave it
     with pytest.raises(RuntimeError, match="only under the scheduler of vllm_kvcompress"):
         engine.schedule()

@@ -1,17 +1,6 @@
 """Rounding of integer counts."""
 
-__all__ = ["cdiv"]
-
 
 def cdiv(a: int, b: int) -> int:
-    """Divide two integers and round the quotient up.
-
-    Args:
-        a: Dividend, of any sign.
-        b: Divisor, at least 1.
-
-    Returns:
-        The smallest integer that is at least ``a / b``.
-
-    """
+    """Return ``a / b`` rounded up, for ``a`` of any sign and ``b`` of at least 1."""
     return -(-a // b)

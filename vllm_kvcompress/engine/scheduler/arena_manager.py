@@ -37,18 +37,17 @@ class ArenaManager(FullAttentionManager):
 
     Attributes:
         resolver: The engine's resolver of request settings; set by :meth:`bind`.
-        reservations: What is reserved for every request; set by :meth:`bind`.
         counters: What has been counted since the scheduler last sent its figures.
 
     """
 
     resolver: SettingsResolver
-    reservations: Reservations
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._requests: Mapping[str, Request] = {}
         self._watermark = 0
+        self._reservations: Reservations | None = None
         self._chosen: dict[str, tuple[int, int]] = {}
         self.counters = CompressionCounters()
 
@@ -71,8 +70,15 @@ class ArenaManager(FullAttentionManager):
         self._requests = requests
         self.resolver = resolver
         planner = resolver.default_planner
-        self.reservations = Reservations(planner, max_model_len, self.req_to_blocks)
+        self._reservations = Reservations(planner, max_model_len, self.req_to_blocks)
         self._watermark = watermark_blocks
+
+    @property
+    def reservations(self) -> Reservations:
+        """What is reserved for every request; RuntimeError under a scheduler that is not ours."""
+        if self._reservations is None:
+            raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
+        return self._reservations
 
     def schedule_of(self, request_id: str) -> CompressionSchedule | None:
         """Return when the request is cut, None if it never is."""
