@@ -281,19 +281,13 @@ class BlockPlanner:
             return None
         size = self.block_size
         blocks = cdiv(self.config.decode_budget, size)
-        buffer = self._tokens_between_decode_cuts()
+        buffer = 1 if self.token_by_token else cdiv(self.config.decode_buffer, size) * size
         if self.token_by_token and not cuts:
             return None  # what is judged by single queries must have been compressed before
         held = cuts[-1].blocks * size if cuts else prompt_len
         position = prompt_len + max(blocks * size + buffer - held, buffer)
         moves = not cuts or cuts[-1].blocks != blocks
         return DecodeCuts(Cut(position, blocks, moves=moves), buffer)
-
-    def _tokens_between_decode_cuts(self) -> int:
-        """Tokens between two cuts of a generation."""
-        if self.token_by_token:
-            return 1
-        return cdiv(self.config.decode_buffer, self.block_size) * self.block_size
 
     def _stream_blocks(self) -> int:
         budget = self.config.stream_budget

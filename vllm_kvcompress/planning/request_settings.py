@@ -8,7 +8,7 @@ again, with the same result.
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -71,7 +71,7 @@ class SettingsResolver:
         limits: What the engine can do.
 
     Attributes:
-        own: Plans requests that set nothing.
+        default_planner: Plans requests that set nothing.
 
     Raises:
         ValueError: As :class:`BlockPlanner` does, or the policy names an unknown method.
@@ -151,7 +151,8 @@ class SettingsResolver:
     def _asked_planner(self, asked: Mapping[str, Any], prompt_len: int) -> BlockPlanner:
         method = self._method(asked)
         params = self._params(asked)
-        budget = asked.get(BUDGET_KEY, self.default_planner.config.budget)
+        own = self.default_planner.config
+        budget = asked.get(BUDGET_KEY, own.budget)
         if method == OFF:
             for key in (BUDGET_KEY, PARAMS_KEY):
                 if key in asked:
@@ -161,13 +162,16 @@ class SettingsResolver:
         check_budget(budget, BUDGET_KEY)
         merged = {**self._inherited(method, params), **params}
         key = repr((method, budget, sorted(merged.items())))
-        if key == self._own_key:
+        if key == repr((own.method, own.budget, sorted(own.params.items()))):
             return self.default_planner
         planner = self._planner(_Hashed(key, method, budget, MappingProxyType(merged)))
         if BUDGET_KEY in asked:
             self._check_budget(planner, prompt_len)
-        if PARAMS_KEY in asked:
-            self._check_window(planner)
+        if PARAMS_KEY in asked and planner.window > self.largest_window:
+            raise ValueError(
+                f"{PARAMS_KEY}: window must be at most {self.largest_window} on this server, got "
+                f"{planner.window}"
+            )
         return planner
 
     def _inherited(self, method: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -178,11 +182,6 @@ class SettingsResolver:
         spec = get_spec(method)
         idle = {name for role in ROLES if role in params for name in spec.parameters_of(role)}
         return {name: value for name, value in own.params.items() if name not in idle}
-
-    @property
-    def _own_key(self) -> str:
-        own = self.default_planner.config
-        return repr((own.method, own.budget, sorted(own.params.items())))
 
     def _make_planner(self, asked: "_Hashed") -> BlockPlanner:
         config = replace(
@@ -270,13 +269,6 @@ class SettingsResolver:
             kind = "of the prompt" if most < 1 else "tokens per layer"
             raise ValueError(f"{BUDGET_KEY} must be at most {most} {kind} here, got {budget}")
 
-    def _check_window(self, planner: BlockPlanner) -> None:
-        if planner.window > self.largest_window:
-            raise ValueError(
-                f"{PARAMS_KEY}: window must be at most {self.largest_window} on this server, got "
-                f"{planner.window}"
-            )
-
     # --- what else a request may set -------------------------------------------------------------
 
     def _keep(self, asked: Mapping[str, Any], prompt_len: int) -> Ranges:
@@ -325,18 +317,12 @@ class SettingsResolver:
 
 @dataclass(frozen=True)
 class _Hashed:
-    """Settings of a planner, hashable by their text."""
+    """Settings of a planner, compared by their text."""
 
     key: str
-    method: str
-    budget: int | float
-    params: Mapping[str, Any]
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Hashed) and self.key == other.key
+    method: str = field(compare=False)
+    budget: int | float = field(compare=False)
+    params: Mapping[str, Any] = field(compare=False)
 
 
 def _tokens(budget: float | None, prompt_len: int) -> int:
