@@ -236,10 +236,6 @@ class PageArena:
         self.version += 1
         return slot
 
-    def can_grow(self, request_id: str, blocks: Sequence[int]) -> bool:
-        """Whether the blocks (arena blocks first, growth after them) go beyond what is held."""
-        return len(blocks) > len(self._blocks[request_id])
-
     def grow(self, request_id: str, blocks: Sequence[int]) -> None:
         """Give every layer its own page of each new block. Mutates the arena.
 

@@ -148,9 +148,8 @@ class Session:
             self.arena.drop(request_id)
             self._queries.drop(request_id)
         for request_id in grown:
-            blocks = self._ledger[request_id].private_blocks()
-            if request_id in self.arena and self.arena.can_grow(request_id, blocks):
-                self.arena.grow(request_id, blocks)
+            if request_id in self.arena:
+                self.arena.grow(request_id, self._ledger[request_id].private_blocks())
         self._cascades = {
             request_id: self._compressor.begin_cascade(request_id, self._ledger[request_id])
             for request_id in prefill_blocks_of(output)
