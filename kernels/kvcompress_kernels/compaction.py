@@ -111,9 +111,7 @@ def copy_pages(
         words[target.long()] = words[source.long()]
 
 
-def compaction_cost(
-    survivors: int, kv_heads: int, head_size: int, itemsize: int, index_itemsize: int = 4
-) -> Cost:
+def compaction_cost(survivors: int, kv_heads: int, head_size: int, itemsize: int) -> Cost:
     """Return the cost of :func:`move_tokens`: keys and values read and written, token numbers read.
 
     Page ids, at most two per ``bs`` survivors, are left out.
@@ -123,10 +121,9 @@ def compaction_cost(
         kv_heads: Number of KV heads.
         head_size: Elements of a key.
         itemsize: Bytes of a cache element.
-        index_itemsize: Bytes of a token number.
 
     """
-    per_token = 2 * 2 * head_size * itemsize + index_itemsize
+    per_token = 2 * 2 * head_size * itemsize + 4  # and an int32 token number
     return Cost(bytes=survivors * kv_heads * per_token, flops=0)
 
 

@@ -177,9 +177,6 @@ def test_tokens_are_the_scorers_and_budgets_the_allocators(scorer: str, allocato
     assert torch.equal(method.select(found[0], 9), first.select(found[0], 9))
     assert method.needs == first.scorer.needs | second.allocator.needs
     assert method.scorer.budgets_are_nested
-    assert method.allocator.budgets_ignore_scores == second.allocator.budgets_ignore_scores
-    assert method.allocator.ratios_are_fixed == second.allocator.ratios_are_fixed
-    assert method.allocator.layers_per_division == second.allocator.layers_per_division
 
 
 def test_only_what_is_used_is_collected() -> None:
