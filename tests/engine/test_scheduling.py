@@ -37,7 +37,7 @@ def test_blocks_of_a_request_at_each_phase(folder: Path) -> None:
     engine.schedule()
     assert engine.held("a") == 10
     engine.process()
-    assert not engine.arena.reservations["a"].released
+    assert engine.arena.reservations["a"].released == 0
     engine.schedule()
     assert engine.held("a") == 13 + 2  # the prompt's, and where its survivors go
     assert engine.free == engine.total - 15
@@ -61,12 +61,12 @@ def test_the_prompt_is_not_released_while_the_compressing_step_is_in_flight(fold
     engine.schedule()
     assert engine.held("a") == 13 + 2
     engine.schedule()  # the first decode step, planned before the compression has run
-    assert not engine.arena.reservations["a"].released
+    assert engine.arena.reservations["a"].released == 0
     assert engine.held("a") == 13 + 2 + 1 == engine.planner.peak_blocks(100, 101)
     engine.process()
     assert engine.held("a") == 16  # release waits for the next allocation
     engine.schedule()
-    assert engine.arena.reservations["a"].released
+    assert engine.arena.reservations["a"].released == 1
     assert engine.held("a") == 2 + 1
     assert engine.free == engine.total - 3
     engine.run()
