@@ -51,27 +51,8 @@ def pool_tokens(scores: Tensor, kernel: int, mode: Literal["avg", "max"]) -> Ten
     return pool(rows, kernel, stride=1, padding=kernel // 2).reshape(scores.shape)
 
 
-def group_mean(scores: Tensor, num_kv_heads: int) -> Tensor:
-    """Return the mean over the query heads that share a KV head.
-
-    Source: CAKE, last step of the eviction indicator (released modify_llama.py).
-
-    Args:
-        scores: [H, S'].
-        num_kv_heads: N.
-
-    Returns:
-        [N, S'] of the same dtype.
-
-    Raises:
-        ValueError: H is not a multiple of N.
-
-    """
-    return grouped(scores, num_kv_heads).mean(dim=1)
-
-
 def grouped(scores: Tensor, num_kv_heads: int) -> Tensor:
-    """View [H, S'] as [N, H / N, S'].
+    """View [H, S'] as [N, H / N, S']: the query heads that share each KV head.
 
     Raises:
         ValueError: H is not a multiple of N.

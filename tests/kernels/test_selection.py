@@ -1,4 +1,4 @@
-"""Pooling, group mean and deterministic ranking against plain-Python oracles.
+"""Pooling, groups of query heads and deterministic ranking against plain-Python oracles.
 
 Ranking is exact, so Triton, its twin and the oracle are compared for equality.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from kvcompress_kernels import selection_torch
 from kvcompress_kernels.dispatch import Implementation
 from kvcompress_kernels.selection import (
-    group_mean,
+    grouped,
     pool_tokens,
     select_tokens,
     selection_cost,
@@ -69,12 +69,12 @@ def test_pooling_refuses(kernel, mode, message):
         pool_tokens(torch.zeros(2, 8), kernel, mode)
 
 
-def test_group_mean_averages_neighbouring_query_heads():
+def test_neighbouring_query_heads_share_a_kv_head():
     scores = torch.arange(12.0).view(6, 2)
-    assert group_mean(scores, 2).tolist() == [[2.0, 3.0], [8.0, 9.0]]
-    assert torch.equal(group_mean(scores, 6), scores)
+    assert grouped(scores, 2).mean(dim=1).tolist() == [[2.0, 3.0], [8.0, 9.0]]
+    assert torch.equal(grouped(scores, 6)[:, 0], scores)
     with pytest.raises(ValueError, match="cannot be shared"):
-        group_mean(scores, 4)
+        grouped(scores, 4)
 
 
 @settings(deadline=None)

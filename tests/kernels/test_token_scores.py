@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompress_kernels.selection import group_mean, pool_tokens, token_scores, token_scores_cost
+from kvcompress_kernels.selection import grouped, pool_tokens, token_scores, token_scores_cost
 from tests.kernels.test_selection import IMPLEMENTATIONS, run
 
 TOLERANCE = {torch.float32: (0.0, 5e-6)}  # dtype: (atol, rtol); sums of some forty numbers >= 0
@@ -128,9 +128,9 @@ def test_token_scores_takes_any_leading_dimensions_and_strides(device, implement
 def test_token_scores_on_the_cpu_are_the_composition():
     mean, var = statistics(1, 6, 300, "cpu")
     options: dict[str, Any] = {"kernel": 7, "mode": "max", "num_kv_heads": 3}
-    expected = group_mean(pool_tokens(mean[0].add(var[0], alpha=4.0), 7, "max"), 3)
+    expected = grouped(pool_tokens(mean[0].add(var[0], alpha=4.0), 7, "max"), 3).mean(dim=1)
     assert torch.equal(token_scores(mean[0], var[0], gamma=4.0, **options), expected)
-    plain = group_mean(pool_tokens(mean[0], 7, "max"), 3)
+    plain = grouped(pool_tokens(mean[0], 7, "max"), 3).mean(dim=1)
     ignored = torch.full_like(var[0], math.nan)
     assert torch.equal(token_scores(mean[0], ignored, gamma=0.0, **options), plain)
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvcompress_kernels.selection import group_mean, grouped, winners_per_layer
+from kvcompress_kernels.selection import grouped, winners_per_layer
 from vllm_kvcompress.methods import released_dynamickv
 from vllm_kvcompress.methods.checks import check_choice, check_int, check_number, check_share
 from vllm_kvcompress.methods.layer import LayerInput, LayerScores
@@ -117,9 +117,8 @@ class FaithfulDynamicKV(DynamicKVScorer, DynamicKVAllocator, Inseparable):
 
     def score(self, layer: LayerInput) -> Tensor:
         per_head = _released_scores(layer, self.kernel, self.pooling)
-        if self.reduce == "mean":
-            return group_mean(per_head, layer.num_kv_heads)
-        return grouped(per_head, layer.num_kv_heads).amax(dim=1)
+        groups = grouped(per_head, layer.num_kv_heads)
+        return groups.mean(dim=1) if self.reduce == "mean" else groups.amax(dim=1)
 
     def stats(self, layer: LayerInput) -> Mapping[str, float | Tensor]:
         """Return ``query_heads``, the scores of every query head, fp32 [H, S']."""
