@@ -290,11 +290,7 @@ class PageArena:
                 continue  # its layers share pages on purpose, for this step
             admission, blocks = self._admissions[request_id], self._blocks[request_id]
             owned = set(self.geometry.all_pages(blocks).reshape(-1).tolist())
-            held = [
-                int(page)
-                for layer in range(self.geometry.num_layers)
-                for page in self.tables[layer, slot, : self.used[layer, slot]]
-            ]
+            held = np.concatenate(self.layer_pages(request_id)).tolist()
             if len(set(held)) != len(held) or set(held) != owned:
                 raise IntegrityError(f"request {request_id} does not hold each of its pages once")
             if blocks_of is not None and list(blocks_of.get(request_id, ())) != blocks:
@@ -314,11 +310,11 @@ class PageArena:
                 if other != request_id:
                     raise IntegrityError(f"block {block} is held by {other} and {request_id}")
 
-    def _reserve(self, *, slots: int | None = None, pages: int | None = None) -> None:
+    def _reserve(self, *, slots: int = 0, pages: int = 0) -> None:
         """Make room for that many slots or pages a layer; contents are kept."""
         layers, old_slots, old_pages = self.tables.shape
-        new_slots = max(old_slots, slots or 0)
-        new_pages = old_pages if (pages or 0) <= old_pages else max(pages or 0, 2 * old_pages)
+        new_slots = max(old_slots, slots)
+        new_pages = old_pages if pages <= old_pages else max(pages, 2 * old_pages)
         if (new_slots, new_pages) == (old_slots, old_pages):
             return
         tables = np.zeros((layers, new_slots, new_pages), dtype=np.int32)
