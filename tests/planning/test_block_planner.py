@@ -8,14 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.methods import Cake, DynamicKV, Method, Random, Scatter, Uniform
+from tests.planning.test_config import config
+from vllm_kvcompress.methods import Cake, DynamicKV, Method, Random, Scatter, Uniform, get_method
 from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits, layers_between_cuts
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut
 from vllm_kvcompress.planning.config import KVCompressionConfig
-
-
-def config(method: str = "uniform", budget: Any = 64, **params: Any) -> KVCompressionConfig:
-    return KVCompressionConfig.parse({"method": method, "budget": budget, **params})
 
 
 def schedule_of(planner: BlockPlanner, prompt: int, decode: bool = True) -> CompressionSchedule:
@@ -25,12 +22,6 @@ def schedule_of(planner: BlockPlanner, prompt: int, decode: bool = True) -> Comp
 
 
 # --- what a prompt holds after its prefill -------------------------------------------------------
-
-
-def test_a_planner_refuses_budgets_that_do_not_go_with_its_block_size() -> None:
-    with pytest.raises(ValueError, match="kv-compression-budget 63 is too small"):
-        BlockPlanner(config("cake", 63), 32)
-    BlockPlanner(config("cake", 63), 16)
 
 
 def test_prompts_within_the_kept_blocks_stay_as_they_are() -> None:
@@ -101,6 +92,11 @@ def test_evicting_plans_keep_less_than_the_prompt_and_leave_no_slack(
         (Uniform(), 10, 1),
         (Random(), 10, 1),
         (Scatter(), 10, 10),
+        # Of compositions the allocator counts.
+        (get_method("cake", {"scorer": "keydiff", "every": 4}), 10, 4),
+        (get_method("snapkv", {"allocator": {"method": "dynamickv", "every": 2}}), 10, 2),
+        (get_method("cake", {"allocator": "pyramidkv"}), 10, 1),
+        (get_method("cake", {"scorer": "snapkv", "every": 0}), 10, 10),
     ],
 )
 def test_layers_whose_whole_cache_is_held_at_one_time(
