@@ -1,15 +1,8 @@
 """What the worker finds out about vLLM at start: where pages lie, and which runner it drives."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
-from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from vllm_kvcompress.engine.attention.cpu_attn import ArenaCPUImpl
-from vllm_kvcompress.engine.checks import Unsupported, check_specs
-from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 from vllm_kvcompress.engine.worker.arena_worker import flat_view
 from vllm_kvcompress.engine.worker.cpu_worker import ArenaCPUWorker
 
@@ -74,25 +67,3 @@ def test_another_model_runner_is_refused() -> None:
     worker._session = None  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"^model runner object is not supported .* V1 or V2$"):
         worker._follow_runner()
-
-
-def layer(**facts: Any) -> SimpleNamespace:
-    """An attention layer with our implementation, of which only some facts are set."""
-    impl = ArenaCPUImpl.__new__(ArenaCPUImpl)
-    usual = {"alibi_slopes": None, "num_heads": 4, "kv_cache_dtype": "auto"}
-    for name, value in {**usual, **facts}.items():
-        setattr(impl, name, value)
-    return SimpleNamespace(impl=impl)
-
-
-def test_layers_that_cannot_be_scored_or_attended_rightly_are_refused() -> None:
-    spec = ArenaSpec(block_size=32, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-    specs: dict[str, KVCacheSpec] = {"first": spec, "second": spec}
-    check_specs(specs, {"first": layer(), "second": layer()}, ArenaCPUImpl)
-    slopes = torch.ones(4)
-    with pytest.raises(Unsupported, match=r"^layer second uses ALiBi, .* drop the flag"):
-        check_specs(specs, {"first": layer(), "second": layer(alibi_slopes=slopes)}, ArenaCPUImpl)
-    with pytest.raises(Unsupported, match=r"^layer second has a KV cache of dtype fp8"):
-        check_specs(specs, {"first": layer(), "second": layer(kv_cache_dtype="fp8")}, ArenaCPUImpl)
-    with pytest.raises(Unsupported, match=r"^layer second has another number of query heads \(8\)"):
-        check_specs(specs, {"first": layer(), "second": layer(num_heads=8)}, ArenaCPUImpl)

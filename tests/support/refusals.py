@@ -169,19 +169,6 @@ def start(
     ).create_engine_config()
 
 
-def check_sentence(error: ValueError, *names: str) -> None:
-    """One line that names what to change."""
-    text = str(error)
-    assert "\n" not in text, text
-    assert [n for n in names if n not in text] == [], text
-
-
-def refusal(root: Path, *names: str, **options: Any) -> None:
-    with pytest.raises(ValueError, match=r".") as caught:
-        start(root, **options)
-    check_sentence(caught.value, *names)
-
-
 def gpu_config(root: Path, monkeypatch: pytest.MonkeyPatch) -> VllmConfig:
     """A configuration as a GPU would make it; nothing here can make one."""
     monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)  # no configuration for the CPU
