@@ -31,29 +31,32 @@ def uneven(draw: st.DrawFn, layers: int) -> list[int]:
 def test_tables_equal_the_reference(make: Make, data: st.DataObject) -> None:
     """Steps of one builder: rows come, grow, are cut again, change places, pause and leave."""
     layers = data.draw(st.integers(1, 4), "layers")
-    size = data.draw(st.sampled_from([2, 4]), "block size")
+    size = data.draw(st.sampled_from([2, 8]), "block size")
     world = World(layers, size, data.draw(st.sampled_from(["layer", "block"]), "outermost"))
     builder = make(world.arena)
     live: list[Row] = []
-    for step in range(data.draw(st.integers(1, 5), "steps")):
-        if len(live) > 1 and data.draw(st.booleans(), "leaves"):
+    for step in range(data.draw(st.integers(1, 6), "steps")):
+        # In a quiet step tables may be reused: nothing but the batch differs.
+        quiet = bool(live) and data.draw(st.booleans(), "quiet")
+        if not quiet and len(live) > 1 and data.draw(st.booleans(), "leaves"):
             world.arena.drop(str(live.pop().name))
-        while len(live) < 3 and (not live or data.draw(st.booleans(), "comes")):
+        while not quiet and len(live) < 3 and (not live or data.draw(st.booleans(), "comes")):
             counts = data.draw(uneven(layers))
-            prompt = data.draw(st.integers(max(counts) * size, 40))
+            prompt = max(counts) * size + data.draw(st.integers(0, 30))
             name = f"r{step}.{len(live)}"
             live.append(world.admit(name, prompt, counts, data.draw(st.integers(0, 1))))
-        if data.draw(st.booleans(), "cut"):
+        if not quiet and data.draw(st.booleans(), "cut"):
             # To its own pages, or to those of other blocks.
             world.cut_again(data.draw(st.sampled_from(live)), data.draw(st.none() | uneven(layers)))
         for row in live:
             # A request resumed after a preemption replays several tokens in one step.
-            world.feed(row, data.draw(st.sampled_from([1, 1, 2, 7])))
-        rows = live[: data.draw(st.integers(1, len(live)), "running")]
+            world.feed(row, 1 if quiet else data.draw(st.sampled_from([1, 2, 7])))
+        running = data.draw(st.just(len(live)) | st.integers(1, len(live)), "running")
+        rows = live[:running]
         for length in data.draw(st.just([]) | st.lists(st.integers(1, 20), max_size=2), "plain"):
             # One token is a decode row, more are a prefill chunk, perhaps not the first.
             rows.append(world.plain(length, data.draw(st.integers(1, length))))
-        batch_rows = data.draw(st.just(rows) | st.permutations(rows))
+        batch_rows = data.draw(st.permutations(rows))
         padding = data.draw(st.integers(0, 3))
         world.check(batch_rows, padding, builder.build(world.batch(batch_rows, padding)))
         world.arena.check_integrity({str(row.name): row.blocks for row in live})
