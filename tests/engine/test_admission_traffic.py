@@ -11,7 +11,7 @@ from tests.support.scheduling import GEMMA, make_folder
 from tests.support.traffic import Traffic, choose_ask, choose_setup
 
 EVENTS = ("preemptions", "hits", "aborts", "finished", "prefills_full", "prefills_streaming")
-SETUPS, ASKS = 50, 60
+SETUPS, ASKS = 50, 40
 
 
 def test_random_traffic_is_served_and_nothing_is_promised_twice(deep: Path) -> None:
