@@ -63,6 +63,19 @@ def test_cake_leaves_prompts_up_to_capacity_plus_window_alone_then_cuts_them():
     assert sum(history_kept(pipeline.prefill(longer, more).kept)) == 3 * 32
 
 
+def test_cake_cascade_can_keep_less_than_one_shot_and_ours_does_not():
+    queries, keys = inputs(8, 90, seed=24)
+    cascade = ReleasedCake(8, 56).prefill(queries, keys)
+    oneshot = ReleasedCake(8, 56, cascading=False).prefill(queries, keys)
+    assert sum(history_kept(cascade.kept)) < sum(history_kept(oneshot.kept)) == 8 * 48
+    found = []
+    for every in (0, 1, 3):
+        method = Cake(window=8, every=every)
+        scores = scores_of(method, queries, keys, 48)
+        found.append(token_budgets(method, scores, base=48, num_layers=8).tolist())
+    assert found[0] == found[1] == found[2]
+
+
 def test_cake_budgets_depend_on_the_rest_of_the_batch():
     queries, keys = inputs(6, 200, batch=2, seed=4)
     queries[:3, 1] *= 3
