@@ -182,8 +182,6 @@ def test_settings_without_a_method_are_refused(
         (["--kv-compression-config", "[1]"], "must be a JSON object, got '[1]'"),
         (["--kv-compression-config", '"cake"'], "must be a JSON object, got"),
         (["--kv-compression-budget", "lots"], "a whole number of tokens per layer"),
-        (["--kv-compression-budget", "0"], "got 0"),
-        (["--kv-compression-budget", "1.5"], "got 1.5"),
         (["--kv-compression-budget=-3"], "got -3"),
     ],
 )

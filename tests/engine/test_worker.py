@@ -9,22 +9,27 @@ from vllm_kvcompress.engine.worker.cpu_worker import ArenaCPUWorker
 LAYERS, BLOCKS, HEADS, SIZE, WIDTH = 3, 5, 2, 4, 6
 
 
-def pool(block_outermost: bool) -> list[torch.Tensor]:
+def pool(block_outermost: bool, tokens_first: bool) -> list[torch.Tensor]:
     """Per layer [BLOCKS, HEADS, SIZE, WIDTH] in one allocation of distinct numbers."""
     outer = (BLOCKS, LAYERS) if block_outermost else (LAYERS, BLOCKS)
     whole = torch.arange(LAYERS * BLOCKS * HEADS * SIZE * WIDTH, dtype=torch.float32)
-    whole = whole.view(*outer, HEADS, SIZE, WIDTH)
+    if tokens_first:  # within a page, as CUDA backends have it
+        whole = whole.view(*outer, SIZE, HEADS, WIDTH).transpose(2, 3)
+    else:
+        whole = whole.view(*outer, HEADS, SIZE, WIDTH)
     return list(whole.unbind(1 if block_outermost else 0))
 
 
 @pytest.mark.parametrize("block_outermost", [False, True])
+@pytest.mark.parametrize("tokens_first", [False, True])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_every_page_is_where_the_geometry_says(
-    block_outermost: bool, order: tuple[int, ...]
+    block_outermost: bool, tokens_first: bool, order: tuple[int, ...]
 ) -> None:
-    base = pool(block_outermost)
+    base = pool(block_outermost, tokens_first)
     caches = [base[layer] for layer in order]
     flat, geometry = flat_view(caches)
+    assert flat.shape[1:] == (HEADS, SIZE, WIDTH)
     assert (geometry.num_layers, geometry.num_blocks, geometry.block_size) == (LAYERS, BLOCKS, SIZE)
     seen = set()
     for layer, cache in enumerate(caches):
@@ -47,18 +52,6 @@ def test_pages_with_heads_outside_are_refused() -> None:
     caches = [whole[:, layer].transpose(0, 1) for layer in range(LAYERS)]
     with pytest.raises(ValueError, match="KV-cache layout is not supported"):
         flat_view(caches)
-
-
-def test_pages_with_tokens_outside_heads_are_found_too() -> None:
-    """The order in which CUDA backends store a page."""
-    whole = torch.arange(LAYERS * BLOCKS * HEADS * SIZE * WIDTH, dtype=torch.float32)
-    stored = whole.view(LAYERS, BLOCKS, SIZE, HEADS, WIDTH)
-    caches = [stored[layer].transpose(1, 2) for layer in range(LAYERS)]
-    flat, geometry = flat_view(caches)
-    assert flat.shape[1:] == (HEADS, SIZE, WIDTH)
-    for layer in range(LAYERS):
-        (page,) = geometry.pages(layer, [2]).tolist()
-        assert torch.equal(flat[page], caches[layer][2])
 
 
 def test_another_model_runner_is_refused() -> None:

@@ -16,10 +16,6 @@ from torch import Tensor
 from kvcompress_kernels import scoring_torch
 from kvcompress_kernels.scoring import scoring_cost, window_statistics
 
-# The arithmetic is fp32 whatever the input; inputs are rounded before the oracle sees them, so the
-# tolerances are those of fp32 sums and do not widen for half precision.
-ATOL, RTOL = 1e-7, 2e-5
-
 
 def oracle(
     queries: Tensor,
@@ -53,20 +49,6 @@ def random_case(heads, kv_heads, count, tokens, dim, dtype, peak=1.0, seed=0):
     return queries.to(dtype), keys.to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dim", [64, 80, 96])
-@pytest.mark.parametrize(("group", "kv_heads"), [(1, 4), (3, 2), (7, 2)])
-def test_against_oracle(dtype, dim, group, kv_heads):
-    queries, keys = random_case(group * kv_heads, kv_heads, 32, 700, dim, dtype)
-    found = window_statistics(queries, keys, window=32, scale=dim**-0.5)
-    mean, var, entropy, shift, _ = oracle(queries, keys, 32, dim**-0.5)
-    assert found.mean.dtype == found.var.dtype == torch.float32
-    torch.testing.assert_close(found.mean.double(), mean, atol=ATOL, rtol=RTOL)
-    torch.testing.assert_close(found.var.double(), var, atol=ATOL, rtol=RTOL)
-    assert found.entropy == pytest.approx(entropy, rel=RTOL, abs=1e-5)
-    assert found.shift == pytest.approx(shift, rel=RTOL, abs=1e-9)
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     group=st.sampled_from([1, 3, 7]),
@@ -74,30 +56,36 @@ def test_against_oracle(dtype, dim, group, kv_heads):
     window=st.integers(1, 32),
     short=st.integers(0, 31),
     history=st.integers(1, 1200),
-    dim=st.sampled_from([8, 64, 80]),
+    dim=st.sampled_from([8, 64, 80, 96]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     peak=st.sampled_from([0.0, 1.0, 30.0]),
     soft_cap=st.sampled_from([0.0, 5.0]),
     with_sinks=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_odd_shapes(group, kv_heads, window, short, history, dim, peak, soft_cap, with_sinks, seed):
+def test_against_the_oracle(
+    group, kv_heads, window, short, history, dim, dtype, peak, soft_cap, with_sinks, seed
+):
     """Fewer queries than the window, one history token, soft cap, sinks, flat and peaked rows."""
     count = max(1, window - short)
     heads, tokens = group * kv_heads, history + window
-    queries, keys = random_case(heads, kv_heads, count, tokens, dim, torch.float32, peak, seed)
+    queries, keys = random_case(heads, kv_heads, count, tokens, dim, dtype, peak, seed)
     sinks = torch.linspace(-2, 4, heads) if with_sinks else None
     kwargs = {"soft_cap": soft_cap, "sinks": sinks}
     found = window_statistics(queries, keys, window=window, scale=dim**-0.5, **kwargs)
-    before = random_case(heads, kv_heads, count, tokens, dim, torch.float32, peak, seed)
+    before = random_case(heads, kv_heads, count, tokens, dim, dtype, peak, seed)
     assert torch.equal(queries, before[0])
     assert torch.equal(keys, before[1])
     assert found.mean.shape == found.var.shape == (heads, history)
+    assert found.mean.dtype == found.var.dtype == torch.float32
     mean, var, entropy, shift, _ = oracle(queries, keys, window, dim**-0.5, **kwargs)
-    # Logits up to a few hundred: their fp32 rounding alone is a relative 1e-4 of a probability.
-    torch.testing.assert_close(found.mean.double(), mean, atol=1e-6, rtol=5e-4)
-    torch.testing.assert_close(found.var.double(), var, atol=1e-6, rtol=1e-3)
-    assert found.entropy == pytest.approx(entropy, rel=5e-4, abs=1e-4)
-    assert found.shift == pytest.approx(shift, rel=1e-3, abs=1e-7)
+    # Inputs are rounded before the oracle sees them, so tolerances are those of fp32 sums whatever
+    # their type. Logits of a few hundred: their rounding alone is 1e-4 of a probability.
+    atol, rtol = (1e-7, 2e-5) if peak <= 1.0 else (1e-6, 1e-3)
+    torch.testing.assert_close(found.mean.double(), mean, atol=atol, rtol=rtol)
+    torch.testing.assert_close(found.var.double(), var, atol=atol, rtol=rtol)
+    assert found.entropy == pytest.approx(entropy, rel=rtol, abs=1e-4)
+    assert found.shift == pytest.approx(shift, rel=rtol, abs=1e-7)
 
 
 def test_result_does_not_depend_on_how_columns_are_blocked(monkeypatch):
