@@ -86,16 +86,11 @@ def test_off_means_off(folder: Path) -> None:
 def test_on_names_our_classes(folder: Path) -> None:
     register()
     extra = {"kv_compression": {"method": "cake", "budget": 256}}
-    config = EngineArgs(
-        model=str(folder),
-        skip_tokenizer_init=True,
-        load_format="dummy",
-        additional_config=extra,
-    ).create_engine_config()
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "load_format": "dummy"}
+    arguments = EngineArgs(model=str(folder), additional_config=extra, **options)
+    config = arguments.create_engine_config()
     # In this process compression is on for this configuration only.
-    plain = EngineArgs(
-        model=str(folder), skip_tokenizer_init=True, load_format="dummy"
-    ).create_engine_config()
+    plain = EngineArgs(model=str(folder), **options).create_engine_config()
     assert (
         config.parallel_config.worker_cls
         == "vllm_kvcompress.engine.worker.cpu_worker.ArenaCPUWorker"

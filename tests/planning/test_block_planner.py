@@ -108,14 +108,12 @@ def test_layers_whose_whole_cache_is_held_at_one_time(
 def test_a_workspace_is_used_where_it_saves_blocks() -> None:
     limits = EngineLimits(num_layers=4, one_step_tokens=200)
     planner = BlockPlanner(config("cake", 16, window=8), 4, limits)
-    assert (
-        planner.cascade_prefill_blocks(100) == 7
-    )  # 25 pages of one layer lie in 7 blocks of 4 layers
+    # 25 pages of one layer lie in 7 blocks of 4 layers.
+    assert planner.cascade_prefill_blocks(100) == 7
     assert planner.cascade_prefill_blocks(100, cached_blocks=10) == 10 + 4
     assert planner.cascade_prefill_blocks(100, cached_blocks=23) == 24
-    assert (
-        planner.cascade_prefill_blocks(100, cached_blocks=24) is None
-    )  # 24 + 1 are the prompt's own 25
+    # 24 + 1 are the prompt's own 25.
+    assert planner.cascade_prefill_blocks(100, cached_blocks=24) is None
     assert planner.cascade_prefill_blocks(16) is None  # never cut
     assert planner.cascade_prefill_blocks(200) == 13
     assert planner.cascade_prefill_blocks(201) is None  # does not run in one step
