@@ -37,7 +37,7 @@ few = st.sampled_from([0.0, 1.0, 2.0, 3.0, 0.1, 7.5, 1e-300, 1e300, 5e-324, 123.
 any_weight = st.one_of(few, st.floats(0, 1e300, allow_nan=False))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     layers=st.lists(
         st.tuples(any_weight, st.integers(0, 40), st.sampled_from([0, 0, 1, 3, 50])),
@@ -69,7 +69,7 @@ def test_apportion_is_websters_rule_for_ordinary_weights(seed):
     assert apportion(weights, caps, pool).tolist() == expected
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     weights=st.lists(any_weight, min_size=2, max_size=12),
     cap=st.integers(0, 3000),

@@ -49,7 +49,7 @@ def take(
 
 
 @both_ways
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_every_request_finds_the_queries_of_its_own_tokens(
     fixed: bool, data: st.DataObject

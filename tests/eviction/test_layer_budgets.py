@@ -72,7 +72,7 @@ def cake_layers(logs, history: int) -> list[LayerScores]:
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     logs=st.lists(st.tuples(log_p, log_p), min_size=1, max_size=10),
     history=st.integers(1, 600),
@@ -92,7 +92,7 @@ def test_cascade_equals_one_shot_for_cake_in_tokens(logs, history, base, every):
     assert (staged <= history).all()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(
     logs=st.lists(st.tuples(log_p, log_p), min_size=1, max_size=10),
     data=st.data(),
@@ -145,7 +145,7 @@ def test_a_layer_that_holds_little_leaves_its_share_to_the_others():
         page_budgets(method, layers, pages_per_layer=10, block_size=16, lengths=[34, 200, 200])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     told=st.lists(st.lists(any_weight, min_size=8, max_size=8), min_size=8, max_size=8),
     history=st.integers(1, 300),

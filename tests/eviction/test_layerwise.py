@@ -200,7 +200,7 @@ def check_against_one_cut(method: Method, world: World, layers: list[LayerScores
 
 
 @every_composition_too
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     count=st.integers(1, 9),

@@ -86,7 +86,7 @@ def test_values_are_cut_short() -> None:
 # --- where they go -------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     asked=st.lists(pairs, min_size=1, max_size=4),
     gaps=st.lists(st.integers(1, 25), min_size=1, max_size=6),
@@ -191,7 +191,7 @@ def check_cascade(case: Any, expected: Selection) -> None:
         assert torch.equal(mine.sort(dim=1).values, other.sort(dim=1).values)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases())
 def test_kept_tokens_are_always_chosen_by_one_cut_and_by_a_cascade(case: Any) -> None:
     method, prompt, pages, keep, count, scores = case

@@ -209,7 +209,7 @@ def test_index_tensors_that_are_views(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(data=st.data())
 def test_random_jobs(implementation, device, data):
     size = data.draw(st.sampled_from([16, 32, 48]), "block size")

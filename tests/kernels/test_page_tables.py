@@ -99,7 +99,7 @@ def test_flat_ids_and_slots_beyond_32_bits(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(data=st.data())
 def test_random_batches(implementation, device, data):
     layers = data.draw(st.integers(1, 4), "layers")

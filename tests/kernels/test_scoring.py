@@ -49,7 +49,7 @@ def random_case(heads, kv_heads, count, tokens, dim, dtype, peak=1.0, seed=0):
     return queries.to(dtype), keys.to(dtype)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     group=st.sampled_from([1, 3, 7]),
     kv_heads=st.integers(1, 3),

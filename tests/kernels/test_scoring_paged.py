@@ -219,7 +219,7 @@ def test_a_sink_may_swallow_everything(device):
         assert float(found.entropy[0]) == pytest.approx(0.0, abs=1e-9)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(
     group=st.sampled_from([1, 2, 5, 7]),
     rows=st.integers(1, 33),

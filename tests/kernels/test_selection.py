@@ -138,7 +138,7 @@ def check_selection(scores: Tensor, counts: list[int], lengths: list[int] | None
     assert torch.equal(scores.cpu().view(torch.int32), before)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data(), jobs=st.integers(1, 3), heads=st.integers(1, 2), tokens=st.integers(1, 24))
 def test_select_tokens(device, data, jobs, heads, tokens):
     values = st.lists(special, min_size=jobs * heads * tokens, max_size=jobs * heads * tokens)
@@ -273,7 +273,7 @@ def check_winners(scores: list[Tensor], k: int) -> None:
         assert selection_torch.winners_torch(scores, k).tolist() == expected
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data(), layers=st.integers(1, 4), heads=st.integers(1, 2))
 def test_winners_per_layer_on_the_device(device, data, layers, heads):
     scores = []

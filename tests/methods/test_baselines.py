@@ -282,7 +282,7 @@ def test_pyramidkv_budgets_are_the_releases_where_its_step_is_whole(
     assert found.tolist() == list(expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     layers=st.integers(1, 12),
     pages=st.integers(1, 12),

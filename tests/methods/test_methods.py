@@ -301,7 +301,7 @@ def test_selecting_for_all_layers_is_selecting_for_each():
         assert torch.equal(ids, top_tokens(score.tokens, count))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     way=st.sampled_from(
         [(name, False) for name in SCORING] + [("cake", True), ("dynamickv", True)]

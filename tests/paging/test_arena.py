@@ -193,7 +193,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArenaMachine = ArenaMachine.TestCase
-TestArenaMachine.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestArenaMachine.settings = settings(max_examples=30, stateful_step_count=25)
 
 
 def arena_with(requests: dict[str, list[int]]) -> PageArena:

@@ -26,7 +26,7 @@ def uneven(draw: st.DrawFn, layers: int) -> list[int]:
 
 
 @both_builders
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_tables_equal_the_reference(make: Make, data: st.DataObject) -> None:
     """Steps of one builder: rows come, grow, are cut again, change places, pause and leave."""

@@ -103,7 +103,7 @@ prefill_blocks = st.none() | st.integers(0, 9)
 lags = st.integers(0, 2)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(courses(), lags, prefill_blocks, st.lists(st.integers(1, 9), min_size=1, max_size=30))
 def test_blocks_are_those_of_a_request_kept_token_by_token(
     schedule: CompressionSchedule, lag: int, prefill_blocks: int | None, steps: list[int]
@@ -126,7 +126,7 @@ def test_blocks_are_those_of_a_request_kept_token_by_token(
         assert peak <= schedule.peak_blocks(now, lag, prefill_blocks)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(courses(), lags, prefill_blocks, st.integers(1, 150))
 def test_the_peak_is_reached_by_steps_from_cut_to_cut(
     schedule: CompressionSchedule, lag: int, prefill_blocks: int | None, tokens: int
@@ -141,7 +141,7 @@ def test_the_peak_is_reached_by_steps_from_cut_to_cut(
     assert max(held) == schedule.peak_blocks(tokens, lag, prefill_blocks)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(courses(), lags, prefill_blocks, st.integers(1, 80), st.integers(0, 80))
 def test_the_peak_from_now_on_leaves_out_what_is_past(
     schedule: CompressionSchedule, lag: int, prefill_blocks: int | None, tokens: int, more: int

@@ -38,7 +38,7 @@ def planners(draw: st.DrawFn) -> BlockPlanner:
         raise
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(planners(), st.integers(1, 120))
 def test_the_least_pool_serves_every_prompt(planner: BlockPlanner, longest: int) -> None:
     needed = [planner.peak_blocks(prompt, prompt + 1) for prompt in range(1, longest + 1)]
@@ -71,7 +71,7 @@ def test_the_least_pool_counts_prompts_that_take_two_steps_and_are_cut_but_once(
     assert planner.least_pool(59) == 7 + 3
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(planners(), st.integers(1, 100), st.integers(0, 60), st.integers(0, 60), st.booleans())
 def test_a_request_is_given_as_many_tokens_as_fit_its_pool(
     planner: BlockPlanner, prompt: int, more: int, pool: int, decode: bool
@@ -86,7 +86,7 @@ def test_a_request_is_given_as_many_tokens_as_fit_its_pool(
     assert most == max(fitting, default=prompt)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(planners(), st.integers(1, 120))
 def test_a_row_of_the_block_table_holds_all_that_is_ever_appended(
     planner: BlockPlanner, longest: int
@@ -104,7 +104,7 @@ def test_a_row_of_the_block_table_holds_all_that_is_ever_appended(
                 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(planners(), st.integers(1, 120), st.integers(1, 200))
 def test_maximum_concurrency_is_how_many_prompts_can_be_admitted_one_after_another(
     planner: BlockPlanner, length: int, pool: int
