@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from hypothesis import settings
 
 # Read by vLLM when it is imported, so they have to be here rather than in a fixture.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -17,6 +18,10 @@ os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 from tests.support.interpreted_kernels import import_interpreted
 
 import_interpreted()
+
+# A busy machine is no failure.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,18 +14,9 @@ from tests.support.scheduling import (
     AnyScheduler,
     Engine,
     configure,
-    make_folder,
     smallest_pool,
 )
-from tests.support.traffic import LAYERS
 from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaAsyncScheduler, ArenaScheduler
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with enough layers for a cascade to save anything."""
-    return make_folder(tmp_path_factory.mktemp("deep"), LAYERS)
-
 
 # --- cascade: a prompt in a workspace that its layers share ---------------------------------------
 
@@ -71,15 +62,26 @@ def test_a_prompt_that_never_fits_the_pool_as_a_whole_is_served(
 
 
 @BOTH
-def test_auto_runs_a_prompt_whole_while_there_is_room(deep: Path, cls: AnyScheduler) -> None:
-    whole = 13 + 2 + (cls is ArenaAsyncScheduler)
-    for spare, path in ((0, "full"), (-1, "cascade")):
-        engine = Engine(cls, configure(deep, prefill="auto"), 60)
-        engine.leave_free(whole + spare)
-        engine.add("a", 100, max_tokens=5)
-        engine.run()
-        assert engine.arena.counters.prefills[path] == 1
-        assert engine.answers["a"] == 5
+@pytest.mark.parametrize(
+    ("prefill", "spare", "path"),
+    [("auto", 0, "full"), ("auto", -1, "cascade"), ("full", 0, "full"), ("full", -1, None)],
+)
+def test_a_prompt_runs_whole_where_there_is_room(
+    deep: Path, cls: AnyScheduler, prefill: str, spare: int, path: str | None
+) -> None:
+    engine = Engine(cls, configure(deep, prefill=prefill), 60)
+    # The prompt, where its survivors go, and, if it is planned before those are counted free, a
+    # block for the first generated token.
+    engine.leave_free(13 + 2 + (cls is ArenaAsyncScheduler) + spare)
+    engine.add("a", 100, max_tokens=5)
+    engine.schedule()
+    if path is None:
+        assert engine.held("a") == 0
+        return
+    assert engine.held("a") == (13 if path == "full" else 2) + 2
+    engine.run()
+    assert engine.arena.counters.prefills[path] == 1
+    assert engine.answers["a"] == 5
 
 
 @BOTH
@@ -159,17 +161,30 @@ def test_a_workspace_is_never_hashed(deep: Path, cls: AnyScheduler) -> None:
 
 
 @BOTH
-def test_a_preempted_cascade_is_cut_and_replayed_as_before(deep: Path, cls: AnyScheduler) -> None:
-    engine = Engine(cls, configure(deep, prefill="cascade"), 60)
+@pytest.mark.parametrize(
+    ("prefill", "step", "chunks"),
+    [("cascade", 1000, [(0, 100)]), ("full", 64, [(0, 64), (64, 36)])],
+    ids=["cascade", "full"],
+)
+def test_a_preempted_prompt_is_cut_at_its_end_and_replayed_as_before(
+    deep: Path, cls: AnyScheduler, prefill: str, step: int, chunks: list[tuple[int, int]]
+) -> None:
+    config = configure(
+        deep, prefill=prefill, max_num_batched_tokens=step, enable_prefix_caching=False
+    )
+    engine = Engine(cls, config, 80)
     engine.add("a", 100, max_tokens=40)
     for _ in range(15):
         engine.step()
     known = engine.throw_out("a")
     assert known > 100 + SIZE
-    engine.step()
+    assert engine.held("a") == 0
+    assert not engine.arena.is_released("a")
+    for _ in chunks:
+        engine.step()
     engine.schedule()
-    assert engine.chunks["a"][:2] == [(0, 100), (100, known - 100)]
-    assert engine.arena.counters.prefills["cascade"] == 2
+    assert engine.chunks["a"][: len(chunks) + 1] == [*chunks, (100, known - 100)]
+    assert engine.arena.counters.prefills[prefill] == 2
     engine.process()
     engine.run()
     assert engine.answers["a"] == 40

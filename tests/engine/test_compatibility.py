@@ -34,7 +34,6 @@ from tests.support.refusals import (
     SHAPE,
     Layer,
     gpu_config,
-    models_folder,
     plain_config,
     refused_layer,
     start,
@@ -79,11 +78,6 @@ def test_a_refusal_is_one_sentence() -> None:
 
 
 # --- sentences -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models_folder(tmp_path_factory)
 
 
 def configs(root: Path, patch: pytest.MonkeyPatch) -> Cases:

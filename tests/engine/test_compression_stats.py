@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
-from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.loggers import LoggingStatLogger, StatLoggerManager
@@ -16,7 +15,7 @@ from vllm.v1.metrics.stats import PrefixCacheStats, SchedulerStats
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from tests.support.scheduling import Engine, configure, make_folder
+from tests.support.scheduling import Engine, configure
 from vllm_kvcompress.engine.compression_stats import (
     BlockGauges,
     CompressionCounters,
@@ -40,11 +39,6 @@ STATS = CompressionStats(
     ),
     REPORT,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("model"))
 
 
 def over_zmq(stats: SchedulerStats) -> SchedulerStats:
@@ -137,12 +131,6 @@ def test_a_scheduler_sends_each_figure_once(folder: Path) -> None:
     assert last.free == engine.total
 
 
-def offline_config(folder: Path) -> VllmConfig:
-    return EngineArgs(
-        model=str(folder), skip_tokenizer_init=True, load_format="dummy"
-    ).create_engine_config()
-
-
 @pytest.fixture
 def registry() -> Iterator[None]:
     yield
@@ -190,7 +178,8 @@ def test_a_server_of_several_engines_shows_each_ones_figures(folder: Path) -> No
 @pytest.mark.usefixtures("registry")
 def test_an_engine_without_compression_shows_none(folder: Path) -> None:
     configure(folder)  # compression is on for another engine of this process
-    loggers = StatLoggerManager(offline_config(folder))
+    arguments = EngineArgs(model=str(folder), skip_tokenizer_init=True, load_format="dummy")
+    loggers = StatLoggerManager(arguments.create_engine_config())
     loggers.record(SchedulerStats(num_running_reqs=4), None)
     assert value("vllm:num_requests_running", 0) == 4
     assert not [m for m in get_metrics_snapshot() if "kv_compression" in m.name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,24 +17,6 @@ from vllm_kvcompress.engine.llm import LLM
 from vllm_kvcompress.engine.plugin import merge_settings, register
 
 FLAGS = ("--kv-compression", "--kv-compression-budget", "--kv-compression-config")
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "vocab_size": 256,
-    "max_position_embeddings": 512,
-    "torch_dtype": "bfloat16",
-}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    (path / "config.json").write_text(json.dumps(LLAMA))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +86,11 @@ def test_off_means_off(folder: Path) -> None:
 def test_on_names_our_classes(folder: Path) -> None:
     register()
     extra = {"kv_compression": {"method": "cake", "budget": 256}}
-    config = EngineArgs(
-        model=str(folder),
-        skip_tokenizer_init=True,
-        load_format="dummy",
-        additional_config=extra,
-    ).create_engine_config()
+    options: dict[str, Any] = {"skip_tokenizer_init": True, "load_format": "dummy"}
+    arguments = EngineArgs(model=str(folder), additional_config=extra, **options)
+    config = arguments.create_engine_config()
     # In this process compression is on for this configuration only.
-    plain = EngineArgs(
-        model=str(folder), skip_tokenizer_init=True, load_format="dummy"
-    ).create_engine_config()
+    plain = EngineArgs(model=str(folder), **options).create_engine_config()
     assert (
         config.parallel_config.worker_cls
         == "vllm_kvcompress.engine.worker.cpu_worker.ArenaCPUWorker"
@@ -134,21 +110,6 @@ def extra_of(parser: FlexibleArgumentParser, *arguments: str) -> Any:
     # Any folder that exists: this is about arguments, and nothing may be looked up.
     args = parser.parse_args(["--model", ".", *arguments])
     return AsyncEngineArgs.from_cli_args(args).additional_config
-
-
-def test_the_flags_are_in_the_help(parser: FlexibleArgumentParser) -> None:
-    actions = {
-        flag: action
-        for action in parser._actions
-        for flag in action.option_strings
-        if flag in FLAGS
-    }
-    assert set(actions) == set(FLAGS)
-    assert "cake" in str(actions["--kv-compression"].help)
-    assert "window included" in str(actions["--kv-compression-budget"].help)
-    assert "JSON" in str(actions["--kv-compression-config"].help)
-    # Help texts are %-formatted by argparse.
-    assert "KVCompression" in argparse.ArgumentParser.format_help(parser)
 
 
 def test_without_flags_additional_config_is_untouched(parser: FlexibleArgumentParser) -> None:
@@ -200,16 +161,7 @@ def test_the_setting_given_twice_is_refused(
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ["--kv-compression-budget", "64"],
-        ["--kv-compression-config", '{"gamma": 3}'],
-        [
-            "--kv-compression-budget",
-            "64",
-            "--additional-config",
-            '{"kv_compression": {"method": "cake"}}',
-        ],
-    ],
+    [["--kv-compression-budget", "64"], ["--kv-compression-config", '{"gamma": 3}']],
 )
 def test_settings_without_a_method_are_refused(
     parser: FlexibleArgumentParser, arguments: list[str]
@@ -225,8 +177,6 @@ def test_settings_without_a_method_are_refused(
         (["--kv-compression-config", "[1]"], "must be a JSON object, got '[1]'"),
         (["--kv-compression-config", '"cake"'], "must be a JSON object, got"),
         (["--kv-compression-budget", "lots"], "a whole number of tokens per layer"),
-        (["--kv-compression-budget", "0"], "got 0"),
-        (["--kv-compression-budget", "1.5"], "got 1.5"),
         (["--kv-compression-budget=-3"], "got -3"),
     ],
 )
@@ -275,6 +225,7 @@ def test_keyword_arguments_merge_like_flags() -> None:
     [
         ((None, None, 64, None), "need --kv-compression METHOD"),
         ((None, None, None, {"gamma": 3}), "need --kv-compression METHOD"),
+        (({"kv_compression": {"method": "cake"}}, None, 64, None), "need --kv-compression METHOD"),
         (({"kv_compression": {"method": "cake"}}, "cake", None, None), "set twice"),
         ((None, "snap", None, None), 'unknown method "snap"'),
         ((None, "cake", None, {"gama": 3}), 'unknown parameter "gama"'),
@@ -328,4 +279,6 @@ def test_vllm_serve_documents_the_flags() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     for flag in FLAGS:
         assert f"  {flag} " in done.stdout
-    assert "cake, dynamickv, snapkv" in " ".join(done.stdout.split())
+    text = " ".join(done.stdout.split())
+    for words in ("cake, dynamickv, snapkv", "window included", "JSON object"):
+        assert words in text

@@ -14,16 +14,9 @@ from tests.support.scheduling import (
     AnyScheduler,
     Engine,
     configure,
-    make_folder,
     smallest_pool,
 )
 from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaAsyncScheduler, ArenaScheduler
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_folder(tmp_path_factory.mktemp("llama"))
-
 
 # --- blocks of one request -----------------------------------------------------------------------
 
@@ -160,28 +153,6 @@ def test_another_question_hits_the_document_while_its_first_reader_still_runs(
 
 
 @BOTH
-def test_a_resumed_request_is_compressed_at_its_prompts_end_and_then_replays(
-    folder: Path, cls: AnyScheduler
-) -> None:
-    config = configure(folder, max_num_batched_tokens=64, enable_prefix_caching=False)
-    engine = Engine(cls, config, 80)
-    engine.add("a", 100, max_tokens=40)
-    for _ in range(15):
-        engine.step()
-    known = engine.throw_out("a")
-    assert known > 100 + SIZE
-    assert engine.held("a") == 0
-    assert "a" not in engine.arena.reservations
-    engine.step()
-    engine.step()
-    engine.schedule()
-    assert engine.chunks["a"][:3] == [(0, 64), (64, 36), (100, known - 100)]
-    engine.process()
-    engine.run()
-    assert engine.answers["a"] == 40
-
-
-@BOTH
 def test_start_up_reserves_the_peak_of_the_longest_prompt(folder: Path, cls: AnyScheduler) -> None:
     config = configure(folder, max_len=200)
     engine = Engine(cls, config, 80)
@@ -189,20 +160,6 @@ def test_start_up_reserves_the_peak_of_the_longest_prompt(folder: Path, cls: Any
     need = engine.planner.peak_blocks(199, 200)
     assert need == 25 + 2 + growth
     assert smallest_pool(config, cls) == need + 1  # vLLM keeps block 0 for itself
-
-
-@BOTH
-def test_admission_is_exact(folder: Path, cls: AnyScheduler) -> None:
-    config = configure(folder, max_len=200)
-    for spare, admitted in ((0, True), (-1, False)):
-        engine = Engine(cls, config, 60)
-        # The prompt, where its survivors go, and, if it is planned before those are counted free,
-        # a block for the first generated token.
-        need = 13 + 2 + (cls is ArenaAsyncScheduler)
-        engine.leave_free(need + spare)
-        engine.add("a", 100, max_tokens=4)
-        assert ("a" in engine.schedule().num_scheduled_tokens) is admitted
-        assert engine.held("a") == (13 + 2 if admitted else 0)
 
 
 LAST = 196
@@ -241,19 +198,6 @@ def test_replay_in_flight_behind_the_compressing_step_has_its_blocks(folder: Pat
     engine.preemptions = 0
     engine.run(limit=60)
     assert engine.preemptions == 1, "the test's own, reported with the next step"
-
-
-@BOTH
-def test_a_full_pool_makes_vllm_preempt_and_everybody_is_served(
-    folder: Path, cls: AnyScheduler
-) -> None:
-    config = configure(folder, max_len=200, enable_prefix_caching=False)
-    engine = Engine(cls, config, smallest_pool(config, cls) + 6)
-    for index in range(8):
-        engine.add(f"r{index}", 60 + index, max_tokens=90)
-    engine.run()
-    assert engine.preemptions > 0
-    assert set(engine.answers.values()) == {90}
 
 
 def test_the_manager_needs_our_scheduler(folder: Path) -> None:

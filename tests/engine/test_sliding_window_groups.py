@@ -102,7 +102,9 @@ def config_of(kinds: str | None, window: int | None = 128) -> Any:
             hf_text_config=text,
             get_total_num_hidden_layers=lambda: len(kinds) if kinds else 4,
             get_sliding_window=lambda: window,
+            max_model_len=2048,
         ),
+        max_in_flight_tokens=512,
     )
 
 
@@ -141,18 +143,11 @@ def test_without_its_window_a_hybrid_is_none() -> None:
 
 def test_one_request_leaves_room_for_its_windows() -> None:
     config = config_of("sssssf" * 3)
-    config.model_config.max_model_len, config.max_in_flight_tokens = 2048, 512
     # 127 tokens of the window and 512 of a step, wherever the first one lies in its block.
     assert pool_for_arena(config, 300, 32) == 300 - 5 * (20 + 1)
     config.model_config.max_model_len = 320
     assert pool_for_arena(config, 300, 32) == 300 - 5 * 10
-    assert pool_for_arena(config_of_plain(), 300, 32) == 300
-
-
-def config_of_plain() -> Any:
-    config = config_of(None)
-    config.model_config.max_model_len, config.max_in_flight_tokens = 2048, 512
-    return config
+    assert pool_for_arena(config_of(None), 300, 32) == 300
 
 
 def test_other_groups_than_the_config_says_are_refused() -> None:

@@ -15,11 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.eviction.test_composed_cuts import COMPOSITIONS
 from tests.support.budgets import page_budgets
 from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
 from vllm_kvcompress.eviction.selection import by_worth, with_window
-from vllm_kvcompress.methods import Cake, DynamicKV, LayerScores, Method, Random, Uniform
+from vllm_kvcompress.methods import (
+    Cake,
+    DynamicKV,
+    LayerScores,
+    Method,
+    MethodSpec,
+    Random,
+    Tova,
+    Uniform,
+    get_method,
+)
+from vllm_kvcompress.methods.uniform import UniformScorer
 from vllm_kvcompress.paging.arena import PageGeometry
 from vllm_kvcompress.planning.block_planner import layers_between_cuts
 from vllm_kvcompress.planning.compression_schedule import Cut
@@ -38,6 +48,21 @@ METHODS: dict[str, Method] = {
     "dynamickv-faithful": DynamicKV(window=5, faithful=True),
     "uniform": Uniform(window=5),
     "random": Random(window=5),
+}
+COMPOSITIONS: dict[str, Method] = {
+    "keydiff+cake": get_method("cake", {"window": 5, "scorer": "keydiff"}),
+    "keydiff+cake-4": get_method("cake", {"window": 5, "scorer": "keydiff", "every": 4}),
+    "tova+cake": get_method("tova", {"window": 5, "allocator": "cake"}),
+    "snapkv+dynamickv": get_method(
+        "snapkv", {"window": 5, "allocator": {"method": "dynamickv", "every": 2, "r_max": 1.5}}
+    ),
+    "random+dynamickv-floor": get_method(
+        "dynamickv", {"window": 8, "scorer": "random", "min_tokens": 9}
+    ),
+    "cake+pyramidkv": get_method("cake", {"window": 5, "allocator": "pyramidkv"}),
+    "streamingllm+uniform": get_method("streamingllm", {"window": 5, "allocator": "uniform"}),
+    "pyramidkv": get_method("pyramidkv", {"window": 5, "beta": 3}),
+    "tova": Tova(),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 ALL = METHODS | COMPOSITIONS
@@ -177,7 +202,7 @@ def check_against_one_cut(method: Method, world: World, layers: list[LayerScores
 
 
 @every_composition_too
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     count=st.integers(1, 9),
@@ -321,3 +346,26 @@ def test_with_a_smaller_budget_a_layer_keeps_the_best_of_what_it_kept(method: Me
     for fewer, more in itertools.pairwise(kept):
         for head in range(HEADS):
             assert set(fewer[head].tolist()) <= set(more[head].tolist())
+
+
+class LatestScorer(UniformScorer):
+    """Chooses tokens in a way of its own, so a smaller budget need not be part of a larger."""
+
+    stores_by_worth = True
+
+    def select(self, tokens: Tensor, count: int) -> Tensor:
+        history = tokens.shape[-1]
+        return torch.arange(history - count, history).expand(len(tokens), -1)
+
+
+def test_how_tokens_are_chosen_is_the_scorers_business() -> None:
+    cake = Cake(window=8)
+    method = Method("latest+cake", LatestScorer(window=8), cake.allocator)
+    assert not method.scorer.budgets_are_nested
+    assert method.scorer.stores_by_worth
+    layers = [torch.rand(2, 20)] * 2
+    chosen = [found.tolist() for found in method.scorer.select_layers(layers, [3, 5])]
+    assert chosen == [[list(range(20 - count, 20))] * 2 for count in (3, 5)]
+    assert layers_between_cuts(method, 10) == 10
+    latest = MethodSpec(name="latest", scorer=LatestScorer)(window=8)
+    assert Method("cake+latest", cake.scorer, latest.allocator).scorer.budgets_are_nested

@@ -15,7 +15,7 @@ from tests.eviction.test_layerwise import METHODS, geometry_of, score
 from tests.support.budgets import page_budgets
 from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, PinnedTokens, rank_first
-from vllm_kvcompress.eviction.selection import select_survivors
+from vllm_kvcompress.eviction.selection import Selection, select_survivors
 from vllm_kvcompress.methods import DynamicKV, LayerScores, Method
 from vllm_kvcompress.planning.block_planner import layers_between_cuts
 from vllm_kvcompress.planning.compression_schedule import Cut
@@ -86,7 +86,7 @@ def test_values_are_cut_short() -> None:
 # --- where they go -------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     asked=st.lists(pairs, min_size=1, max_size=4),
     gaps=st.lists(st.integers(1, 25), min_size=1, max_size=6),
@@ -167,32 +167,12 @@ def cases(draw: st.DrawFn) -> tuple[Method, int, int, list[int], int, list[Layer
     return method, prompt, pages, sorted(chosen | window), len(chosen), scores
 
 
-@settings(max_examples=300, deadline=None)
-@given(cases())
-def test_kept_tokens_are_always_chosen(case: Any) -> None:
-    method, prompt, pages, keep, count, scores = case
-    found = select_survivors(
-        method, scores, capacity=pages * SIZE, block_size=SIZE, lengths=[prompt] * LAYERS,
-        lap=lambda _: None, pinned=pinned(keep, len(scores[0].tokens), LAYERS, count),
-    )  # fmt: skip
-    counts, kept = found.pages, found.tokens
-    assert counts.sum() == pages * LAYERS
-    assert (counts * SIZE >= method.window + count).all()
-    for layer, ids in enumerate(kept):
-        assert ids.shape[1] == counts[layer] * SIZE
-        assert all(set(keep) <= set(head.tolist()) for head in ids)
-        assert all(len(set(head.tolist())) == len(head) for head in ids)
-
-
-@settings(max_examples=300, deadline=None)
-@given(cases())
-def test_a_cascade_ends_where_one_cut_does_with_kept_tokens_too(case: Any) -> None:
+def check_cascade(case: Any, expected: Selection) -> None:
+    """It ends where one cut does."""
     method, prompt, pages, keep, count, scores = case
     geometry = geometry_of(LAYERS, SIZE, "block")
     blocks = -(-prompt // SIZE)
     at_once = layers_between_cuts(method, LAYERS)
-    if not method.scorer.budgets_are_nested:
-        return
     workspace = -(-at_once * blocks // LAYERS)
     cascade = LayerwiseEviction(
         method,
@@ -206,14 +186,28 @@ def test_a_cascade_ends_where_one_cut_does_with_kept_tokens_too(case: Any) -> No
     )
     for layer in scores:
         cascade.take(layer)
+    assert [len(table) for table in cascade.tables] == expected.pages.tolist()
+    for mine, other in zip(cascade.stored(), expected.tokens, strict=True):
+        assert torch.equal(mine.sort(dim=1).values, other.sort(dim=1).values)
+
+
+@settings(max_examples=300)
+@given(cases())
+def test_kept_tokens_are_always_chosen_by_one_cut_and_by_a_cascade(case: Any) -> None:
+    method, prompt, pages, keep, count, scores = case
     found = select_survivors(
         method, scores, capacity=pages * SIZE, block_size=SIZE, lengths=[prompt] * LAYERS,
         lap=lambda _: None, pinned=pinned(keep, len(scores[0].tokens), LAYERS, count),
     )  # fmt: skip
     counts, kept = found.pages, found.tokens
-    assert [len(table) for table in cascade.tables] == counts.tolist()
-    for mine, other in zip(cascade.stored(), kept, strict=True):
-        assert torch.equal(mine.sort(dim=1).values, other.sort(dim=1).values)
+    assert counts.sum() == pages * LAYERS
+    assert (counts * SIZE >= method.window + count).all()
+    for layer, ids in enumerate(kept):
+        assert ids.shape[1] == counts[layer] * SIZE
+        assert all(set(keep) <= set(head.tolist()) for head in ids)
+        assert all(len(set(head.tolist())) == len(head) for head in ids)
+    if method.budgets_are_nested:
+        check_cascade(case, found)
 
 
 def test_a_layer_that_deserves_nothing_has_room_for_what_must_stay() -> None:

@@ -68,13 +68,10 @@ class World:
     def page(self, layer: int, block: int) -> int:
         return self.origin[layer] + block * self.step
 
-    def foreign_page(self, block: int) -> int:
-        """Any layer's page of a block: the arena lets pages of any layer serve any layer."""
-        return self.page(int(self.rng.integers(self.layers)), block)
-
     def arena(self, device: torch.device) -> ArenaTables:
         """Unused slots and entries hold numbers that no result may show."""
-        width = max((len(p) for r in self.compressed for p in r.prompt_pages), default=0) + 2
+        held = [len(pages) for row in self.compressed for pages in row.prompt_pages]
+        width = max(held) + 2 if held else 0
         pages = np.full((self.layers, self.slots, width), 10**8, dtype=np.int32)
         used = np.full((self.layers, self.slots), 10**6, dtype=np.int32)
         shift = np.full((self.layers, self.slots), -(10**6), dtype=np.int32)
@@ -149,7 +146,7 @@ def check(
     implementation: Implementation,
     padding: int = 0,
     width: int = 40,
-) -> StepTables:
+) -> None:
     tokens = sum(row.tokens for row in rows)
     out = StepTables.allocate(world.layers, len(rows) + 2, width, tokens + padding + 3, device)
     buffers = (out.block_tables, out.seq_lens, out.slot_mapping)
@@ -166,4 +163,3 @@ def check(
     for name, tensor in before.items():
         assert torch.equal(inputs[name], tensor), name
     assert torch.equal(arena.pages, pages_before)
-    return out

@@ -143,8 +143,9 @@ def check(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_and_layout(implementation, layout, dtype, device):
-    pool = make_pool((40, 3, 16, 2 * 24), dtype, layout, 0, device)
-    jobs = make_jobs(40, 3, 16, [70, 100, 33], [20, 49, 33], seed=1)
+    """Beside others a job that keeps everything and one without survivors."""
+    pool = make_pool((50, 3, 16, 2 * 24), dtype, layout, 0, device)
+    jobs = make_jobs(50, 3, 16, [70, 100, 33, 40], [20, 49, 33, 0], seed=1)
     check(pool, jobs, implementation)
 
 
@@ -177,12 +178,6 @@ def test_index_types(implementation, index, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_jobs_without_survivors_and_jobs_that_keep_everything(implementation, device):
-    pool = make_pool((30, 2, 16, 32), torch.float32, "NHD", 8, device)
-    check(pool, make_jobs(30, 2, 16, [40, 64, 17], [0, 64, 1], seed=9), implementation)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("jobs", "most"), [(0, 3), (2, 0)])
 def test_nothing_to_move(implementation, jobs, most, device):
     pool = make_pool((4, 2, 16, 32), torch.float32, "NHD", 10, device)
@@ -210,7 +205,7 @@ def test_index_tensors_that_are_views(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(data=st.data())
 def test_random_jobs(implementation, device, data):
     size = data.draw(st.sampled_from([16, 32, 48]), "block size")
@@ -278,7 +273,6 @@ def test_words_are_as_wide_as_the_layout_allows(dtype, shape, layout, expected, 
 
 def test_an_unaligned_start_narrows_the_words(device):
     pool = make_pool((3, 2, 16, 8), torch.float16, "HND", 16, device)
-    assert as_words(pool.cache).dtype == torch.int64
     assert as_words(pool.cache[:, :, :, 1:5]).dtype == torch.int16
 
 
@@ -346,11 +340,6 @@ def test_page_lists_that_do_not_fit_are_refused(device):
         copy_pages(cache, one, two)
     with pytest.raises(ValueError, match="target must be int32 or int64"):
         copy_pages(cache, one, one.float())
-
-
-def test_an_unknown_implementation_is_refused(device):
-    with pytest.raises(ValueError, match="implementation must be"):
-        move_tokens(**arguments(device), implementation="cuda")  # type: ignore[arg-type]
 
 
 def test_cost_of_llama_at_1024_tokens_a_layer():

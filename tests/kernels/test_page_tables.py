@@ -23,28 +23,13 @@ IMPLEMENTATIONS: list[Implementation] = ["torch", "triton"]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("outermost", ["layer", "block"])
-@pytest.mark.parametrize("size", [16, 48])
-def test_a_mixed_batch(implementation, outermost, size, device):
-    """Decode, prefill chunk, replay of several tokens, growth, a padded row: all in one step."""
-    world = World(3, size, outermost, seed=1)
+def test_compressed_rows_at_page_borders(implementation, device):
+    world = World(4, 16, "block", seed=2, slots=7)
     rows = [
-        world.admit([2, 5, 1], slack=0, generated=2 * size + 3, tokens=1, growth=0),
-        world.plain(length=3 * size + 1, tokens=size + 7),
-        world.admit([1, 1, 4], slack=size - 1, generated=size, tokens=size, growth=3),
-        world.plain(length=1, tokens=1),
-        world.admit([3, 2, 3], slack=3, generated=3, tokens=3, growth=5),
-        Row(length=0, tokens=0, blocks=[]),
+        world.admit([1, 2, 3, 2], slack=0, generated=generated, tokens=1, growth=2)
+        for generated in (1, 15, 16, 17, 31, 32, 33)
     ]
-    check(world, rows, device, implementation, padding=4)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("generated", [1, 15, 16, 17, 31, 32, 33])
-def test_one_compressed_row_at_page_borders(implementation, generated, device):
-    world = World(4, 16, "block", seed=2)
-    row = world.admit([1, 2, 3, 2], slack=0, generated=generated, tokens=1, growth=2)
-    check(world, [row], device, implementation)
+    check(world, rows, device, implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -69,24 +54,8 @@ def test_long_compressed_rows_that_several_programs_share(implementation, device
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_arena_that_never_held_a_request(implementation, device):
     world = World(3, 16, "layer", seed=5, slots=0)
+    assert world.arena(device).pages.numel() == 0
     check(world, [world.plain(40, 1), world.plain(17, 17)], device, implementation, padding=2)
-    empty = ArenaTables(
-        torch.zeros(3, 0, 0, dtype=torch.int32, device=device),
-        torch.zeros(3, 0, dtype=torch.int32, device=device),
-        torch.zeros(3, 0, dtype=torch.int32, device=device),
-        torch.zeros(0, dtype=torch.int32, device=device),
-        torch.tensor(world.origin, dtype=torch.int64, device=device),
-        world.step,
-        16,
-    )
-    out = StepTables.allocate(3, 1, 4, 2, device)
-    row = world.plain(33, 1)
-    inputs = runner_inputs([row], device)
-    fill_page_tables(empty, out, **inputs, num_tokens=2, implementation=implementation)
-    for layer in range(3):
-        pages = [world.page(layer, block) for block in row.blocks]
-        assert out.block_tables[layer, 0].tolist() == [*pages, 0]
-        assert out.slot_mapping[layer].tolist() == [pages[2] * 16, -1]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -97,9 +66,7 @@ def test_tokens_of_padding_rows_have_no_slot(implementation, device):
     # The last one names a slot, as a buffer that is not cleared between steps may.
     padding = [Row(0, 1, []), Row(0, 1, [], slot=compressed.slot)]
     rows = [world.plain(20, 1), compressed, *padding]
-    out = check(world, rows, device, implementation)
-    assert out.slot_mapping[:, 2:4].tolist() == [[-1, -1], [-1, -1]]
-    assert out.seq_lens[:, 2:4].tolist() == [[0, 0], [0, 0]]
+    check(world, rows, device, implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -132,7 +99,7 @@ def test_flat_ids_and_slots_beyond_32_bits(implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(data=st.data())
 def test_random_batches(implementation, device, data):
     layers = data.draw(st.integers(1, 4), "layers")
@@ -158,7 +125,7 @@ def test_random_batches(implementation, device, data):
 
 
 @pytest.mark.parametrize("outermost", ["layer", "block"])
-def test_triton_equals_torch_on_strided_views(outermost, device):
+def test_strided_views(outermost, device):
     """Buffers and inputs that are parts of larger ones, as a runner's are."""
     world = World(3, 16, outermost, seed=8)
     rows = [
@@ -173,38 +140,21 @@ def test_triton_equals_torch_on_strided_views(outermost, device):
         padded = torch.full((11,), 10**6, dtype=torch.int32, device=device)
         padded[1 : 1 + inputs[name].numel()] = inputs[name]
         inputs[name] = padded[1 : 1 + inputs[name].numel()]
-    found = []
     for implementation in IMPLEMENTATIONS:
         whole = StepTables.allocate(5, 6, 21, 30, device)
         buffers = (whole.block_tables, whole.seq_lens, whole.slot_mapping)
         for buffer in buffers:
             buffer.fill_(SENTINEL)
         tables, lengths, mapping = buffers
-        view = StepTables(tables[1:4, 1:5, :19], lengths[1:4, 1:5], mapping[1:4, 5:15])
+        parts = (tables[1:4, 1:5, :19], lengths[1:4, 1:5], mapping[1:4, 5:15])
+        view = StepTables(*parts)
         fill_page_tables(
             world.arena(device), view, **inputs, num_tokens=9, implementation=implementation
         )
-        found.append([b.cpu().numpy() for b in buffers])
-        for got, expected in zip(
-            (view.block_tables, view.seq_lens, view.slot_mapping),
-            oracle(world, rows, view, 9),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(got.cpu().numpy(), expected)
-    for torch_buffer, triton_buffer in zip(*found, strict=True):
-        np.testing.assert_array_equal(torch_buffer, triton_buffer)
-
-
-def test_buffers_are_filled_in_place(device):
-    """A captured graph holds their addresses."""
-    world = World(2, 16, "layer", seed=10)
-    out = StepTables.allocate(2, 3, 8, 6, device)
-    addresses = [t.data_ptr() for t in (out.block_tables, out.seq_lens, out.slot_mapping)]
-    for rows in ([world.plain(20, 2)], [world.plain(5, 1), world.plain(33, 4)]):
-        inputs = runner_inputs(rows, device)
-        fill_page_tables(world.arena(device), out, **inputs, num_tokens=6)
-        assert out.seq_lens[0, : len(rows)].tolist() == [row.length for row in rows]
-    assert addresses == [t.data_ptr() for t in (out.block_tables, out.seq_lens, out.slot_mapping)]
+        for part, expected in zip(parts, oracle(world, rows, view, 9), strict=True):
+            np.testing.assert_array_equal(part.cpu().numpy(), expected)
+            part.fill_(SENTINEL)
+        assert all(bool((buffer == SENTINEL).all()) for buffer in buffers)
 
 
 def test_a_captured_graph_follows_its_inputs(device):

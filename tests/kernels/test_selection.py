@@ -30,11 +30,7 @@ IMPLEMENTATIONS: list[Implementation] = ["torch", "triton"]
 
 # Few distinct values, so that ties are the rule; both zeros, because -0.0 == 0.0 must be a tie.
 tied = st.sampled_from([0.0, -0.0, 0.5, 1.0, 1.0, 2.0, -1.5, 1e-40, 3e38])
-
-
-def rows_of(heads: int, tokens: int) -> st.SearchStrategy[torch.Tensor]:
-    line = st.lists(tied, min_size=tokens, max_size=tokens)
-    return st.lists(line, min_size=heads, max_size=heads).map(torch.tensor)
+special = tied | st.sampled_from([math.nan, -math.nan, math.inf, -math.inf, -1e-40])
 
 
 @given(
@@ -77,79 +73,15 @@ def test_neighbouring_query_heads_share_a_kv_head():
         grouped(scores, 4)
 
 
-@settings(deadline=None)
-@given(data=st.data(), heads=st.integers(1, 3), tokens=st.integers(1, 40))
-def test_top_tokens(data, heads, tokens):
-    scores = data.draw(rows_of(heads, tokens))
-    count = data.draw(st.integers(0, tokens))
-    found = top_tokens(scores, count)
-    assert found.dtype == torch.int64
-    assert found.shape == (heads, count)
-    for head in range(heads):
-        ranked = sorted((-value, i) for i, value in enumerate(scores[head].tolist()))
-        assert found[head].tolist() == sorted(i for _, i in ranked[:count])
-
-
-def test_smaller_selection_is_part_of_a_larger_one():
-    """What lets a cascade cut again and again and end where one cut would have."""
-    scores = torch.randint(0, 4, (3, 200), generator=torch.Generator().manual_seed(1)).float()
-    larger = top_tokens(scores, 90)
-    smaller = top_tokens(scores, 40)
-    again = larger.gather(-1, top_tokens(scores.gather(-1, larger), 40))
-    assert torch.equal(again, smaller)
-
-
 @pytest.mark.parametrize("count", [-1, 9])
-def test_top_tokens_refuses(count):
+def test_counts_out_of_range_are_refused(count):
     with pytest.raises(ValueError, match="cannot select"):
         top_tokens(torch.zeros(2, 8), count)
-
-
-def ranked_winners(scores: list[torch.Tensor], k: int) -> list[int]:
-    entries = [
-        (-value, layer, at)
-        for layer, tensor in enumerate(scores)
-        for at, value in enumerate(tensor.flatten().tolist())
-    ]
-    winners = [layer for _, layer, _ in sorted(entries)[:k]]
-    return [winners.count(layer) for layer in range(len(scores))]
-
-
-@settings(deadline=None)
-@given(data=st.data(), layers=st.integers(1, 4), heads=st.integers(1, 2))
-def test_winners_per_layer_with_ties(data, layers, heads):
-    scores = [data.draw(rows_of(heads, data.draw(st.integers(1, 12)))) for _ in range(layers)]
-    size = sum(layer.numel() for layer in scores)
-    k = data.draw(st.integers(0, size + 3))
-    assert winners_per_layer(scores, k).tolist() == ranked_winners(scores, k)
-
-
-@pytest.mark.parametrize("spread", [1.0, 1e-30, 1e30])
-def test_winners_per_layer_is_a_global_top_k(spread):
-    generator = torch.Generator().manual_seed(3)
-    scores = [torch.randn(2, 300, generator=generator) * spread * (i + 1) for i in range(5)]
-    for k in (1, 100, 1500, 2999):
-        flat = torch.stack(scores).flatten()
-        layer = flat.topk(k).indices // 600
-        assert winners_per_layer(scores, k).tolist() == torch.bincount(layer, minlength=5).tolist()
-
-
-def test_winners_per_layer_takes_everything_if_k_is_large():
-    found = winners_per_layer([torch.zeros(2, 3), torch.ones(2, 5)], 17)
-    assert found.dtype == np.dtype(np.int64)
-    assert found.tolist() == [6, 10]
     with pytest.raises(ValueError, match="negative"):
         winners_per_layer([torch.zeros(2, 3)], -1)
 
 
-def test_infinite_scores_are_ranked():
-    scores = [torch.tensor([[-math.inf, 0.0, math.inf]]), torch.tensor([[1.0, -math.inf, 2.0]])]
-    assert winners_per_layer(scores, 3).tolist() == [1, 2]
-    assert top_tokens(scores[0], 2).tolist() == [[1, 2]]
-
-
 # From here on: what runs on the device, each against its twin and an oracle.
-
 
 GUARD = 32  # elements before and after every buffer
 
@@ -205,10 +137,9 @@ def check_selection(scores: Tensor, counts: list[int]) -> None:
     assert torch.equal(scores.cpu().view(torch.int32), before)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=30)
 @given(data=st.data(), jobs=st.integers(1, 3), heads=st.integers(1, 2), tokens=st.integers(1, 24))
 def test_select_tokens(device, data, jobs, heads, tokens):
-    special = st.one_of(tied, st.sampled_from([math.nan, -math.nan, math.inf, -math.inf, -1e-40]))
     values = st.lists(special, min_size=jobs * heads * tokens, max_size=jobs * heads * tokens)
     scores = torch.tensor(data.draw(values), device=device).view(jobs, heads, tokens)
     check_selection(scores, [data.draw(st.integers(0, tokens)) for _ in range(jobs)])
@@ -323,10 +254,9 @@ def check_winners(scores: list[Tensor], k: int) -> None:
         assert selection_torch.winners_torch(scores, k).tolist() == expected
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=30)
 @given(data=st.data(), layers=st.integers(1, 4), heads=st.integers(1, 2))
 def test_winners_per_layer_on_the_device(device, data, layers, heads):
-    special = st.one_of(tied, st.sampled_from([math.nan, -math.nan, math.inf, -math.inf, -1e-40]))
     scores = []
     for _ in range(layers):
         tokens = data.draw(st.integers(1, 12))
@@ -348,6 +278,8 @@ def test_winners_per_layer_takes_layers_wherever_they_lie(device):
     """Views of one tensor, transposed ones, half types, other lengths and numbers of heads."""
     generator = torch.Generator().manual_seed(8)
     storage = torch.randn(4, 6, 150, generator=generator).to(device)
+    storage[1] *= 1e-30
+    storage[3] *= 1e30
     before = storage.clone()
     scores = [
         storage[0, :, 3:90],

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvcompress_kernels.selection import grouped, pool_tokens, token_scores, token_scores_cost
 from tests.kernels.test_selection import IMPLEMENTATIONS, run
 
-TOLERANCE = {torch.float32: (0.0, 5e-6)}  # dtype: (atol, rtol); sums of some forty numbers >= 0
+OPTIONS: dict[str, Any] = {"gamma": 2.0, "kernel": 5, "mode": "avg", "num_kv_heads": 2}
 
 
 def expected_scores(mean, var, gamma, kernel, mode, num_kv_heads, reduce) -> Tensor:
@@ -34,29 +34,29 @@ def statistics(jobs: int, heads: int, tokens: int, device, seed: int = 9) -> tup
     return mean.to(device), torch.rand(jobs, heads, tokens, generator=generator).pow(9).to(device)
 
 
-def check_scores(mean, var, **options) -> None:
+def check_scores(mean, var, **changed) -> None:
     """Both implementations agree with the oracle and the inputs stay as they are."""
+    options = {**OPTIONS, "reduce": "mean", **changed}
     before = [each.clone() for each in (mean, var) if each is not None]
     expected = expected_scores(mean, var, **options).float()
-    atol, rtol = TOLERANCE[mean.dtype]
     for implementation in IMPLEMENTATIONS:
         found = run(token_scores, mean, var, implementation=implementation, **options)
         assert found.dtype == torch.float32
         assert found.is_contiguous()
-        torch.testing.assert_close(found.cpu(), expected, atol=atol, rtol=rtol)
+        # Sums of some forty numbers >= 0.
+        torch.testing.assert_close(found.cpu(), expected, atol=0.0, rtol=5e-6)
     for each, old in zip((mean, var), before, strict=False):
         assert torch.equal(each.view(torch.int32), old.view(torch.int32))
 
 
 @pytest.mark.parametrize("reduce", ["mean", "max"])
 @pytest.mark.parametrize("mode", ["avg", "max"])
-@pytest.mark.parametrize("kernel", [1, 5, 7])
-@pytest.mark.parametrize("group", [1, 3, 4, 7, 8])
+@pytest.mark.parametrize("kernel", [1, 7])
+@pytest.mark.parametrize("group", [1, 3, 8])
 def test_token_scores(device, group, kernel, mode, reduce):
     mean, var = statistics(2, 2 * group, 70, device)
-    options: dict[str, Any] = {"kernel": kernel, "mode": mode, "num_kv_heads": 2, "reduce": reduce}
-    check_scores(mean, var, gamma=200.0, **options)
-    check_scores(mean, None, gamma=1.0, **options)
+    check_scores(mean, var, gamma=200.0, kernel=kernel, mode=mode, reduce=reduce)
+    check_scores(mean, None, kernel=kernel, mode=mode, reduce=reduce)
 
 
 @pytest.mark.parametrize("mode", ["avg", "max"])
@@ -64,16 +64,17 @@ def test_token_scores(device, group, kernel, mode, reduce):
 def test_token_scores_at_tile_borders(device, tokens, mode):
     """A tile has 1024 columns, of which 1020 are its own at width 5."""
     mean, var = statistics(1, 2, tokens, device)
-    check_scores(mean, var, gamma=3.0, kernel=5, mode=mode, num_kv_heads=1, reduce="mean")
+    check_scores(mean, var, mode=mode, num_kv_heads=1)
 
 
 @pytest.mark.parametrize(("kernel", "tokens"), [(63, 40), (401, 1500)])
 def test_token_scores_of_wide_kernels(device, kernel, tokens):
     mean, _ = statistics(1, 2, tokens, device)
-    options: dict[str, Any] = {"gamma": 0.0, "kernel": kernel, "num_kv_heads": 2, "reduce": "mean"}
     expected = expected_scores(mean, None, 0.0, kernel, "avg", 2, "mean").float()
     for implementation in IMPLEMENTATIONS:
-        found = token_scores(mean, None, mode="avg", implementation=implementation, **options)
+        found = token_scores(
+            mean, None, implementation=implementation, **{**OPTIONS, "kernel": kernel}
+        )
         torch.testing.assert_close(found.cpu(), expected, atol=0.0, rtol=5e-5)
 
 
@@ -81,7 +82,7 @@ def test_token_scores_of_wide_kernels(device, kernel, tokens):
 def test_max_pooling_ignores_what_is_outside(device, implementation):
     """Zeros there would win over negative scores."""
     scores = -torch.arange(1.0, 13.0, device=device).view(2, 1, 6)
-    options: dict[str, Any] = {"gamma": 0.0, "kernel": 3, "mode": "max", "num_kv_heads": 1}
+    options = {**OPTIONS, "kernel": 3, "mode": "max", "num_kv_heads": 1}
     found = token_scores(scores, None, implementation=implementation, **options)
     assert found[:, 0].tolist() == [[-1, -1, -2, -3, -4, -5], [-7, -7, -8, -9, -10, -11]]
 
@@ -91,13 +92,7 @@ def test_max_pooling_ignores_what_is_outside(device, implementation):
 def test_nan_scores_spread_as_far_as_the_kernel(device, implementation, mode):
     scores = torch.ones(4, 20, device=device)
     scores[1, 9] = math.nan
-    options: dict[str, Any] = {
-        "gamma": 0.0,
-        "kernel": 5,
-        "mode": mode,
-        "num_kv_heads": 2,
-        "reduce": "max",
-    }
+    options = {**OPTIONS, "mode": mode, "reduce": "max"}
     found = token_scores(scores, None, implementation=implementation, **options)
     assert found.isnan().nonzero().tolist() == [[0, at] for at in range(7, 12)]
 
@@ -105,8 +100,7 @@ def test_nan_scores_spread_as_far_as_the_kernel(device, implementation, mode):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_token_scores_takes_any_leading_dimensions_and_strides(device, implementation):
     mean, var = statistics(6, 4, 64, device)
-    options: dict[str, Any] = {"gamma": 2.0, "kernel": 5, "mode": "avg", "num_kv_heads": 2}
-    options["implementation"] = implementation
+    options = {**OPTIONS, "implementation": implementation}
     whole = token_scores(mean, var, **options)
     assert torch.equal(token_scores(mean[3], var[3], **options), whole[3])
     deep = token_scores(mean.view(2, 3, 4, 64), var.view(2, 3, 4, 64), **options)
@@ -149,14 +143,9 @@ def test_token_scores_on_the_cpu_are_the_composition():
     ],
 )
 def test_token_scores_refuses(changed, message):
-    options: dict[str, Any] = {
-        "mean": torch.zeros(2, 4, 8),
-        "var": torch.zeros(2, 4, 8),
-        "gamma": 1.0,
-    }
-    options |= {"kernel": 5, "mode": "avg", "num_kv_heads": 2}
+    given = {**OPTIONS, "mean": torch.zeros(2, 4, 8), "var": torch.zeros(2, 4, 8)}
     with pytest.raises(ValueError, match=message):
-        token_scores(**(options | changed))
+        token_scores(**(given | changed))
 
 
 def test_cost_counts_every_operand_once():

@@ -36,6 +36,17 @@ TOLERANCE = {
 Attention = Callable[[Tensor, Tensor, Tensor, list[int], int, float], Tensor]
 
 
+def dense_attention(queries: Tensor, held: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last tokens' queries [t, H, D] on keys and values [N, S, 2 D]."""
+    tokens, heads, dim = queries.shape
+    key, value = held.repeat_interleave(heads // len(held), dim=0).split(dim, dim=-1)
+    logits = queries.transpose(0, 1) @ key.transpose(-1, -2) * scale
+    position = torch.arange(held.shape[1], device=held.device)
+    hidden = position > position[-tokens:, None]
+    attention = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    return (attention @ value).transpose(0, 1)
+
+
 @dataclass
 class Request:
     """``kept``: per layer, token numbers [N, count] of the prompt; None if it is not compressed.
@@ -187,15 +198,8 @@ class Server:
                 chosen = request.kept[layer][:, :, None].expand(-1, -1, 2 * self.dim)
                 survivors = history.gather(1, chosen)
                 history = torch.cat((survivors, history[:, request.prompt :]), dim=1)
-            query = queries[row * tokens : (row + 1) * tokens].double().transpose(0, 1)
-            group = query.shape[0] // self.heads
-            key, value = history.repeat_interleave(group, dim=0).split(self.dim, dim=-1)
-            logits = query @ key.transpose(-1, -2) * scale
-            length = history.shape[1]
-            own = torch.arange(length - tokens, length)
-            hidden = torch.arange(length)[None] > own[:, None]
-            attention = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-            results.append((attention @ value).transpose(0, 1))
+            own = queries[row * tokens : (row + 1) * tokens].double()
+            results.append(dense_attention(own, history, scale))
         return torch.cat(results)
 
 
@@ -203,19 +207,13 @@ def torch_attention(
     queries: Tensor, cache: Tensor, tables: Tensor, lengths: list[int], tokens: int, scale: float
 ) -> Tensor:
     """Paged attention, one row at a time, in fp32."""
-    size, dim = cache.shape[2], queries.shape[-1]
+    size = cache.shape[2]
     results = []
     for row, length in enumerate(lengths):
         pages = tables[row, : -(-length // size)].long()
         held = cache[pages].float().transpose(0, 1).flatten(1, 2)[:, :length]
-        query = queries[row * tokens : (row + 1) * tokens].float().transpose(0, 1)
-        group = query.shape[0] // held.shape[0]
-        key, value = held.repeat_interleave(group, dim=0).split(dim, dim=-1)
-        logits = query @ key.transpose(-1, -2) * scale
-        own = torch.arange(length - tokens, length, device=cache.device)
-        hidden = torch.arange(length, device=cache.device)[None] > own[:, None]
-        attention = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-        results.append((attention @ value).transpose(0, 1))
+        own = queries[row * tokens : (row + 1) * tokens].float()
+        results.append(dense_attention(own, held, scale))
     return torch.cat(results).to(queries.dtype)
 
 

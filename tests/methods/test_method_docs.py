@@ -56,7 +56,7 @@ def test_every_choice_that_a_parameter_allows_is_named(name: str) -> None:
     page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
     for row in table(page, "parameter"):
         parameter, allowed = in_code(row[0]), row[2]
-        with pytest.raises(ValueError, match="must be") as refusal:
+        with pytest.raises(ValueError, match=f"{name}: {parameter} must be") as refusal:
             get_method(name, {parameter: object()})
         expected = re.search(r"must be (.*), got", str(refusal.value))
         assert expected

@@ -1,9 +1,6 @@
 """Methods and their registry: parameters, scores, weights, and independence of requests."""
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress_kernels.scoring import window_statistics
 from kvcompress_kernels.selection import top_tokens
 from tests.support.budgets import page_budgets, token_budgets
 from tests.support.layers import random_layer, score_random
@@ -26,7 +22,6 @@ from vllm_kvcompress.methods import (
     Uniform,
     available,
     get_method,
-    get_spec,
     to_numbers,
 )
 from vllm_kvcompress.methods.cake import CakeAllocator, FaithfulCake
@@ -89,6 +84,7 @@ BAD = [
     ("cake", "tau1", "1", "a number above 0"),
     ("cake", "tau1", True, "a number above 0"),
     ("cake", "gamma", -0.1, "a number of at least 0"),
+    ("cake", "gamma", math.nan, "a number of at least 0"),
     ("cake", "kernel", 4, "an odd integer of at least 1"),
     ("cake", "every", -1, "an integer of at least 0"),
     ("cake", "faithful", 1, "true or false"),
@@ -125,26 +121,6 @@ def test_bad_values_are_refused_in_one_sentence(name, param, value, expected):
     with pytest.raises(ValueError, match=f"{name}: {param} must be {expected}, got") as caught:
         get_method(name, {param: value})
     assert str(caught.value) == f"{name}: {param} must be {expected}, got {value!r}"
-
-
-def test_every_parameter_has_a_bad_value_that_is_refused():
-    """A new field without a check fails here, not in a user's server."""
-    for name in SCORING:
-        for field in get_spec(name).parameters:
-            with pytest.raises(ValueError, match=f"{name}: {field} must be"):
-                get_method(name, {field: object()})
-
-
-def test_importing_the_methods_does_not_import_vllm():
-    code = (
-        "import sys, vllm_kvcompress.methods, vllm_kvcompress.eviction.layer_budgets; "
-        "sys.exit('vLLM was imported' if 'vllm' in sys.modules else 0)"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=False, capture_output=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr.decode()
 
 
 # ---------------------------------------------------------------------------------------- scores
@@ -315,24 +291,6 @@ def test_scalars_left_on_a_device_become_numbers_in_one_go():
     assert to_numbers(found) == found
 
 
-def test_cake_takes_statistics_from_a_kernel_that_leaves_scalars_on_its_device():
-    method = Cake(window=8)
-    layer = random_layer(method)
-    direct = method.score(layer)
-    assert layer.queries is not None
-    assert layer.keys is not None
-    stats = window_statistics(layer.queries, layer.keys, window=8, scale=layer.scale)
-    on_device = replace(
-        stats,
-        entropy=torch.tensor(stats.entropy, dtype=torch.float64),
-        shift=torch.tensor(stats.shift, dtype=torch.float64),
-    )
-    observed = method.score(replace(layer, keys=None, observe=lambda: on_device))
-    assert torch.equal(observed.tokens, direct.tokens)
-    (numbers,) = to_numbers([observed])
-    assert numbers.stats == pytest.approx(dict(direct.stats), rel=1e-12)
-
-
 # ----------------------------------------------------------------------- from scores to tokens
 
 
@@ -343,21 +301,26 @@ def test_selecting_for_all_layers_is_selecting_for_each():
         assert torch.equal(ids, top_tokens(score, count))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60)
 @given(
-    name=st.sampled_from(SCORING),
+    way=st.sampled_from(
+        [(name, False) for name in SCORING] + [("cake", True), ("dynamickv", True)]
+    ),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 20),
     window=st.integers(2, 8),
     pages=st.integers(1, 8),
     block=st.sampled_from([8, 16]),
     extra=st.integers(1, 60),
 )
-def test_protected_tokens_are_kept_exactly_once(name, seed, window, pages, block, extra):
+def test_protected_tokens_are_kept_exactly_once(way, dtype, seed, window, pages, block, extra):
     tokens = pages * block + extra
-    method = get_method(name, {"window": window})
-    scores = score_random(method, seed=seed, tokens=tokens)
+    name, faithful = way
+    method = get_method(name, {"window": window} | ({"faithful": True} if faithful else {}))
+    scores = score_random(method, seed=seed, tokens=tokens, dtype=dtype)
     found = page_budgets(method, scores, pages_per_layer=pages, block_size=block, lengths=tokens)
     assert found.sum() == pages * 6
+    assert scores[0].tokens.dtype == torch.float32
     own_window = torch.arange(tokens - window, tokens).expand(2, -1)
     for layer, held in zip(scores, found.tolist(), strict=True):
         chosen = method.select(layer, held * block - window)
@@ -365,17 +328,6 @@ def test_protected_tokens_are_kept_exactly_once(name, seed, window, pages, block
         assert ids.shape == (2, held * block)
         assert all(len(set(head)) == held * block for head in ids.tolist())
         assert bool((ids.diff(dim=-1) > 0).all())
-
-
-@pytest.mark.parametrize("name", ["cake", "dynamickv"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_faithful_mode_works_in_pages(name, dtype):
-    method = get_method(name, {"window": 8, "faithful": True})
-    scores = score_random(method, tokens=400, dtype=dtype)
-    found = page_budgets(method, scores, pages_per_layer=4, block_size=16, lengths=400)
-    assert found.sum() == 24
-    assert (found >= 1).all()
-    assert scores[0].tokens.dtype == torch.float32
 
 
 def test_faithful_differs_from_corrected_in_half_precision():

@@ -1,4 +1,4 @@
-"""The simulated releases show the behaviour, and the bugs, that are on record for them."""
+"""The simulated releases show behaviour and bugs that no recorded output shows (test_golden.py)."""
 
 import numpy as np
 import pytest
@@ -47,15 +47,6 @@ def history_kept(kept: list[Tensor], window: int = 8) -> list[int]:
 # ------------------------------------------------------------------------------------------ CAKE
 
 
-def test_cake_may_leave_a_layer_nothing_but_its_window():
-    queries, keys = inputs(4, 160)
-    queries[2] *= 8
-    run = ReleasedCake(8, 40, tau1=0.3, tau2=0.3, gamma=0.0).prefill(queries, keys)
-    kept = history_kept(run.kept)
-    assert min(kept) == 0
-    assert sum(kept) == 4 * 32
-
-
 def test_cake_leaves_prompts_up_to_capacity_plus_window_alone_then_cuts_them():
     queries, keys = inputs(3, 48)
     pipeline = ReleasedCake(8, 40)
@@ -70,16 +61,6 @@ def test_cake_leaves_prompts_up_to_capacity_plus_window_alone_then_cuts_them():
 
     longer, more = inputs(3, 49)
     assert sum(history_kept(pipeline.prefill(longer, more).kept)) == 3 * 32
-
-
-def test_cake_loses_budget_at_the_cap_and_we_do_not():
-    queries, keys = inputs(8, 90, seed=20)
-    run = ReleasedCake(8, 60).prefill(queries, keys)
-    assert int(run.stage_budget_raw[-1].max()) > 82 >= int(run.stage_budget[-1].max())
-    assert int(run.stage_budget[-1].sum()) < 8 * 52
-    method = Cake(window=8)
-    ours = token_budgets(method, scores_of(method, queries, keys, 52), base=52, num_layers=8)
-    assert ours.sum() == 8 * 52
 
 
 def test_cake_cascade_can_keep_less_than_one_shot_and_ours_does_not():
@@ -161,20 +142,6 @@ def test_dynamickv_never_cuts_layers_after_the_last_multiple_of_four():
     assert ours.sum() == 6 * 32
 
 
-def test_dynamickv_repeats_the_window_and_we_keep_every_token_once():
-    queries, keys = inputs(8, 320, seed=6)
-    run = ReleasedDynamicKV(8, 40, r_max=1.25).prefill(queries, keys)
-    assert max(run.duplicates()) >= 8
-    method = DynamicKV(window=8, r_max=1.25)
-    scores = scores_of(method, queries, keys, 32)
-    budgets = token_budgets(method, scores, base=32, num_layers=8)
-    assert budgets.sum() == 8 * 32
-    for layer, count in zip(scores, budgets.tolist(), strict=True):
-        chosen = method.select(layer, count)
-        ids = torch.cat((chosen, torch.arange(312, 320).expand(2, -1)), dim=-1)
-        assert all(len(set(head)) == count + 8 for head in ids.tolist())
-
-
 @pytest.mark.parametrize(("layers", "tokens", "whole"), [(8, 40, True), (12, 45, False)])
 def test_dynamickv_keeps_short_prompts_only_if_sizes_divide(layers, tokens, whole):
     queries, keys = inputs(layers, tokens, seed=3)
@@ -200,25 +167,6 @@ def test_dynamickv_gives_the_rounding_residue_to_the_last_layer():
         ours.append(token_budgets(DynamicKV(), seen, base=base, num_layers=layers)[-1])
     assert np.mean(released) > 1.5 * base
     assert np.mean(ours) == pytest.approx(base, rel=0.15)
-
-
-def test_dynamickv_batches_share_one_budget():
-    queries, keys = inputs(4, 200, batch=2, seed=7)
-    run = ReleasedDynamicKV(8, 40).prefill(queries, keys)
-    assert all(ids.shape[:2] == (2, 4) for ids in run.kept)
-    assert sum(history_kept(run.kept)) == 4 * 32
-    assert sum(run.duplicates()) == 0
-
-
-def test_dynamickv_decode_only_grows():
-    queries, keys = inputs(4, 100)
-    pipeline = ReleasedDynamicKV(8, 40)
-    before = pipeline.prefill(queries, keys).kept[1]
-    grown = torch.cat((keys, keys[:, :, :, :1]), dim=3)
-    ids, output = pipeline.decode(before, queries[1, :, :, 0], grown[1], grown[1], 100)
-    assert torch.equal(ids[..., :-1], before)
-    assert (ids[..., -1] == 100).all()
-    assert output.shape == (1, 4, 16)
 
 
 def test_dynamickv_budgets_without_any_winner_are_zero():

@@ -56,12 +56,6 @@ def test_every_page_is_dealt_once_and_own_pages_first(data: st.DataObject) -> No
         np.testing.assert_array_equal(held[:mine], own[:mine])
 
 
-def test_equal_counts_leave_every_layer_its_own_slice() -> None:
-    geometry = geometry_of(3, 10, 4, outermost="block")
-    dealt = deal_pages(geometry, [7, 2], np.full(3, 2))
-    np.testing.assert_array_equal(np.stack(dealt), geometry.all_pages([7, 2]))
-
-
 def test_shuffling_moves_pages_and_is_the_same_every_time() -> None:
     geometry = geometry_of(8, 40, 4, outermost="layer")
     blocks, counts = list(range(1, 9)), np.full(8, 8)
@@ -192,7 +186,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
 
 TestArenaMachine = ArenaMachine.TestCase
-TestArenaMachine.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestArenaMachine.settings = settings(max_examples=30, stateful_step_count=25)
 
 
 def arena_with(requests: dict[str, list[int]]) -> PageArena:

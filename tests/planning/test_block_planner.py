@@ -8,14 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.methods import Cake, DynamicKV, Method, Random, Scatter, Uniform
+from tests.planning.test_config import config
+from vllm_kvcompress.methods import Cake, DynamicKV, Method, Random, Scatter, Uniform, get_method
 from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits, layers_between_cuts
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut
 from vllm_kvcompress.planning.config import KVCompressionConfig
-
-
-def config(method: str = "uniform", budget: Any = 64, **params: Any) -> KVCompressionConfig:
-    return KVCompressionConfig.parse({"method": method, "budget": budget, **params})
 
 
 def schedule_of(planner: BlockPlanner, prompt: int, decode: bool = True) -> CompressionSchedule:
@@ -25,12 +22,6 @@ def schedule_of(planner: BlockPlanner, prompt: int, decode: bool = True) -> Comp
 
 
 # --- what a prompt holds after its prefill -------------------------------------------------------
-
-
-def test_a_planner_refuses_budgets_that_do_not_go_with_its_block_size() -> None:
-    with pytest.raises(ValueError, match="kv-compression-budget 63 is too small"):
-        BlockPlanner(config("cake", 63), 32)
-    BlockPlanner(config("cake", 63), 16)
 
 
 def test_prompts_within_the_kept_blocks_stay_as_they_are() -> None:
@@ -101,6 +92,11 @@ def test_evicting_plans_keep_less_than_the_prompt_and_leave_no_slack(
         (Uniform(), 10, 1),
         (Random(), 10, 1),
         (Scatter(), 10, 10),
+        # Of compositions the allocator counts.
+        (get_method("cake", {"scorer": "keydiff", "every": 4}), 10, 4),
+        (get_method("snapkv", {"allocator": {"method": "dynamickv", "every": 2}}), 10, 2),
+        (get_method("cake", {"allocator": "pyramidkv"}), 10, 1),
+        (get_method("cake", {"scorer": "snapkv", "every": 0}), 10, 10),
     ],
 )
 def test_layers_whose_whole_cache_is_held_at_one_time(
@@ -112,14 +108,12 @@ def test_layers_whose_whole_cache_is_held_at_one_time(
 def test_a_workspace_is_used_where_it_saves_blocks() -> None:
     limits = EngineLimits(num_layers=4, one_step_tokens=200)
     planner = BlockPlanner(config("cake", 16, window=8), 4, limits)
-    assert (
-        planner.cascade_prefill_blocks(100) == 7
-    )  # 25 pages of one layer lie in 7 blocks of 4 layers
+    # 25 pages of one layer lie in 7 blocks of 4 layers.
+    assert planner.cascade_prefill_blocks(100) == 7
     assert planner.cascade_prefill_blocks(100, cached_blocks=10) == 10 + 4
     assert planner.cascade_prefill_blocks(100, cached_blocks=23) == 24
-    assert (
-        planner.cascade_prefill_blocks(100, cached_blocks=24) is None
-    )  # 24 + 1 are the prompt's own 25
+    # 24 + 1 are the prompt's own 25.
+    assert planner.cascade_prefill_blocks(100, cached_blocks=24) is None
     assert planner.cascade_prefill_blocks(16) is None  # never cut
     assert planner.cascade_prefill_blocks(200) == 13
     assert planner.cascade_prefill_blocks(201) is None  # does not run in one step

@@ -298,7 +298,7 @@ requests = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @example(  # a window that is more than the share of the prompt
     {"method": "cake", "budget": 0.01, "allow": {"params": True}},
     {"kv_compression_config": '{"window": 128}'},

@@ -8,12 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from tests.planning.test_config import config
 from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits
 from vllm_kvcompress.planning.config import KVCompressionConfig
-
-
-def config(method: str = "uniform", budget: Any = 64, **params: Any) -> KVCompressionConfig:
-    return KVCompressionConfig.parse({"method": method, "budget": budget, **params})
 
 
 @st.composite
@@ -41,7 +38,7 @@ def planners(draw: st.DrawFn) -> BlockPlanner:
         raise
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(planners(), st.integers(1, 120))
 def test_the_least_pool_serves_every_prompt(planner: BlockPlanner, longest: int) -> None:
     needed = [planner.peak_blocks(prompt, prompt + 1) for prompt in range(1, longest + 1)]
@@ -52,34 +49,15 @@ def test_the_least_pool_serves_every_prompt(planner: BlockPlanner, longest: int)
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.5, 0.75, 0.9])
-@pytest.mark.parametrize("one_step", [0, 50])
+@pytest.mark.parametrize("one_step", [0, 34, 50])
 def test_the_least_pool_serves_every_prompt_of_a_share(budget: float, one_step: int) -> None:
-    # All of them: the lengths at which rounding makes a difference are rare.
+    # All of them: the lengths at which rounding makes a difference are rare. Of those of 9 blocks,
+    # up to 34 tokens go through a workspace and 36 stay whole at 0.9; only 35 take blocks twice.
     planner = BlockPlanner(config("uniform", budget, window=8), 4, EngineLimits(4, one_step))
     needed = 0
     for longest in range(1, 200):
         needed = max(needed, planner.peak_blocks(longest, longest + 1))
         assert planner.least_pool(longest) == needed
-
-
-def test_the_least_pool_counts_a_share_whose_longest_prompt_stays_whole() -> None:
-    # 0.9 of 256 rounds up to all 8 blocks of 32, but 225 tokens are cut from 8 to 7.
-    planner = BlockPlanner(config("uniform", 0.9), 32)
-    assert planner.prompt_cut(256) is None
-    assert planner.prompt_cut(225) is not None
-    assert planner.least_pool(256) == planner.peak_blocks(225, 226) == 8 + 7 + 1
-
-
-def test_the_least_pool_counts_a_share_whose_shorter_prompts_run_in_one_step() -> None:
-    # Of the prompts of 8 blocks, up to 230 tokens go through a workspace, those from 249 on stay
-    # whole, and only those between take all their blocks and their survivors'.
-    planner = BlockPlanner(
-        config("uniform", 0.9), 32, EngineLimits(num_layers=4, one_step_tokens=230)
-    )
-    assert planner.cascade_prefill_blocks(230) == 2
-    assert planner.prompt_cut(249) is None
-    assert planner.peak_blocks(240, 241) == 8 + 7 + 1
-    assert planner.least_pool(256) == 8 + 7 + 1
 
 
 def test_the_least_pool_counts_prompts_that_take_two_steps_and_are_cut_but_once() -> None:
@@ -93,7 +71,7 @@ def test_the_least_pool_counts_prompts_that_take_two_steps_and_are_cut_but_once(
     assert planner.least_pool(59) == 7 + 3
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(planners(), st.integers(1, 100), st.integers(0, 60), st.integers(0, 60), st.booleans())
 def test_a_request_is_given_as_many_tokens_as_fit_its_pool(
     planner: BlockPlanner, prompt: int, more: int, pool: int, decode: bool
@@ -108,7 +86,7 @@ def test_a_request_is_given_as_many_tokens_as_fit_its_pool(
     assert most == max(fitting, default=prompt)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(planners(), st.integers(1, 120))
 def test_a_row_of_the_block_table_holds_all_that_is_ever_appended(
     planner: BlockPlanner, longest: int
@@ -126,7 +104,7 @@ def test_a_row_of_the_block_table_holds_all_that_is_ever_appended(
                 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(planners(), st.integers(1, 120), st.integers(1, 200))
 def test_maximum_concurrency_is_how_many_prompts_can_be_admitted_one_after_another(
     planner: BlockPlanner, length: int, pool: int
