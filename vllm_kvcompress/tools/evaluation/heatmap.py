@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
-from operator import itemgetter
 
 import numpy as np
 import pandas as pd
@@ -21,28 +20,6 @@ _LETTERS = 9.0
 _COLUMNS = 4
 
 
-def needle_grid(groups: Sequence[ResultGroup], name: str, budget: str) -> pd.DataFrame:
-    """Mean score and number of prompts by depth and length, over all needle tasks.
-
-    Args:
-        groups: Groups of one model and protocol, one for each length.
-        name: Name of the setting, as in ``ResultGroup.names``.
-        budget: Budget as in the records; the full cache's results are taken whatever it is.
-
-    Returns:
-        Columns ``mean`` and ``size`` under the index ``depth`` (per cent), ``length`` (tokens).
-
-    """
-    found = [
-        group.select(row, budget)
-        for group in groups
-        for row in group.rows
-        if group.names[row] == name
-    ]
-    frame = pd.concat([frame for frame in found if frame is not None])
-    return frame.groupby(["depth", "length"])["value"].agg(["mean", "size"])
-
-
 def needle_figure(groups: Sequence[ResultGroup], budget: str) -> Figure:
     """A heat map of depth by length for every setting that has the budget, the full cache first.
 
@@ -51,14 +28,18 @@ def needle_figure(groups: Sequence[ResultGroup], budget: str) -> Figure:
         budget: One of the groups' budgets.
 
     """
-    rows = [
-        (not row.full, group.names[row])
-        for group in groups
-        for row in group.rows
-        if group.tasks_of(row, budget)
-    ]
-    names = list(dict.fromkeys(name for _, name in sorted(rows, key=itemgetter(0))))
-    grids = {name: needle_grid(groups, name, budget) for name in names}
+    found: dict[tuple[bool, str], list[pd.DataFrame]] = {}
+    for group in groups:
+        for row in group.rows:
+            results = group.select(row, budget)
+            if results is not None:
+                found.setdefault((not row.full, group.names[row]), []).append(results)
+    in_order = sorted(found.items(), key=lambda item: item[0][0])
+    grids = {
+        name: pd.concat(results).groupby(["depth", "length"])["value"].agg(["mean", "size"])
+        for (_, name), results in in_order
+    }
+    names = list(grids)
     fields = pd.concat(grids.values())
     depths, lengths = (sorted(fields.index.unique(level)) for level in ("depth", "length"))
     columns = min(_COLUMNS, len(names))

@@ -16,10 +16,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from vllm_kvcompress.tools.evaluation.backend import Answer, Asked, Backend, EncodedPrompt
-from vllm_kvcompress.tools.evaluation.batched_decoding import CacheRow, Continuation, prepare
+from vllm_kvcompress.tools.evaluation.batched_decoding import Continuation, prepare
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.setting import Setting, kept_tokens
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt
@@ -136,7 +136,7 @@ class PressCut(NamedTuple):
     setting: Setting
     press: Any
     kept: int
-    row: CacheRow
+    row: DynamicCache
 
 
 class KvpressBackend(Backend):
@@ -146,25 +146,16 @@ class KvpressBackend(Backend):
         model: Folder of the model; nothing is fetched.
         dtype: Data type of weights and cache, one of :data:`DTYPES`.
         block_size: Block size of the engine that is compared with; budgets are rounded up to it.
-        threads: Number of torch's threads; None leaves it as it is.
 
     Attributes:
         source: Such as ``kvpress 0.5.5``.
-        versions: Versions of kvpress, transformers and torch, by name.
 
     Raises:
         EvaluationError: kvpress is not installed, or the model is none that can be compared.
 
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        dtype: str = "bfloat16",
-        block_size: int = 32,
-        threads: int | None = None,
-    ) -> None:
+    def __init__(self, model: str | Path, *, dtype: str = "bfloat16", block_size: int = 32) -> None:
         if dtype not in DTYPES:
             raise EvaluationError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         try:
@@ -174,11 +165,8 @@ class KvpressBackend(Backend):
                 f"kvpress cannot be imported ({error}); run scripts/setup_kvpress_env.sh and use "
                 "the Python of the environment it makes"
             ) from error
-        if threads is not None:
-            torch.set_num_threads(threads)
         self.block_size = block_size
-        self.versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
-        self.source = f"kvpress {self.versions['kvpress']}"
+        self.source = f"kvpress {version('kvpress')}"
         self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         self._model = AutoModelForCausalLM.from_pretrained(
             model, dtype=DTYPES[dtype], local_files_only=True
@@ -200,6 +188,7 @@ class KvpressBackend(Backend):
         """As many prompts as make a good batch and whose caches do not fill the memory."""
         return max(1, min(16, 16384 // longest))
 
+    @torch.inference_mode()
     def run(self, chunk: Sequence[Asked]) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
         """Prefill each prompt once, then decode all prompts under all settings together.
 
@@ -207,14 +196,6 @@ class KvpressBackend(Backend):
             EvaluationError: A press cannot cut a prompt that short, or to a budget that small.
 
         """
-        yield from self._answers(chunk)
-
-    def close(self) -> None:
-        """Free the model."""
-        self._model = None
-
-    @torch.inference_mode()
-    def _answers(self, chunk: Sequence[Asked]) -> list[tuple[EncodedPrompt, Setting, Answer]]:
         answers: list[tuple[EncodedPrompt, Setting, Answer]] = []
         answering: list[tuple[EncodedPrompt, PressCut]] = []
         parts = []
@@ -239,7 +220,11 @@ class KvpressBackend(Backend):
                 (case, cut.setting, Answer(text, tokens, cut.kept))
                 for (case, cut), (text, tokens) in zip(answering, generated, strict=True)
             )
-        return answers
+        return iter(answers)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
 
     def _cuts(self, settings: Sequence[Setting], tokens: int) -> list[PressCut]:
         shared: dict[Any, OncePerLayer] = {}
@@ -254,7 +239,7 @@ class KvpressBackend(Backend):
                 }
                 key = (type(press).score, tuple(sorted(read.items())))
                 press.score = shared.setdefault(key, OncePerLayer(press.score))
-            cuts.append(PressCut(setting, press, kept, CacheRow()))
+            cuts.append(PressCut(setting, press, kept, DynamicCache()))
         return cuts
 
     def _press(self, setting: Setting, kept: int, tokens: int) -> Any:
@@ -274,7 +259,6 @@ class KvpressBackend(Backend):
 
     def _prefill(self, case: EncodedPrompt, cuts: Sequence[PressCut]) -> Continuation:
         """Fill the cuts' rows."""
-        room = case.most_tokens - len(case.token_ids)
 
         def cut_layer(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
             cache = kwargs["past_key_values"].layers[module.layer_idx]
@@ -283,7 +267,7 @@ class KvpressBackend(Backend):
                 if cut.press is not None:
                     hidden = kwargs["hidden_states"]
                     states = cut.press.compress(module, hidden, *states, output[1], kwargs)
-                cut.row.append_layer(*states, room)
+                cut.row.update(*states, module.layer_idx)
 
         hooks = [
             layer.self_attn.register_forward_hook(cut_layer, with_kwargs=True)
@@ -340,7 +324,7 @@ class KvpressBackend(Backend):
 
 
 def _check_kept(cut: PressCut) -> None:
-    lengths = cut.row.lengths
+    lengths = [layer.get_seq_length() for layer in cut.row.layers]
     mean = sum(lengths) / len(lengths)
     if round(mean) != cut.kept:
         raise RuntimeError(

@@ -27,13 +27,11 @@ class MarkdownPage:
     """A page that is being written.
 
     Attributes:
-        folder: Folder of the pictures, relative to the page; empty: the page's own folder.
         parts: Paragraphs, tables and headings.
         pictures: Functions that draw the pictures, by file name; called when these are written.
 
     """
 
-    folder: str = ""
     parts: list[str] = field(default_factory=list)
     pictures: dict[str, Callable[[], Figure]] = field(default_factory=dict)
 
@@ -65,8 +63,7 @@ class MarkdownPage:
         if file in self.pictures:
             raise ValueError(f"there are two pictures {file}")
         self.pictures[file] = draw
-        path = f"{self.folder}/{file}" if self.folder else file
-        self.add(f"![{what}]({path})")
+        self.add(f"![{what}]({file})")
 
     def text(self) -> str:
         """The page."""

@@ -13,8 +13,8 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullL
 
 from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, SettingRow
 from vllm_kvcompress.tools.evaluation.stats import Estimate
-from vllm_kvcompress.tools.evaluation.styles import Style, styles_for
-from vllm_kvcompress.tools.evaluation.tables import budget_text, share_text
+from vllm_kvcompress.tools.evaluation.styles import Style
+from vllm_kvcompress.tools.evaluation.tables import budget_text, share_text, task_name
 from vllm_kvcompress.tools.inspection.png_file import DPI
 from vllm_kvcompress.tools.inspection.style import shorten
 
@@ -28,7 +28,7 @@ _DASHES = (0, (6, 3))
 Styles = Mapping[SettingRow, Style]
 
 
-def share_figure(groups: Sequence[ResultGroup], styles: Styles | None = None) -> Figure:
+def share_figure(groups: Sequence[ResultGroup], styles: Styles) -> Figure:
     """Mean over tasks against the share of the cache that was kept.
 
     The intervals of likelihoods are those of the paired differences to the full cache: prompts
@@ -36,14 +36,15 @@ def share_figure(groups: Sequence[ResultGroup], styles: Styles | None = None) ->
 
     Args:
         groups: Groups with one axes each, such as the lengths of one model and protocol.
-        styles: Styles of all settings of a report; None: only of the settings here.
+        styles: Styles of all settings of a report.
 
     """
-    styles = styles or styles_for(groups)
     figure, axes = _grid(len(groups), _PANEL_WIDTH, _PANEL_HEIGHT)
     for ax, group in zip(axes, groups, strict=True):
-        for row, style in _drawn(group, styles).items():
-            _line(ax, group, row, style, _jitter(group, row, styles))
+        drawn = {row: style for row, style in styles.items() if row in group.rows}
+        for place, (row, style) in enumerate(drawn.items()):
+            # A factor that sets the rows' error bars beside each other.
+            _line(ax, group, row, style, 1.02 ** (place - (len(drawn) - 1) / 2))
         full = group.mean(group.full, "") if group.full else None
         if group.full and full is not None:
             ax.axhline(
@@ -65,9 +66,8 @@ def share_figure(groups: Sequence[ResultGroup], styles: Styles | None = None) ->
     return figure
 
 
-def task_figure(group: ResultGroup, budget: str, styles: Styles | None = None) -> Figure:
+def task_figure(group: ResultGroup, budget: str, styles: Styles) -> Figure:
     """Bars per task for one budget, the full cache a black line over each task's bars."""
-    styles = styles or styles_for([group])
     rows = {row: style for row, style in styles.items() if group.tasks_of(row, budget)}
     width = 0.8 / max(1, len(rows))
     per_line = max(1, int(13 / (0.13 * len(rows) + 0.35)))
@@ -94,7 +94,7 @@ def task_figure(group: ResultGroup, budget: str, styles: Styles | None = None) -
                 label=group.names[row],
             )
         _full_bars(ax, group, names)
-        ax.set_xticks(range(len(names)), [name.partition("/")[2] or name for name in names])
+        ax.set_xticks(range(len(names)), list(map(task_name, names)))
         ax.tick_params(axis="x", labelsize=_LETTERS, length=0)
         if per_line > 5:
             for label in ax.get_xticklabels():
@@ -152,16 +152,6 @@ def _mean(group: ResultGroup, row: SettingRow, budget: str) -> Estimate | None:
     by = difference.estimate
     low, high = mean.value - (by.value - by.low), mean.value + (by.high - by.value)
     return Estimate(mean.value, low, high, by.n)
-
-
-def _jitter(group: ResultGroup, row: SettingRow, styles: Styles) -> float:
-    """A factor that sets the rows' error bars beside each other."""
-    rows = list(_drawn(group, styles))
-    return float(1.02 ** (rows.index(row) - (len(rows) - 1) / 2))
-
-
-def _drawn(group: ResultGroup, styles: Styles) -> dict[SettingRow, Style]:
-    return {row: style for row, style in styles.items() if row in group.rows}
 
 
 def _scaled(group: ResultGroup, value: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from vllm_kvcompress.tools.evaluation.markdown_page import (
@@ -13,15 +13,12 @@ from vllm_kvcompress.tools.evaluation.markdown_page import (
     is_needles,
 )
 from vllm_kvcompress.tools.evaluation.packed_results import pack
-from vllm_kvcompress.tools.evaluation.record import RECORDS, Record, read
+from vllm_kvcompress.tools.evaluation.record import RECORDS, read
 from vllm_kvcompress.tools.evaluation.result_groups import by_length, make_groups
 from vllm_kvcompress.tools.evaluation.results_frame import make_frame
 from vllm_kvcompress.tools.evaluation.styles import styles_for
 from vllm_kvcompress.tools.evaluation.tables import NOTES
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
-
-PAGE = "results.md"
-CELLS = "cells.csv"
 
 
 def write_results(folder: Path, *, command: str, versions: Mapping[str, str]) -> list[Path]:
@@ -41,27 +38,15 @@ def write_results(folder: Path, *, command: str, versions: Mapping[str, str]) ->
         OSError: A file cannot be written.
 
     """
-    found = list(read(folder / RECORDS))
-    if not found:
+    records = list(read(folder / RECORDS))
+    if not records:
         raise EvaluationError(f"{folder / RECORDS} has no results to be written")
-    page = results_page(found, command=command, versions=versions)
-    (folder / PAGE).write_text(page.text(), encoding="utf-8")
-    pack(found, folder / CELLS, {"command": command, "versions": _versions(versions)})
-    return [folder / PAGE, folder / CELLS, *page.draw(folder)]
-
-
-def results_page(
-    records: Sequence[Record], *, command: str, versions: Mapping[str, str]
-) -> MarkdownPage:
-    """The page of :func:`write_results`, not yet written."""
     groups = make_groups(make_frame(records))
     styles = styles_for(groups)
+    used = ", ".join(f"{name} {version}" for name, version in versions.items())
     page = MarkdownPage()
     page.heading(1, "Results")
-    page.add(f"```sh\n{command}\n```")
-    if versions:
-        page.add(f"Versions: {_versions(versions)}.")
-    page.add(NOTES)
+    page.add(f"```sh\n{command}\n```", f"Versions: {used}.", NOTES)
     for series in by_length(groups):
         add_groups(page, series, styles, 2, against_full=True)
         if any(map(is_needles, series)):
@@ -70,8 +55,7 @@ def results_page(
             if len(group.tasks) > 1 and group.budgets and not is_needles(group):
                 page.heading(3, f"{group.length} tokens, per task")
                 add_tasks(page, group, styles)
-    return page
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+    text, cells = folder / "results.md", folder / "cells.csv"
+    text.write_text(page.text(), encoding="utf-8")
+    pack(records, cells, {"command": command, "versions": used})
+    return [text, cells, *page.draw(folder)]

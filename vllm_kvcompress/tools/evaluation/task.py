@@ -45,6 +45,11 @@ class Prompt:
     labels: Mapping[str, str | int | float] = field(default_factory=lambda: MappingProxyType({}))
     opening: str = ""
 
+    @property
+    def text(self) -> str:
+        """Context and question."""
+        return self.context + self.question
+
 
 @dataclass(frozen=True)
 class Source:
