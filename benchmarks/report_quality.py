@@ -207,12 +207,9 @@ def _run(file: PackedFile) -> list[str]:
 
 def _references(group: ResultGroup) -> list[SettingRow]:
     """kvpress's SnapKV, with its defaults and with other parameters."""
-    methods = group.frame["method"].str.rpartition("/")[2].str.lower().str.removesuffix("press")
-    snapkv = set(group.frame.loc[methods == "snapkv", "label"])
+    snapkv = set(group.frame.loc[group.frame["method"] == "snapkv", "label"])
     return [
-        row
-        for row in group.compressed
-        if row.source.lower().startswith("kvpress") and row.label in snapkv
+        row for row in group.compressed if row.source.startswith("kvpress") and row.label in snapkv
     ]
 
 

@@ -116,7 +116,6 @@ def test_prompts_are_the_official_ones(tmp_path: Path, dataset: str) -> None:
     assert prompt.context.endswith("CONTEXT")
     assert prompt.references == (("ANSWER", CLASSES, *classes) if classes else ("ANSWER",))
     assert prompt.metric == f"longbench_{dataset}"
-    assert prompt.stop == ()
     assert prompt.labels == {"id": "7f", "language": "en", "cut": 0}
 
 

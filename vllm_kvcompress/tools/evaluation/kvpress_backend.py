@@ -295,8 +295,10 @@ class KvpressBackend(Backend):
             for place, (row, token) in enumerate(zip(going, chosen, strict=True)):
                 token_ids[row].append(token)
                 texts[row] = self._tokenizer.decode(token_ids[row], skip_special_tokens=True)
-                full = len(token_ids[row]) == prompts[row].max_tokens
-                if not full and token not in self._ends and not _over(prompts[row], texts[row]):
+                prompt = prompts[row]
+                settled = METRICS[prompt.metric].settled(texts[row], prompt.references)
+                full = len(token_ids[row]) == prompt.max_tokens
+                if not full and token not in self._ends and not settled:
                     left.append(place)
             if not left:
                 break
@@ -304,10 +306,7 @@ class KvpressBackend(Backend):
                 after.select(left)
                 going = [going[place] for place in left]
             after.feed(torch.tensor([[token_ids[row][-1]] for row in going]))
-        return [
-            (_before_stop(prompt, text), len(ids))
-            for prompt, text, ids in zip(prompts, texts, token_ids, strict=True)
-        ]
+        return [(text, len(ids)) for text, ids in zip(texts, token_ids, strict=True)]
 
     def _check_model(self, name: str) -> None:
         supported = import_module("kvpress.presses.base_press").SUPPORTED_MODELS
@@ -330,15 +329,3 @@ def _check_kept(cut: PressCut) -> None:
         raise RuntimeError(
             f"{cut.setting.label} kept {mean} tokens per layer on average where {cut.kept} were due"
         )
-
-
-def _over(prompt: Prompt, text: str) -> bool:
-    """Whether nothing that follows a text matters."""
-    if any(stop in text for stop in prompt.stop):
-        return True
-    return METRICS[prompt.metric].settled(text, prompt.references)
-
-
-def _before_stop(prompt: Prompt, text: str) -> str:
-    ends = [text.find(stop) for stop in prompt.stop if stop in text]
-    return text[: min(ends)] if ends else text

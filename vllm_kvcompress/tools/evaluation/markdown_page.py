@@ -1,9 +1,9 @@
-"""A Markdown page with its pictures, and the parts that all pages on quality share."""
+"""A Markdown page with its pictures, what all pages on quality share, and the page of a run."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from vllm_kvcompress.tools.evaluation import tables
-from vllm_kvcompress.tools.evaluation.heatmap import needle_figure
-from vllm_kvcompress.tools.evaluation.plots import Styles, share_figure, task_figure
-from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup
+from vllm_kvcompress.tools.evaluation.packed_results import pack
+from vllm_kvcompress.tools.evaluation.plots import Styles, needle_figure, share_figure, task_figure
+from vllm_kvcompress.tools.evaluation.record import RECORDS, read
+from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, by_length, make_groups
+from vllm_kvcompress.tools.evaluation.results_frame import make_frame
+from vllm_kvcompress.tools.evaluation.styles import styles_for
+from vllm_kvcompress.tools.evaluation.task import EvaluationError
 from vllm_kvcompress.tools.inspection.png_file import save_png
 
 RULER = "ruler"
@@ -76,6 +80,46 @@ class MarkdownPage:
             save_png(draw(), folder / name)
             paths.append(folder / name)
         return paths
+
+
+def write_results(folder: Path, *, command: str, versions: Mapping[str, str]) -> list[Path]:
+    """Write tables and pictures, and the packed records from which they can be made again.
+
+    Args:
+        folder: Folder of ``results.jsonl``, to which ``results.md``, ``cells.csv`` and the
+            pictures are written.
+        command: Command line that made the records.
+        versions: Versions of the packages that took part, by name.
+
+    Returns:
+        Paths of the files written, the page first.
+
+    Raises:
+        EvaluationError: There are no records, or they do not fit together.
+        OSError: A file cannot be written.
+
+    """
+    records = list(read(folder / RECORDS))
+    if not records:
+        raise EvaluationError(f"{folder / RECORDS} has no results to be written")
+    groups = make_groups(make_frame(records))
+    styles = styles_for(groups)
+    used = ", ".join(f"{name} {version}" for name, version in versions.items())
+    page = MarkdownPage()
+    page.heading(1, "Results")
+    page.add(f"```sh\n{command}\n```", f"Versions: {used}.", tables.NOTES)
+    for series in by_length(groups):
+        add_groups(page, series, styles, 2, against_full=True)
+        if any(map(is_needles, series)):
+            add_needles(page, series)
+        for group in series:
+            if len(group.tasks) > 1 and group.budgets and not is_needles(group):
+                page.heading(3, f"{group.length} tokens, per task")
+                add_tasks(page, group, styles)
+    text, cells = folder / "results.md", folder / "cells.csv"
+    text.write_text(page.text(), encoding="utf-8")
+    pack(records, cells, {"command": command, "versions": used})
+    return [text, cells, *page.draw(folder)]
 
 
 def is_needles(group: ResultGroup) -> bool:

@@ -73,7 +73,7 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
         stopped = _answer(runner, batches, settings, words, console)
     finally:
         backend.close()
-    from vllm_kvcompress.tools.evaluation.results_page import write_results
+    from vllm_kvcompress.tools.evaluation.markdown_page import write_results
 
     page, *_ = write_results(args.output, command=_command(words), versions=versions())
     console.print(f"written: {page}")

@@ -215,6 +215,5 @@ def sampling(case: EncodedPrompt, setting: Setting) -> Any:
         max_tokens=len(forced) + own,
         min_tokens=len(forced),
         logprobs=0 if case.measured_ids else None,
-        stop=list(case.prompt.stop) or None,
         extra_args=extra or None,
     )

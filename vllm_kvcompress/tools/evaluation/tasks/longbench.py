@@ -56,7 +56,6 @@ class Recipe:
         before: Template of the prompt up to the end of the context.
         after: Template of the rest.
         max_tokens: Most tokens of an answer.
-        stop: Texts that end it.
         first_line: Whether only its first line is scored.
         score: lm_eval's process_results: from an example and a list with the answer to a dict whose
             ``score`` is that of the best reference, 0 to 1.
@@ -66,7 +65,6 @@ class Recipe:
     before: str
     after: str
     max_tokens: int
-    stop: tuple[str, ...]
     first_line: bool
     score: Callable[[dict[str, Any], list[str]], dict[str, float]]
 
@@ -125,7 +123,6 @@ class LongBench(Task):
                     references=(*row["answers"], *((CLASSES, *classes) if classes else ())),
                     max_tokens=recipe.max_tokens,
                     metric=f"longbench_{self.dataset}",
-                    stop=recipe.stop,
                     labels={
                         "id": str(row.get("_id", "")),
                         "language": str(row.get("language", "")),
@@ -226,7 +223,6 @@ def _recipe(dataset: str) -> Recipe:
         before=before + context,
         after=after,
         max_tokens=settings["max_gen_toks"],
-        stop=tuple(text for text in settings["until"] if text != "\n"),
         first_line="\n" in settings["until"],
         score=found["process_results"],
     )
