@@ -227,7 +227,7 @@ def _against(
             if difference is None:
                 line.append(tables.MISSING)
                 continue
-            pairs.add(difference.pairs)
+            pairs.add(difference.estimate.n)
             word = verdict(difference)
             name = f"{group.names[row]} against {group.names[reference]}"
             words.setdefault(name, []).append(word)
@@ -264,4 +264,4 @@ def _agreement(difference: Difference | None) -> list[str]:
     if difference is None:
         return [tables.MISSING, "0", tables.MISSING]
     unequal = difference.higher + difference.lower
-    return [tables.signed(difference.estimate), str(difference.pairs), str(unequal)]
+    return [tables.signed(difference.estimate), str(difference.estimate.n), str(unequal)]

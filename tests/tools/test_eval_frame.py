@@ -119,7 +119,7 @@ def test_paired_takes_the_prompts_that_both_have() -> None:
     ours = list(answers([1, 1, 0, 1]))
     found = difference(ours, list(answers([0, 1, 1], label="snapkv")))
     assert found is not None
-    assert (found.pairs, found.higher, found.lower) == (3, 1, 1)
+    assert (found.estimate.n, found.higher, found.lower) == (3, 1, 1)
     assert found.estimate.value == 0
     assert found.estimate.low < -0.5
     assert difference(ours, list(answers([1], seed=9))) is None

@@ -21,7 +21,7 @@ import json
 import logging
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -46,27 +46,6 @@ CLASSES = "<classes>"
 _CONTEXT = "{{context}}"
 _BLANK_LINE = ("triviaqa", "samsum")
 _ENDS = {"passage_count": " ", "passage_retrieval_en": " ", "lcc": "\n", "repobench-p": "\n"}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a set is asked and scored.
-
-    Attributes:
-        before: Template of the prompt up to the end of the context.
-        after: Template of the rest.
-        max_tokens: Most tokens of an answer.
-        first_line: Whether only its first line is scored.
-        score: lm_eval's process_results: from an example and a list with the answer to a dict whose
-            ``score`` is that of the best reference, 0 to 1.
-
-    """
-
-    before: str
-    after: str
-    max_tokens: int
-    first_line: bool
-    score: Callable[[dict[str, Any], list[str]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -106,13 +85,14 @@ class LongBench(Task):
 
         """
         recipe = _recipe(self.dataset)
+        before, _, after = recipe["doc_to_text"].partition(_CONTEXT)
         fill = importlib.import_module("lm_eval.utils").apply_template
         rows = list(self._hub_rows(self.hub) if self.hub else self._file_rows(source.data))
         if seed:
             random.Random(seed).shuffle(rows)
         prompts = []
         for index, row in enumerate(rows[:count]):
-            whole, question = fill(recipe.before, row), fill(recipe.after, row)
+            whole, question = fill(before + _CONTEXT, row), fill(after, row)
             context = _fit(source, whole, question, length, self.name)
             classes = row.get("all_classes")
             prompts.append(
@@ -121,7 +101,7 @@ class LongBench(Task):
                     context=context,
                     question=question,
                     references=(*row["answers"], *((CLASSES, *classes) if classes else ())),
-                    max_tokens=recipe.max_tokens,
+                    max_tokens=recipe["generation_kwargs"]["max_gen_toks"],
                     metric=f"longbench_{self.dataset}",
                     labels={
                         "id": str(row.get("_id", "")),
@@ -197,7 +177,8 @@ def _fit(source: Source, context: str, question: str, length: int, name: str) ->
 
 
 @lru_cache(maxsize=len(SETS))
-def _recipe(dataset: str) -> Recipe:
+def _recipe(dataset: str) -> dict[str, Any]:
+    """lm_eval's settings of a set, the white space of its prompt put right."""
     try:
         loader = importlib.import_module("lm_eval.tasks._yaml_loader")
         folder = Path(str(loader.__file__)).parent / "longbench"
@@ -217,15 +198,7 @@ def _recipe(dataset: str) -> Recipe:
         template = template.replace(f"{_CONTEXT}\n{{{{question", f"{_CONTEXT}\n\n{{{{question")
     if dataset in _ENDS:
         template = template.rstrip() + _ENDS[dataset]
-    before, context, after = template.partition(_CONTEXT)
-    settings = found["generation_kwargs"]
-    return Recipe(
-        before=before + context,
-        after=after,
-        max_tokens=settings["max_gen_toks"],
-        first_line="\n" in settings["until"],
-        score=found["process_results"],
-    )
+    return {**found, "doc_to_text": template}
 
 
 def _score(dataset: str, text: str, references: Sequence[str]) -> float:
@@ -234,9 +207,10 @@ def _score(dataset: str, text: str, references: Sequence[str]) -> float:
     if CLASSES in answers:
         at = answers.index(CLASSES)
         answers, classes = answers[:at], answers[at + 1 :]
-    if recipe.first_line:
+    if "\n" in recipe["generation_kwargs"]["until"]:  # where lm_eval stops
         text = text.lstrip("\n").split("\n")[0]
-    return float(recipe.score({"answers": answers, "all_classes": classes}, [text])["score"])
+    found = recipe["process_results"]({"answers": answers, "all_classes": classes}, [text])
+    return float(found["score"])
 
 
 METRICS.update({f"longbench_{dataset}": Metric(partial(_score, dataset)) for dataset in SETS})
