@@ -13,7 +13,6 @@ from vllm_kvcompress.tools.evaluation.markdown_page import (
     RULER,
     MarkdownPage,
     add_groups,
-    add_needles,
     add_tasks,
     is_needles,
 )
@@ -186,9 +185,7 @@ def _add(
 ) -> None:
     styles = styles_for(results.groups)
     for series in by_length(list(filter(wanted, results.groups))):
-        add_groups(page, series, styles, 2, against_full=against_full)
-        if any(map(is_needles, series)):
-            add_needles(page, series)
+        add_groups(page, series, styles, against_full=against_full)
 
 
 def _run(file: PackedFile) -> list[str]:

@@ -57,11 +57,6 @@ def test_bootstrap_is_near_the_normal_interval_and_always_the_same() -> None:
     assert stats.mean_score([values]) == estimate
 
 
-def test_tasks_count_alike_whatever_their_number_of_prompts() -> None:
-    estimate = stats.mean_score([[1.0], [0.0, 0.0, 0.0]])
-    assert (estimate.value, estimate.n) == (0.5, 4)
-
-
 def test_perfect_tasks_leave_their_wilson_intervals() -> None:
     # Two tasks of 10 right answers: each may be off by 1 - 10 / 13.841459, half of it in the mean.
     estimate = stats.mean_score([[1.0] * 10, [1.0] * 10])

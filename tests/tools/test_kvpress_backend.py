@@ -32,8 +32,8 @@ from vllm_kvcompress.tools.evaluation.batched_decoding import Continuation, prep
 from vllm_kvcompress.tools.evaluation.kvpress_backend import (
     PRESSES,
     KvpressBackend,
-    OncePerLayer,
     check_setting,
+    once_per_layer,
     ratio_for,
 )
 from vllm_kvcompress.tools.evaluation.setting import Setting, full, kept_tokens
@@ -313,7 +313,7 @@ def test_shared_scores_are_worked_out_once_per_layer() -> None:
         asked.append(module.layer_idx)
         return torch.tensor(float(module.layer_idx))
 
-    shared = OncePerLayer(score)
+    shared = once_per_layer(score)
     for layer in (Layer(0), Layer(1)):
         for _ in range(3):
             assert int(shared(layer)) == layer.layer_idx

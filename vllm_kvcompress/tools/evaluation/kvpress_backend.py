@@ -109,25 +109,17 @@ def ratio_for(method: str, kept: int, tokens: int) -> float:
     return 1 - (kept + 0.5) / tokens
 
 
-class OncePerLayer:
-    """Scores that do not depend on the budget, computed once for all presses that share them.
+def once_per_layer(score: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A press's ``score`` for all presses that share it: computed once for each layer in turn."""
+    held: dict[int, torch.Tensor] = {}
 
-    Args:
-        score: A press's own method.
+    def shared(module: Any, *args: Any) -> torch.Tensor:
+        if module.layer_idx not in held:
+            held.clear()
+            held[module.layer_idx] = score(module, *args)
+        return held[module.layer_idx]
 
-    """
-
-    def __init__(self, score: Callable[..., torch.Tensor]) -> None:
-        self._score = score
-        self._layer = -1
-        self._scores = torch.empty(0)
-
-    def __call__(self, module: Any, *args: Any) -> torch.Tensor:
-        """Scores as of ``ScorerPress.score``, [1, N, S]."""
-        if module.layer_idx != self._layer:
-            self._scores = self._score(module, *args)
-            self._layer = module.layer_idx
-        return self._scores
+    return shared
 
 
 class PressCut(NamedTuple):
@@ -227,7 +219,7 @@ class KvpressBackend(Backend):
         self._model = None
 
     def _cuts(self, settings: Sequence[Setting], tokens: int) -> list[PressCut]:
-        shared: dict[Any, OncePerLayer] = {}
+        shared: dict[Any, Callable[..., torch.Tensor]] = {}
         cuts = []
         for setting in settings:
             kept = kept_tokens(setting.budget, tokens, self.block_size)
@@ -238,7 +230,7 @@ class KvpressBackend(Backend):
                     k: v for k, v in vars(press).items() if k not in ("compression_ratio", "beta")
                 }
                 key = (type(press).score, tuple(sorted(read.items())))
-                press.score = shared.setdefault(key, OncePerLayer(press.score))
+                press.score = shared.setdefault(key, once_per_layer(press.score))
             cuts.append(PressCut(setting, press, kept, DynamicCache()))
         return cuts
 

@@ -109,9 +109,7 @@ def write_results(folder: Path, *, command: str, versions: Mapping[str, str]) ->
     page.heading(1, "Results")
     page.add(f"```sh\n{command}\n```", f"Versions: {used}.", tables.NOTES)
     for series in by_length(groups):
-        add_groups(page, series, styles, 2, against_full=True)
-        if any(map(is_needles, series)):
-            add_needles(page, series)
+        add_groups(page, series, styles, against_full=True)
         for group in series:
             if len(group.tasks) > 1 and group.budgets and not is_needles(group):
                 page.heading(3, f"{group.length} tokens, per task")
@@ -128,24 +126,18 @@ def is_needles(group: ResultGroup) -> bool:
 
 
 def add_groups(
-    page: MarkdownPage,
-    groups: Sequence[ResultGroup],
-    styles: Styles,
-    level: int,
-    *,
-    against_full: bool,
+    page: MarkdownPage, groups: Sequence[ResultGroup], styles: Styles, *, against_full: bool
 ) -> None:
-    """Append a picture, and for every length a header and the tables over all tasks.
+    """Append a picture, for every length a header and the tables over all tasks, and heat maps.
 
     Args:
         page: Page to append to.
         groups: Groups that differ only by their length.
         styles: Styles of all settings of the page.
-        level: Level of the heading; headings of lengths have the next one.
         against_full: Whether differences to the full cache are shown.
 
     """
-    page.heading(level, groups[0].title)
+    page.heading(2, groups[0].title)
     drawn = [group for group in groups if group.budgets]
     if drawn:
         what = "nats per token" if drawn[0].likelihood else "score"
@@ -155,7 +147,7 @@ def add_groups(
             partial(share_figure, drawn, styles),
         )
     for group in groups:
-        page.heading(level + 1, f"{group.length} tokens")
+        page.heading(3, f"{group.length} tokens")
         page.add(tables.header(group), tables.means(group))
         if group.shared is not None:
             names = ", ".join(map(tables.task_name, group.shared.tasks))
@@ -165,6 +157,16 @@ def add_groups(
                 "Difference to the full cache on the same prompts:",
                 tables.differences(group, group.full),
             )
+    if not any(map(is_needles, groups)):
+        return
+    for budget in dict.fromkeys(budget for group in groups for budget in group.budgets):
+        shown = [group for group in groups if budget in group.budgets]
+        what = f"{groups[0].title}, {tables.budget_text(budget)}"
+        page.picture(
+            f"{_name(groups[0])}-grid-{budget}",
+            f"needles found by depth and length, {what}",
+            partial(needle_figure, shown, budget),
+        )
 
 
 def add_tasks(page: MarkdownPage, group: ResultGroup, styles: Styles) -> None:
@@ -184,18 +186,6 @@ def add_tasks(page: MarkdownPage, group: ResultGroup, styles: Styles) -> None:
     for budget in group.budgets:
         if budget != shown:
             page.folded(tables.budget_text(budget), tables.tasks(group, budget))
-
-
-def add_needles(page: MarkdownPage, groups: Sequence[ResultGroup]) -> None:
-    """Append a heat map for every budget of groups that differ only by their length."""
-    for budget in dict.fromkeys(budget for group in groups for budget in group.budgets):
-        shown = [group for group in groups if budget in group.budgets]
-        what = f"{groups[0].title}, {tables.budget_text(budget)}"
-        page.picture(
-            f"{_name(groups[0])}-grid-{budget}",
-            f"needles found by depth and length, {what}",
-            partial(needle_figure, shown, budget),
-        )
 
 
 def _name(group: ResultGroup) -> str:

@@ -139,7 +139,7 @@ def needle_figure(groups: Sequence[ResultGroup], budget: str) -> Figure:
     figure, axes = _grid(len(names), columns, inches, ceil(len(names) / columns) * height + 1.0)
     for number, (ax, name) in enumerate(zip(axes, names, strict=True)):
         values = grids[name]["mean"].unstack("length").reindex(index=depths, columns=lengths)
-        _draw(ax, 100 * values)
+        _heat_map(ax, 100 * values)
         ax.set_title(shorten(name, int(width * 12)), fontsize=_LETTERS)
         if number % columns == 0:
             ax.set_ylabel("depth, %", fontsize=_LETTERS)
@@ -205,7 +205,7 @@ def _mean(group: ResultGroup, row: SettingRow, budget: str) -> Estimate | None:
     return Estimate(mean.value, low, high, by.n)
 
 
-def _draw(ax: Axes, values: pd.DataFrame) -> None:
+def _heat_map(ax: Axes, values: pd.DataFrame) -> None:
     """Draw per cent by depth (rows) and length (columns); fields without a prompt stay grey."""
     ax.imshow(values.to_numpy(), vmin=0, vmax=100, cmap=HEAT.lower(), aspect="auto")
     ax.set_facecolor("0.85")
