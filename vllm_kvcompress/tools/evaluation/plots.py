@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullL
 from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, SettingRow
 from vllm_kvcompress.tools.evaluation.stats import Estimate
 from vllm_kvcompress.tools.evaluation.styles import Style
-from vllm_kvcompress.tools.evaluation.tables import budget_text, share_text, task_name
+from vllm_kvcompress.tools.evaluation.tables import budget_text, share_text, span, task_name
 from vllm_kvcompress.tools.inspection.png_file import DPI
 from vllm_kvcompress.tools.inspection.style import HEAT, shorten
 
@@ -146,11 +146,9 @@ def needle_figure(groups: Sequence[ResultGroup], budget: str) -> Figure:
     bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.9, pad=0.015, aspect=25)
     bar.set_label("needles found, %", fontsize=_LETTERS)
     bar.ax.tick_params(labelsize=_LETTERS - 1)
-    counts = sorted(set(fields["size"]))
-    prompts = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     title = (
         f"{groups[0].model}, {groups[0].protocol}, budget {budget_text(budget)}, "
-        f"{prompts} prompt{'' if counts == [1] else 's'} a field"
+        f"{span(fields['size'])} prompt{'' if fields['size'].max() == 1 else 's'} a field"
     )
     figure.suptitle(shorten(title, int(inches * 12)), fontsize=_LETTERS + 2)
     figure.supxlabel("tokens of the context", fontsize=_LETTERS)
