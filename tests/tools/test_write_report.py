@@ -109,7 +109,6 @@ def test_sections(committed: Path) -> None:
 
 
 def test_settings_with_fewer_tasks_are_compared_on_those(committed: Path) -> None:
-    (committed / "quality" / "ruler.csv").unlink()
     lines = [
         *answers([1, 0], task="ruler/vt"),
         *answers([1, 1], task="ruler/cwe"),
@@ -185,7 +184,6 @@ def test_verdict_on_a_difference(scores: list[float], expected: str) -> None:
 
 
 def test_other_bytes_are_named(committed: Path) -> None:
-    (committed / "quality" / "ruler.csv").unlink()
     records = [
         *answers([1, 1], kept_tokens=160),
         *answers([0, 0], label="snapkv", method="snapkv", source="kvpress 0.5.5"),
