@@ -14,7 +14,7 @@ import gc
 import json
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
+import vllm
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
@@ -30,21 +32,14 @@ from vllm_kvcompress import LLM
 from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
 from vllm_kvcompress.tools.evaluation.forced_tokens import FORCED_KEY, ForcedTokens
-from vllm_kvcompress.tools.evaluation.tasks.haystack import (
-    TOKENS_TO_GENERATE,
-    Needle,
-    match,
-    niah_single_2,
-)
+from vllm_kvcompress.tools.evaluation.metrics import match_all
+from vllm_kvcompress.tools.evaluation.tasks.needle import niah_single_2
 
 REPO = Path(__file__).resolve().parents[1]
 RESULTS = REPO / "benchmarks" / "results" / "approximations.csv"
-FIELDS = [
-    *("date", "model", "case", "prefill", "method", "budget", "prompt", "generated", "settings"),
-    *("needles", "nll", "nll_change", "prompts", "peak_blocks", "late_blocks"),
-    *("blocks_uncompressed",),
-    *("block_size", "vllm", "torch"),
-]
+
+Variant = tuple[str, Any, dict[str, Any]]
+"""What is compared: its name, its budget and the engine's settings."""
 
 
 def main() -> None:
@@ -61,7 +56,11 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=2000)
     parser.add_argument("--block-size", type=int, default=32)
     args = parser.parse_args()
-    {"streaming": _streaming, "decode": _decode}[args.case](args)
+    if args.case == "decode":
+        _compare(args, 1024, args.generate, _decode_variants(args))
+        return
+    for length in map(int, args.lengths.split(",")):
+        _compare(args, length, 128, _streaming_variants(args))
 
 
 class _Runner(SteppedEngine):
@@ -132,150 +131,103 @@ def _nll(completion: Any, tokens: Sequence[int]) -> list[float]:
     return [-steps[i][token].logprob for i, token in enumerate(tokens)]
 
 
-def _compression(budget: int, **config: Any) -> dict[str, Any]:
+def _compression(budget: int, method: str = "cake", **config: Any) -> dict[str, Any]:
     return {
-        "kv_compression": "cake",
+        "kv_compression": method,
         "kv_compression_budget": budget,
         "kv_compression_config": config,
     }
 
 
-def _passages(args: argparse.Namespace, tokenizer: Any, length: int, count: int) -> list[list[int]]:
-    """Cut pieces, spread evenly, out of the essays that scripts/fetch_ruler.py fetches."""
+def _streaming_variants(args: argparse.Namespace) -> Iterator[Variant]:
+    step = {"max_num_batched_tokens": 2048}
+    yield "full cache", "", step
+    for budget in map(int, (args.budgets or "512,1024").split(",")):
+        yield "exact", budget, {**step, **_compression(budget)}
+        for chunk in (2048, 1024):
+            settings = _compression(
+                budget, prefill="streaming", stream_chunk=chunk, stream_budget=2 * budget
+            )
+            yield "streaming", budget, {**settings, "max_num_batched_tokens": chunk}
+
+
+def _decode_variants(args: argparse.Namespace) -> Iterator[Variant]:
+    yield "full cache", "", {}
+    for budget in map(int, (args.budgets or "256,512,1024").split(",")):
+        yield "prompt cut only", budget, _compression(budget)
+        for method in args.methods.split(","):
+            settings = _compression(budget, method, decode_budget=budget, decode_buffer=128)
+            yield f"{method}, decode budget", budget, settings
+
+
+def _compare(
+    args: argparse.Namespace, length: int, generated: int, variants: Iterator[Variant]
+) -> None:
+    """Measure all variants on the same prompts; the full cache comes first.
+
+    In the case "streaming" prompts run one at a time, and needles are asked for as well.
+    """
+    streaming = args.case == "streaming"
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    # Pieces spread evenly over the essays that scripts/fetch_ruler.py fetches.
     essays = json.loads((args.ruler / "PaulGrahamEssays.json").read_text(encoding="utf-8"))
     text = list(tokenizer(essays["text"][:600_000])["input_ids"])
-    stride = (len(text) - length) // max(count - 1, 1)
+    stride = (len(text) - length - generated) // max(args.passages - 1, 1)
     if stride < 1:
-        raise ValueError(f"the text has {len(text)} tokens, {length} are needed")
-    return [text[stride * i : stride * i + length] for i in range(count)]
-
-
-def _streaming(args: argparse.Namespace) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    for length in map(int, args.lengths.split(",")):
-        needles = niah_single_2(
-            args.ruler,
-            lambda s: len(tokenizer(s)["input_ids"]),
-            length=length,
-            count=args.prompts,
-            seed=42,
-        )
-        passages = _passages(args, tokenizer, length + 128, count=args.passages)
-        step = {"max_num_batched_tokens": 2048}
-        variants: list[tuple[str, Any, dict[str, Any]]] = [("full cache", "", step)]
-        for budget in map(int, (args.budgets or "512,1024").split(",")):
-            variants.append(("exact", budget, {**step, **_compression(budget)}))
-            for chunk in (2048, 1024):
-                settings = _compression(
-                    budget, prefill="streaming", stream_chunk=chunk, stream_budget=2 * budget
-                )
-                settings["max_num_batched_tokens"] = chunk
-                variants.append(("streaming", budget, settings))
-        base = None
-        for prefill, budget, settings in variants:
-            runner = _Runner(args, length + 512, **settings)
-            row = _row(prefill, budget, length, 128, settings)
-            found, losses = _needles_and_nll(runner, needles, passages, length)
-            base = base if base is not None else losses
-            row |= {
-                "needles": f"{found}/{len(needles)}",
-                "nll": f"{losses:.3f}",
-                "nll_change": f"{losses - base:+.3f}",
-                "prompts": len(passages),
-                "peak_blocks": runner.peak,
-                "blocks_uncompressed": cdiv(length + 128, args.block_size),
-            }
-            _save(args, row)
-            runner.close()
-            del runner  # and its memory, before the next engine starts
-            gc.collect()
-
-
-def _needles_and_nll(
-    runner: _Runner, needles: Sequence[Needle], passages: Sequence[list[int]], length: int
-) -> tuple[int, float]:
-    greedy = SamplingParams(temperature=0.0, max_tokens=TOKENS_TO_GENERATE)
-    outputs = runner.run([n.prompt for n in needles], [greedy] * len(needles))
-    found = sum(match(o.text, n.answers) for o, n in zip(outputs, needles, strict=True))
-    ends = [p[length:] for p in passages]
-    completions = runner.run(
-        [{"prompt_token_ids": p[:length]} for p in passages], [_forcing(end) for end in ends]
+        raise ValueError(f"the text has {len(text)} tokens, {length + generated} are needed")
+    starts = [stride * i for i in range(args.passages)]
+    prompts = [{"prompt_token_ids": text[start : start + length]} for start in starts]
+    ends = [text[start + length : start + length + generated] for start in starts]
+    needles = niah_single_2(
+        args.ruler,
+        lambda s: len(tokenizer(s)["input_ids"]),
+        length=length,
+        count=args.prompts if streaming else 0,
     )
-    losses = [
-        value
-        for completion, end in zip(completions, ends, strict=True)
-        for value in _nll(completion, end)
-    ]
-    return int(found), statistics.fmean(losses)
-
-
-def _decode(args: argparse.Namespace) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    length = 1024
-    passages = _passages(args, tokenizer, length + args.generate, count=args.passages)
-    prompts = [{"prompt_token_ids": p[:length]} for p in passages]
-    ends = [p[length:] for p in passages]
-    variants: list[tuple[str, Any, dict[str, Any]]] = [("full cache", "", {})]
-    for budget in map(int, (args.budgets or "256,512,1024").split(",")):
-        variants.append(("prompt cut only", budget, _compression(budget)))
-        for method in args.methods.split(","):
-            settings = _compression(budget, decode_budget=budget, decode_buffer=128)
-            variants.append(
-                (f"{method}, decode budget", budget, {**settings, "kv_compression": method})
-            )
+    greedy = SamplingParams(temperature=0.0, max_tokens=128)
     base = None
     for name, budget, settings in variants:
-        runner = _Runner(args, length + args.generate + 64, **settings)
-        completions = runner.together(prompts, [_forcing(end) for end in ends])
+        runner = _Runner(args, length + max(512, generated + 64), **settings)
+        asked = runner.run([n.text for n in needles], [greedy] * len(needles))
+        found = sum(match_all(o.text, n.references) for o, n in zip(asked, needles, strict=True))
+        forced = [_forcing(end) for end in ends]
+        completions = (runner.run if streaming else runner.together)(prompts, forced)
         values = [_nll(c, end) for c, end in zip(completions, ends, strict=True)]
-        loss = statistics.fmean(v for one in values for v in one)
-        base = base if base is not None else loss
-        row = _row(name, budget, length, args.generate, settings)
-        row |= {
+        loss = statistics.fmean(value for one in values for value in one)
+        base = loss if base is None else base
+        config = settings.get("kv_compression_config", {})
+        row = {
+            "date": datetime.date.today().isoformat(),
+            "model": Path(args.model).name,
+            "case": args.case,
+            "prefill": name,
+            "method": settings.get("kv_compression", ""),
+            "budget": budget,
+            "prompt": length,
+            "generated": generated,
+            "settings": " ".join(f"{k}={v}" for k, v in config.items() if k != "prefill"),
+            "needles": f"{int(found)}/{len(needles)}" if streaming else "",
             "nll": f"{loss:.3f}",
             "nll_change": f"{loss - base:+.3f}",
             "prompts": len(prompts),
             "peak_blocks": runner.peak,
-            "late_blocks": runner.late,
-            "blocks_uncompressed": len(prompts) * cdiv(length + args.generate, args.block_size),
+            "late_blocks": "" if streaming else runner.late,
+            "blocks_uncompressed": (1 if streaming else len(prompts))
+            * cdiv(length + generated, args.block_size),
+            "block_size": args.block_size,
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
         }
-        _save(args, row)
+        new = not RESULTS.exists()
+        with RESULTS.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(row, flush=True)
         runner.close()
-        del runner
+        del runner  # and its memory, before the next engine starts
         gc.collect()
-
-
-def _row(prefill: str, budget: Any, prompt: int, generated: int, settings: Any) -> dict[str, Any]:
-    config = settings.get("kv_compression_config", {})
-    return {
-        "prefill": prefill,
-        "method": settings.get("kv_compression", ""),
-        "budget": budget,
-        "prompt": prompt,
-        "generated": generated,
-        "settings": " ".join(f"{k}={v}" for k, v in config.items() if k != "prefill"),
-    }
-
-
-def _save(args: argparse.Namespace, row: dict[str, Any]) -> None:
-    import torch
-    import vllm
-
-    facts = {
-        "date": datetime.date.today().isoformat(),
-        "model": Path(args.model).name,
-        "case": args.case,
-        "block_size": args.block_size,
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-    }
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow({**facts, **row})
-    print(row, flush=True)
 
 
 if __name__ == "__main__":

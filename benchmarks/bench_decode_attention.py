@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_compaction import uneven_counts
-from benchmarks.kernel_bench import Row, Shape, arguments, measure, row, write
+from benchmarks.kernel_bench import Row, Shape, arguments, measure, write
 from kvcompress_kernels.cost import Cost
 from kvcompress_kernels.page_tables import ArenaTables, StepTables, fill_page_tables
 
@@ -44,8 +44,8 @@ def main() -> None:
         write([entry], args.csv, args.device)
         compressed.append(entry)
     for entry in compressed:
-        time = full.seconds_median / entry.seconds_median
-        size = full.bytes / entry.bytes
+        time = full.timing.median / entry.timing.median
+        size = full.cost.bytes / entry.cost.bytes
         print(f"{entry.case}: {time:.2f} x faster, {size:.2f} x fewer bytes: {time / size:.2f}")
 
 
@@ -105,7 +105,7 @@ def _measure(context: int, average: int | None, case: str, device: torch.device)
         bytes=tokens * per_token + 2 * queries.numel() * shape.itemsize,
         flops=2 * 2 * tokens * shape.heads * shape.head_size,
     )
-    return row("decode attention", case, "xformers", measure(step, device=device), cost)
+    return Row("decode attention", case, "xformers", measure(step, device=device), cost)
 
 
 def _attention(out: StepTables, layer: int, queries: Tensor, cache: Tensor) -> Callable[[], Tensor]:

@@ -25,7 +25,6 @@ from benchmarks.kernel_bench import (
     arguments,
     implementations,
     measure,
-    row,
     write,
 )
 from benchmarks.kernel_costs import KEEP, costs
@@ -57,7 +56,7 @@ def main() -> None:
         write(rows, args.csv, args.device)
         wholes += [entry for entry in rows if entry.kernel == "pipeline"]
     for entry in wholes:
-        share = entry.seconds_median / prefill.seconds_median
+        share = entry.timing.median / prefill.timing.median
         print(f"{entry.case}, {entry.implementation}: {share:.2%} of the prefill's attention")
 
 
@@ -150,7 +149,7 @@ def _pipeline(prompt: Prompt, implementation: Implementation) -> list[Row]:
     ]
     case = f"{prompt.tokens} tokens, keep {KEEP}, per layer, {jobs} at once"
     return [
-        row(kernel, case, implementation, _per_job(measure(part, device=mean.device), jobs), cost)
+        Row(kernel, case, implementation, _per_job(measure(part, device=mean.device), jobs), cost)
         for kernel, part, cost in parts
     ]
 
@@ -173,7 +172,7 @@ def _prefill(shape: Shape, tokens: int, device: torch.device) -> Row:
     with flash:
         timing = measure(attend, device=device)
     cost = costs(shape, tokens)["prefill attention, to compare"]
-    return row("prefill attention", f"{tokens} tokens, one layer", "torch sdpa", timing, cost)
+    return Row("prefill attention", f"{tokens} tokens, one layer", "torch sdpa", timing, cost)
 
 
 if __name__ == "__main__":

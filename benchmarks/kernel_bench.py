@@ -59,11 +59,6 @@ class Timing:
     low: float
     high: float
 
-    @property
-    def spread(self) -> str:
-        """Return ``low-high`` in milliseconds, as :class:`Row` takes it."""
-        return f"{self.low * 1e3:.4f}-{self.high * 1e3:.4f}"
-
 
 @dataclass(frozen=True)
 class Row:
@@ -73,26 +68,17 @@ class Row:
         kernel: What ran.
         case: What it ran on.
         implementation: Rows that agree in kernel and case are compared with the one of "torch".
-        seconds_median: Median of the runs.
-        seconds_spread: Fastest and slowest run, "min-max" in milliseconds.
-        bytes: Bytes that the algorithm has to move (``Cost``), so that an implementation which
-            moves more shows a lower bandwidth.
-        flops: Operations of the algorithm.
+        timing: What was measured.
+        cost: What the algorithm has to do, so that an implementation which moves more shows a lower
+            bandwidth.
 
     """
 
     kernel: str
     case: str
     implementation: str
-    seconds_median: float
-    seconds_spread: str
-    bytes: int
-    flops: int
-
-
-def row(kernel: str, case: str, implementation: str, timing: Timing, cost: Cost) -> Row:
-    """Make a :class:`Row` of what was measured and what had to be done."""
-    return Row(kernel, case, implementation, timing.median, timing.spread, cost.bytes, cost.flops)
+    timing: Timing
+    cost: Cost
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -146,7 +132,7 @@ def compare(
         name: functools.partial(function, implementation=name) for name in implementations(device)
     }
     return [
-        row(kernel, case, name, measure(run, device=device), cost)
+        Row(kernel, case, name, measure(run, device=device), cost)
         for name, run in {**functions, **(others or {})}.items()
     ]
 
@@ -213,14 +199,9 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
-def triton_version() -> str:
-    """Return Triton's version, or nothing where it is not installed."""
-    return str(import_module("triton").__version__) if find_spec("triton") else ""
-
-
 def write(rows: Sequence[Row], path: Path, device: torch.device) -> None:
     """Append the rows to the CSV at ``path`` (made with its header if absent) and print them."""
-    twins = {(r.kernel, r.case): r.seconds_median for r in rows if r.implementation == "torch"}
+    twins = {(r.kernel, r.case): r.timing.median for r in rows if r.implementation == "torch"}
     copy = copy_bandwidth(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists() or path.stat().st_size == 0
@@ -240,20 +221,21 @@ def write(rows: Sequence[Row], path: Path, device: torch.device) -> None:
 
 
 def _fields(row: Row, copy: float, twin: float | None, device: torch.device) -> dict[str, str]:
-    rate = row.bytes / row.seconds_median
+    timing = row.timing
+    rate = row.cost.bytes / timing.median
     return {
         "date": datetime.date.today().isoformat(),
         "device": device_name(device),
         "torch": torch.__version__,
-        "triton": triton_version(),
+        "triton": str(import_module("triton").__version__) if find_spec("triton") else "",
         "kernel": row.kernel,
         "case": row.case,
         "implementation": row.implementation,
-        "median_ms": f"{row.seconds_median * 1e3:.4f}",
-        "spread_ms": row.seconds_spread,
-        "gbytes": f"{row.bytes * 1e-9:.6f}",
-        "gflop": f"{row.flops * 1e-9:.4f}",
+        "median_ms": f"{timing.median * 1e3:.4f}",
+        "spread_ms": f"{timing.low * 1e3:.4f}-{timing.high * 1e3:.4f}",
+        "gbytes": f"{row.cost.bytes * 1e-9:.6f}",
+        "gflop": f"{row.cost.flops * 1e-9:.4f}",
         "gb_per_s": f"{rate * 1e-9:.1f}",
         "share_of_copy": f"{rate / copy:.4f}",
-        "versus_torch": "" if twin is None else f"{twin / row.seconds_median:.3f}",
+        "versus_torch": "" if twin is None else f"{twin / timing.median:.3f}",
     }

@@ -13,7 +13,6 @@ from vllm_kvcompress.tools.evaluation.markdown_page import (
     RULER,
     MarkdownPage,
     add_groups,
-    add_needles,
     add_tasks,
     is_needles,
 )
@@ -186,9 +185,7 @@ def _add(
 ) -> None:
     styles = styles_for(results.groups)
     for series in by_length(list(filter(wanted, results.groups))):
-        add_groups(page, series, styles, 2, against_full=against_full)
-        if any(map(is_needles, series)):
-            add_needles(page, series)
+        add_groups(page, series, styles, against_full=against_full)
 
 
 def _run(file: PackedFile) -> list[str]:
@@ -207,12 +204,9 @@ def _run(file: PackedFile) -> list[str]:
 
 def _references(group: ResultGroup) -> list[SettingRow]:
     """kvpress's SnapKV, with its defaults and with other parameters."""
-    methods = group.frame["method"].str.rpartition("/")[2].str.lower().str.removesuffix("press")
-    snapkv = set(group.frame.loc[methods == "snapkv", "label"])
+    snapkv = set(group.frame.loc[group.frame["method"] == "snapkv", "label"])
     return [
-        row
-        for row in group.compressed
-        if row.source.lower().startswith("kvpress") and row.label in snapkv
+        row for row in group.compressed if row.source.startswith("kvpress") and row.label in snapkv
     ]
 
 
@@ -230,7 +224,7 @@ def _against(
             if difference is None:
                 line.append(tables.MISSING)
                 continue
-            pairs.add(difference.pairs)
+            pairs.add(difference.estimate.n)
             word = verdict(difference)
             name = f"{group.names[row]} against {group.names[reference]}"
             words.setdefault(name, []).append(word)
@@ -267,4 +261,4 @@ def _agreement(difference: Difference | None) -> list[str]:
     if difference is None:
         return [tables.MISSING, "0", tables.MISSING]
     unequal = difference.higher + difference.lower
-    return [tables.signed(difference.estimate), str(difference.pairs), str(unequal)]
+    return [tables.signed(difference.estimate), str(difference.estimate.n), str(unequal)]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -84,12 +84,14 @@ class Bench:
         name: Name of its file, which begins with ``bench``.
         model: Folder of the model.
         words: Further arguments.
+        answers: It counts as one.
 
     """
 
     name: str
     model: str
     words: Sequence[str]
+    answers: ClassVar[int] = 1
 
     def arguments(self, output: str) -> list[str]:
         """Arguments of ``kvcompress``."""

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Runs everything that docs/results.md stands on, and writes it.
 
     python -m benchmarks.run_report --dry-run      says how long it will take
@@ -17,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,27 +25,23 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import write_report
+from benchmarks.report_runs import EVERYTHING, Bench, Run
+from vllm_kvcompress.tools.evaluation.packed_results import pack, read_notes, unpack
+from vllm_kvcompress.tools.evaluation.record import RECORDS, read
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import pandas as pd  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from benchmarks import write_report  # noqa: E402
-from benchmarks.report_runs import EVERYTHING, Bench, Run  # noqa: E402
-from vllm_kvcompress.tools.evaluation.packed_results import pack, read_notes, unpack  # noqa: E402
-from vllm_kvcompress.tools.evaluation.record import Record, read  # noqa: E402
-
-RECORDS = Path("out") / "report"
+OUT = Path("out") / "report"
 RESULTS = Path("benchmarks") / "results"
 PACE = RESULTS / "pace.csv"
 UNKNOWN_PACE = 1.0
 """Seconds of an answer of a run that has never been made."""
 UNKNOWN_BENCH = 1800.0
 """Seconds of a benchmark that has never been made."""
-
-STOPPED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,33 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def folder(run: Run | Bench) -> Path:
     """Folder of a run's records."""
-    return RECORDS / run.name
+    return OUT / run.name
 
 
-def speed_file(bench: Bench) -> Path:
-    """File in which a benchmark's rows are committed."""
-    return RESULTS / f"{bench.name}.csv"
-
-
-def done(run: Run | Bench) -> int:
-    """Answers on disk; a benchmark counts as one."""
-    if isinstance(run, Bench):
-        return int(speed_file(run).is_file())
-    path = folder(run) / "results.jsonl"
-    if not path.is_file():
-        return 0
-    # More prompts may be there than are asked for now.
-    return sum(record.index < run.prompts for record in read(path))
-
-
-def wanted(run: Run | Bench) -> int:
-    """Answers in all; a benchmark counts as one."""
-    return run.answers if isinstance(run, Run) else 1
+def committed(run: Run | Bench) -> Path:
+    """File in which a run's records or a benchmark's rows are committed."""
+    return (RESULTS / "quality" if isinstance(run, Run) else RESULTS) / f"{run.name}.csv"
 
 
 def missing(run: Run | Bench) -> int:
-    """Answers that are not."""
-    return max(wanted(run) - done(run), 0)
+    """Answers that are not on disk; a benchmark counts as one."""
+    if isinstance(run, Bench):
+        return int(not committed(run).is_file())
+    # More prompts may be there than are asked for now.
+    done = sum(record.index < run.prompts for record in read(folder(run) / RECORDS))
+    return max(run.answers - done, 0)
 
 
 def show(runs: Sequence[Run | Bench], console: Console) -> None:
@@ -127,11 +111,12 @@ def show(runs: Sequence[Run | Bench], console: Console) -> None:
     table = Table("run", "answers", "missing", "hours", title="Runs of the report")
     total = 0.0
     for run in runs:
+        left = missing(run)
         guess = UNKNOWN_PACE if isinstance(run, Run) else UNKNOWN_BENCH
-        hours = missing(run) * paces.get(run.name, guess) / 3600
+        hours = left * paces.get(run.name, guess) / 3600
         total += hours
-        shown = f"{hours:.1f}" if run.name in paces or not missing(run) else f"? {hours:.1f}"
-        table.add_row(run.name, str(wanted(run)), str(missing(run)), shown)
+        shown = f"{hours:.1f}" if run.name in paces or not left else f"? {hours:.1f}"
+        table.add_row(run.name, str(run.answers), str(left), shown)
     table.add_row("all", "", "", f"{total:.1f}")
     console.print(table)
     console.print(
@@ -142,18 +127,12 @@ def show(runs: Sequence[Run | Bench], console: Console) -> None:
 
 def take_committed(run: Run) -> None:
     """Write the records that are committed where a run goes on from them; their texts are lost."""
-    path = folder(run) / "results.jsonl"
-    packed = committed(run)
+    path, packed = folder(run) / RECORDS, committed(run)
     if path.exists() or not packed.is_file():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(asdict(record), default=dict) for record in unpack(packed)]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def committed(run: Run) -> Path:
-    """File in which a run's records are committed."""
-    return RESULTS / "quality" / f"{run.name}.csv"
 
 
 def execute(run: Run | Bench, kvpress: Path) -> int:
@@ -181,32 +160,30 @@ def execute(run: Run | Bench, kvpress: Path) -> int:
 def keep(run: Run) -> None:
     """Pack the records of a run for the repository, and note how long they took.
 
-    Overwrites its file in benchmarks/results/quality, and its line in pace.csv.
+    Settings have the order of the run, whenever they were answered. Overwrites the run's file in
+    benchmarks/results/quality, and its line in pace.csv.
     """
-    records = sorted(read(folder(run) / "results.jsonl"), key=lambda record: _place(run, record))
-    if not records:
-        return
+    order = {label: place for place, label in enumerate((*run.methods, *run.variants))}
+    records = sorted(
+        read(folder(run) / RECORDS), key=lambda record: order.get(record.label, len(order))
+    )
     log = folder(run) / "runs.jsonl"
-    if not log.is_file():  # nothing but what was committed
+    if not records or not log.is_file():  # nothing but what was committed
         return
     calls = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     versions = ", ".join(f"{name} {version}" for name, version in calls[-1]["versions"].items())
     path = committed(run)
+    # Of the committed answers, from which the run may have continued.
+    before = read_notes(path).get("device", "") if path.is_file() else ""
+    devices = [*filter(None, before.split(", ")), *(call["device"] for call in calls)]
     notes = {
         **run.notes,
         "command": f"python -m benchmarks.run_report --only {run.name}",
         "versions": versions,
-        "device": ", ".join(dict.fromkeys([*_devices(path), *(c["device"] for c in calls)])),
+        "device": ", ".join(dict.fromkeys(devices)),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     pack(records, path, notes)
     _note_pace(run.name, sum(c["answers"] for c in calls), sum(c["seconds"] for c in calls))
-
-
-def _place(run: Run, record: Record) -> int:
-    """Place of the record's setting among the run's, whenever it was answered."""
-    labels = [*run.methods, *run.variants]
-    return labels.index(record.label) if record.label in labels else len(labels)
 
 
 def keep_speed(bench: Bench, seconds: float) -> None:
@@ -214,9 +191,8 @@ def keep_speed(bench: Bench, seconds: float) -> None:
 
     Overwrites its file in benchmarks/results, and its line in pace.csv.
     """
-    rows = (folder(bench) / f"{bench.name}.csv").read_text(encoding="utf-8")
-    speed_file(bench).parent.mkdir(parents=True, exist_ok=True)
-    speed_file(bench).write_text(rows, encoding="utf-8")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder(bench) / f"{bench.name}.csv", committed(bench))
     _note_pace(bench.name, 1, seconds)
 
 
@@ -224,12 +200,6 @@ def _note_pace(name: str, answers: int, seconds: float) -> None:
     paces = _read_paces()
     paces.loc[name] = (answers, round(seconds))
     paces.sort_index().to_csv(PACE)
-
-
-def _devices(packed: Path) -> list[str]:
-    """Devices of the committed answers, from which a run may have continued."""
-    note = read_notes(packed).get("device", "") if packed.is_file() else ""
-    return note.split(", ") if note else []
 
 
 def _read_paces() -> pd.DataFrame:

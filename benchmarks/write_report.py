@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Writes docs/results.md, the pages under docs/results and their pictures.
 
 All come from the files that are committed in benchmarks/results and from nothing else, so the same
@@ -13,17 +12,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from benchmarks import report_quality as quality
+from benchmarks.report_data import Results, read_results
+from benchmarks.report_speed import speed
+from benchmarks.report_summary import opening, papers
+from vllm_kvcompress.tools.evaluation.markdown_page import MarkdownPage
+from vllm_kvcompress.tools.evaluation.tables import NOTES
+from vllm_kvcompress.tools.evaluation.task import EvaluationError
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import report_quality as quality  # noqa: E402
-from benchmarks.report_data import Results, read_results  # noqa: E402
-from benchmarks.report_speed import speed  # noqa: E402
-from benchmarks.report_summary import opening, papers  # noqa: E402
-from vllm_kvcompress.tools.evaluation.markdown_page import MarkdownPage  # noqa: E402
-from vllm_kvcompress.tools.evaluation.tables import NOTES  # noqa: E402
-from vllm_kvcompress.tools.evaluation.task import EvaluationError  # noqa: E402
-
 START = "results.md"
 GENERATED = (
     "Written by `python -m benchmarks.write_report` from the files in benchmarks/results; "

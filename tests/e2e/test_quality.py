@@ -13,7 +13,9 @@ import pytest
 
 from tests.e2e.engine import Engine, greedy, setting
 from tests.e2e.harness import MODELS, QUALITY, REPO, Engines
-from vllm_kvcompress.tools.evaluation.tasks.haystack import Needle, match, niah_single_2
+from vllm_kvcompress.tools.evaluation.metrics import match_all
+from vllm_kvcompress.tools.evaluation.task import Prompt
+from vllm_kvcompress.tools.evaluation.tasks.needle import niah_single_2
 
 pytestmark = pytest.mark.engine
 
@@ -37,7 +39,7 @@ def engine(engines: Engines) -> Engine:
     )
 
 
-def needles(seeds: tuple[int, ...]) -> list[Needle]:
+def needles(seeds: tuple[int, ...]) -> list[Prompt]:
     """A draw of prompts per seed."""
     from transformers import AutoTokenizer
 
@@ -51,7 +53,7 @@ def needles(seeds: tuple[int, ...]) -> list[Needle]:
         for seed in seeds
         for needle in niah_single_2(RULER, count_tokens, length=LENGTH, count=DRAW, seed=seed)
     ]
-    assert all(LENGTH - 8 <= n.num_tokens <= LENGTH for n in made)
+    assert all(LENGTH - 8 <= count_tokens(n.text) <= LENGTH for n in made)
     return made
 
 
@@ -71,7 +73,7 @@ def test_needle(engine: Engine, seeds: tuple[int, ...], least: dict[float | None
         kept = engine.record_kept()
         own = setting("none") if budget is None else setting(budget=budget)
         outputs = engine.llm.generate(
-            [needle.prompt for needle in asked],
+            [needle.text for needle in asked],
             greedy(NEW_TOKENS, ignore_eos=False, **own),
             use_tqdm=False,
         )
@@ -83,8 +85,8 @@ def test_needle(engine: Engine, seeds: tuple[int, ...], least: dict[float | None
         )
         answers = [output.outputs[0].text for output in outputs]
         wrong = {
-            i: (answer, needle.answers)
+            i: (answer, needle.references)
             for i, (answer, needle) in enumerate(zip(answers, asked, strict=True))
-            if match(answer, needle.answers) < 1.0
+            if match_all(answer, needle.references) < 1.0
         }
         assert len(asked) - len(wrong) >= least_right, (budget, wrong)

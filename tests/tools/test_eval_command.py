@@ -68,6 +68,7 @@ def test_what_cannot_be_compared_is_one_sentence(words: tuple[str, ...], said: s
         (("--tasks", "needle", "--lengths", "long"), "--lengths must be whole numbers from 1"),
         (("--tasks", "needle", "--seeds", "-1"), "--seeds must be whole numbers from 0"),
         (("--tasks", "needle", "--lengths", "20"), "needle: the question alone has"),
+        (("--tasks", "needle", "--model", str(REPO / "tests")), "has no usable tokenizer"),
     ],
 )
 def test_a_users_error_is_one_sentence_and_status_2(
@@ -80,12 +81,6 @@ def test_a_users_error_is_one_sentence_and_status_2(
     assert errors[-1].startswith("kvcompress eval: ")
     assert said in " ".join(errors)
     assert not (tmp_path / "results.jsonl").exists()
-
-
-def test_a_model_without_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["eval", "--model", str(tmp_path), "--output", str(tmp_path / "out")]
-    assert main([*words, "--tasks", "needle"]) == 2
-    assert "has no usable tokenizer" in capsys.readouterr().err
 
 
 def test_a_dry_run_says_how_much_it_would_be(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.support.eval_records import KVPRESS, answers, full, measured, needle_grid, small_run
 from tests.support.figures import check_labels
-from vllm_kvcompress.tools.evaluation import heatmap, plots
+from vllm_kvcompress.tools.evaluation import plots
 from vllm_kvcompress.tools.evaluation.record import Record
 from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, make_groups
 from vllm_kvcompress.tools.evaluation.results_frame import make_frame
@@ -22,6 +22,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def groups(records: list[Record]) -> list[ResultGroup]:
     return make_groups(make_frame(records))
+
+
+def share_figure(shown: list[ResultGroup]) -> Figure:
+    return plots.share_figure(shown, styles_for(shown))
+
+
+def task_figure(group: ResultGroup) -> Figure:
+    return plots.task_figure(group, "0.125", styles_for([group]))
 
 
 def legend(figure: Figure) -> list[str]:
@@ -44,7 +52,7 @@ def likelihood_run() -> list[Record]:
 
 
 def test_share_figure(tmp_path: Path) -> None:
-    figure = plots.share_figure(groups(small_run()))
+    figure = share_figure(groups(small_run()))
     assert [ax.get_title() for ax in figure.axes] == [
         "1024 tokens, 2 tasks",
         "2048 tokens, 2 tasks",
@@ -69,7 +77,7 @@ def test_share_figure(tmp_path: Path) -> None:
 
 def test_task_figure() -> None:
     group = groups(small_run())[0]
-    (axes,) = (figure := plots.task_figure(group, "0.125")).axes
+    (axes,) = (figure := task_figure(group)).axes
     assert [text.get_text() for text in axes.get_xticklabels()] == ["cwe", "vt"]
     assert len(axes.patches) == 4 * 2
     assert [round(bar.get_height(), 1) for bar in axes.patches[:2]] == [62.5, 62.5]  # type: ignore[attr-defined]
@@ -80,8 +88,8 @@ def test_a_setting_without_a_mean_is_not_in_the_legend() -> None:
     records = [one for task in ("vt", "cwe") for one in answers([1, 0], task=f"ruler/{task}")]
     records += answers([1, 1], task="ruler/cwe", label="keydiff")
     shown = groups(records)
-    assert legend(plots.share_figure(shown)) == ["cake"]
-    assert legend(plots.task_figure(shown[0], "0.125")) == ["cake", "keydiff"]
+    assert legend(share_figure(shown)) == ["cake"]
+    assert legend(task_figure(shown[0])) == ["cake", "keydiff"]
 
 
 def test_many_tasks_break_into_several_rows() -> None:
@@ -91,12 +99,12 @@ def test_many_tasks_break_into_several_rows() -> None:
         for label in ("cake", "dynamickv", "snapkv", "uniform", "h2o", "tova", "random")
         for one in answers([1, 0], task=f"ruler/task_{task:02}", label=label)
     ]
-    figure = plots.task_figure(groups(records)[0], "0.125")
+    figure = task_figure(groups(records)[0])
     assert [len(ax.get_xticklabels()) for ax in figure.axes] == [7, 6]
 
 
 def test_likelihoods_with_perplexities_beside_them() -> None:
-    figure = plots.share_figure(groups(likelihood_run()))
+    figure = share_figure(groups(likelihood_run()))
     (axes,) = figure.axes
     assert axes.get_ylabel() == "nats per token"
     assert [child.get_ylabel() for child in axes.child_axes] == ["perplexity"]
@@ -109,7 +117,7 @@ def test_likelihoods_with_perplexities_beside_them() -> None:
 
 
 def test_needle_figure() -> None:
-    figure = heatmap.needle_figure(groups(needle_grid()), "0.125")
+    figure = plots.needle_figure(groups(needle_grid()), "0.125")
     assert [ax.get_title() for ax in figure.axes[:2]] == ["full", "cake"]
     assert len(figure.axes) == 3  # and the colours
     shown = figure.axes[1].images[0].get_array()
@@ -121,7 +129,7 @@ def test_needle_figure() -> None:
 
 def test_fields_without_prompts_are_empty() -> None:
     records = [r for r in needle_grid() if (r.length, r.labels["depth"]) != (2048, 50)]
-    figure = heatmap.needle_figure(groups(records), "0.125")
+    figure = plots.needle_figure(groups(records), "0.125")
     shown = figure.axes[0].images[0].get_array()
     assert shown is not None
     assert np.isnan(np.ma.filled(shown, np.nan)[1, 1])
@@ -165,11 +173,11 @@ def crowded() -> list[Record]:
 def test_no_label_covers_another_or_is_cut_off(kind: str) -> None:
     shown = groups(crowded())
     figure = {
-        "one": lambda: plots.share_figure(shown[:1]),
-        "four": lambda: plots.share_figure(shown),
-        "tasks": lambda: plots.task_figure(shown[0], "0.125"),
-        "nll": lambda: plots.share_figure(groups(likelihood_run())),
-        "needles": lambda: heatmap.needle_figure(groups(needle_grid()), "0.125"),
+        "one": lambda: share_figure(shown[:1]),
+        "four": lambda: share_figure(shown),
+        "tasks": lambda: task_figure(shown[0]),
+        "nll": lambda: share_figure(groups(likelihood_run())),
+        "needles": lambda: plots.needle_figure(groups(needle_grid()), "0.125"),
     }[kind]()
     # Boxes of slanted labels overlap where the labels do not.
     check_labels(figure, 10, may_overlap=lambda one, other: kind == "tasks" and "_" in one + other)

@@ -86,16 +86,6 @@ def test_bold_only_where_the_interval_leaves_out_zero() -> None:
     assert rows(tables.means(lower))[3][1].startswith("**1.500** [1.000, 2.000], ppl 4.48")
 
 
-def test_a_mean_over_other_tasks_is_not_shown() -> None:
-    shown = group(
-        *answers([1]), *answers([1], task="ruler/cwe"), *answers([1], label="snapkv", budget="64")
-    )
-    text, rest = tables.means(shown).split("\n\n")
-    assert rows(text)[0] == ["mean over tasks", "12.5 %", "64 tokens"]
-    assert [(line[0], line[2]) for line in rows(text)[3:]] == [("cake", tables.MISSING)]
-    assert rest == "Only some of the tasks: snapkv (1 of 2)."
-
-
 def test_one_full_cache_alone() -> None:
     assert rows(tables.means(group(*full([1, 0])))) == [
         ["ruler/vt", "full cache"],

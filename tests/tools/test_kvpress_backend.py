@@ -28,12 +28,12 @@ from transformers import (
 )
 
 from vllm_kvcompress.tools.evaluation.backend import Answer, EncodedPrompt
-from vllm_kvcompress.tools.evaluation.batched_decoding import CacheRow, Continuation, prepare
+from vllm_kvcompress.tools.evaluation.batched_decoding import Continuation, prepare
 from vllm_kvcompress.tools.evaluation.kvpress_backend import (
     PRESSES,
     KvpressBackend,
-    OncePerLayer,
     check_setting,
+    once_per_layer,
     ratio_for,
 )
 from vllm_kvcompress.tools.evaluation.setting import Setting, full, kept_tokens
@@ -174,7 +174,7 @@ class Reference:
 
 def backend(folder: Path, dtype: str = "float32") -> KvpressBackend:
     pytest.importorskip("kvpress")
-    return KvpressBackend(folder, dtype=dtype, threads=1)
+    return KvpressBackend(folder, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -253,8 +253,6 @@ def test_an_answer_ends_where_nothing_can_change_it(folder: Path) -> None:
     ours = backend(folder)
     whole = answers(ours, [case(9, 150)])[9, "full"]
     first, second, *_ = whole.text.split()
-    stopped = answers(ours, [case(9, 150, stop=(second,))])[9, "full"]
-    assert (stopped.text, stopped.tokens) == (f"{first} ", 2)
     to_numbers = answers(ours, [case(9, 150, references=(second,))])[9, "full"]
     assert (to_numbers.text, to_numbers.tokens) == (f"{first} {second}", 2)
 
@@ -263,12 +261,6 @@ def test_a_window_that_does_not_fit_the_budget_is_refused(folder: Path) -> None:
     setting = Setting("snapkv, wide", "snapkv", 64, {"window_size": 65})
     with pytest.raises(EvaluationError, match="set window_size to at most 64"):
         answers(backend(folder), [case(10, 200)], (setting,))
-
-
-def test_versions(folder: Path) -> None:
-    ours = backend(folder)
-    assert ours.source == f"kvpress {ours.versions['kvpress']}"
-    assert set(ours.versions) == {"kvpress", "transformers", "torch"}
 
 
 @pytest.mark.skipif(find_spec("kvpress") is not None, reason="kvpress is installed")
@@ -286,10 +278,10 @@ def test_rows_of_several_prompts_go_on_as_each_alone(folder: Path) -> None:
     for one in cases:
         cache = DynamicCache()
         logits = model(torch.tensor([one.token_ids]), past_key_values=cache).logits[:, -1]
-        rows = [CacheRow(), CacheRow()]
-        for layer in cache.layers:
+        rows = [DynamicCache(), DynamicCache()]
+        for index, layer in enumerate(cache.layers):
             for row in rows:
-                row.append_layer(layer.keys, layer.values, room=20)
+                row.update(layer.keys, layer.values, index)
         part = Continuation.after(model, rows, logits, len(one.token_ids))
         part.feed(torch.tensor([one.fed_ids]))
         parts.append(part)
@@ -321,7 +313,7 @@ def test_shared_scores_are_worked_out_once_per_layer() -> None:
         asked.append(module.layer_idx)
         return torch.tensor(float(module.layer_idx))
 
-    shared = OncePerLayer(score)
+    shared = once_per_layer(score)
     for layer in (Layer(0), Layer(1)):
         for _ in range(3):
             assert int(shared(layer)) == layer.layer_idx

@@ -12,7 +12,8 @@ import pytest
 from tests.e2e.harness import MODELS, SMALL
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt, Source
-from vllm_kvcompress.tools.evaluation.tasks.longbench import CLASSES, SETS, LongBench, tasks
+from vllm_kvcompress.tools.evaluation.tasks import find
+from vllm_kvcompress.tools.evaluation.tasks.longbench import CLASSES, SETS, LongBench
 
 OFFICIAL = {
     "narrativeqa": ("ca9f07fdf9f532e1", 128),
@@ -98,7 +99,7 @@ def score(dataset: str, text: str, *references: str) -> float:
 
 
 def test_all_sets_are_there() -> None:
-    assert list(tasks()) == [f"longbench/{name}" for name in SETS]
+    assert [task.name for task in find(["longbench"])] == [f"longbench/{name}" for name in SETS]
     assert set(SETS) == set(OFFICIAL)
     assert {f"longbench_{name}" for name in SETS} <= set(METRICS)
     assert not any(METRICS[f"longbench_{name}"].monotone for name in SETS)
@@ -109,13 +110,12 @@ def test_prompts_are_the_official_ones(tmp_path: Path, dataset: str) -> None:
     classes = ["ANSWER", "OTHER"] if dataset in ("trec", "lsht") else None
     source = source_of(tmp_path, dataset, example(all_classes=classes))
     (prompt,) = made(source, dataset)
-    whole = prompt.context + prompt.question
+    whole = prompt.text
     digest = hashlib.sha256(whole.encode()).hexdigest()[:16]
     assert (digest, prompt.max_tokens) == OFFICIAL[dataset]
     assert prompt.context.endswith("CONTEXT")
     assert prompt.references == (("ANSWER", CLASSES, *classes) if classes else ("ANSWER",))
     assert prompt.metric == f"longbench_{dataset}"
-    assert prompt.stop == ()
     assert prompt.labels == {"id": "7f", "language": "en", "cut": 0}
 
 
@@ -157,10 +157,10 @@ def test_the_middle_of_a_long_prompt_goes(tmp_path: Path) -> None:
     assert prompt.context.split() == [first, *words[:49], *words[51:]]
     for length in (103, 102, 51, 20):
         (prompt,) = made(source, "lsht", length=length)
-        ids = source.tokenizer(whole.context + whole.question)["input_ids"]
+        ids = source.tokenizer(whole.text)["input_ids"]
         half = length // 2
         official = [*ids[:half], *ids[-half:]]
-        assert source.tokenizer(prompt.context + prompt.question)["input_ids"] == official
+        assert source.tokenizer(prompt.text)["input_ids"] == official
 
 
 def test_a_question_is_never_cut(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_question_is_never_cut(tmp_path: Path) -> None:
     source = source_of(tmp_path, "lsht", example(context="one two three " * 20, input=question))
     (prompt,) = made(source, "lsht", length=40)
     assert prompt.question == f"\n{question}"
-    assert source.count(prompt.context + prompt.question) == 40
+    assert source.count(prompt.text) == 40
     with pytest.raises(
         EvaluationError, match=r"^length 31 is too short for longbench/lsht: .* 31 "
     ):
@@ -185,7 +185,7 @@ def test_cut_prompts_fit_in_a_models_own_tokens(tmp_path: Path, length: int) -> 
     source = source_of(tmp_path, "dureader", example(**texts), tokenizer=tokenizer)
     (whole,) = made(source, "dureader", length=100_000)
     (prompt,) = made(source, "dureader", length=length)
-    assert length - 12 < source.count(prompt.context + prompt.question) <= length
+    assert length - 12 < source.count(prompt.text) <= length
     assert prompt.question == whole.question
     assert prompt.context[:80] == whole.context[:80]
     assert prompt.context[-40:] == whole.context[-40:]
@@ -239,9 +239,8 @@ def test_examples_may_come_from_a_hub(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     source = source_of(tmp_path, "qasper", example())
     (expected,) = made(source, "qasper")
-    task = tasks(str(hub))["longbench/qasper"]
+    task, other = find(["longbench/qasper", "longbench/trec"], str(hub))
     assert task.prompts(source, length=999, count=1, seed=0) == [expected]
-    other = tasks(str(hub))["longbench/trec"]
     with pytest.raises(EvaluationError, match=r"^longbench/trec cannot be loaded from .*hub: "):
         other.prompts(source, length=999, count=1, seed=0)
 

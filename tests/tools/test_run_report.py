@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -17,7 +18,7 @@ from vllm_kvcompress.tools.cli import build_parser
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.command import settings_of
 from vllm_kvcompress.tools.evaluation.packed_results import pack, read_notes, unpack
-from vllm_kvcompress.tools.evaluation.record import Store, read
+from vllm_kvcompress.tools.evaluation.record import Record, Store, read
 
 RUN = Run(
     *("small", "models/m", ("needle",), 512, 3),
@@ -36,7 +37,7 @@ def test_every_run_is_a_command_that_is_understood(run: Run) -> None:
     # Methods were tuned on smaller ones.
     assert args.seeds == str(run.seed)
     assert run.seed >= 100
-    labels = [label for label, *_ in ((s.label, s.method) for s in settings_of(args))]
+    labels = [s.label for s in settings_of(args)]
     assert run.notes.get("reference", labels[0]) in labels
 
 
@@ -56,10 +57,19 @@ def test_names_are_used_once_and_ablations_say_what_they_are() -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(run_report, "RECORDS", tmp_path / "out")
+    monkeypatch.setattr(run_report, "OUT", tmp_path / "out")
     monkeypatch.setattr(run_report, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(run_report, "PACE", tmp_path / "results" / "pace.csv")
     return tmp_path
+
+
+def answered(records: list[Record], *calls: dict[str, Any]) -> None:
+    """Leave what ``kvcompress eval`` leaves of the run."""
+    store = Store(run_report.folder(RUN) / "results.jsonl")
+    for one in records:
+        store.append(one)
+    log = "".join(json.dumps(call) + "\n" for call in calls)
+    (run_report.folder(RUN) / "runs.jsonl").write_text(log)
 
 
 def shown(run: Run | Bench) -> list[str]:
@@ -73,16 +83,11 @@ def shown(run: Run | Bench) -> list[str]:
 def test_a_run_that_was_stopped_is_kept_as_far_as_it_went_and_timed(place: Path) -> None:
     assert RUN.answers == 3 * (1 + 2 * 2)
     assert shown(RUN) == ["small", "15", "15", "?", "0.0"]
-    folder = run_report.folder(RUN)
-    folder.mkdir(parents=True)
-    records = [record(index=index, score=1.0) for index in range(3)]
-    text = "".join(json.dumps(vars(r) | {"labels": {}}) + "\n" for r in records)
-    (folder / "results.jsonl").write_text(text)
     calls = [
         {"answers": 2, "seconds": 1800, "versions": {"vllm": "0.32.0"}, "device": "A x2"},
         {"answers": 1, "seconds": 900, "versions": {"vllm": "0.32.1"}, "device": "B x4"},
     ]
-    (folder / "runs.jsonl").write_text("".join(json.dumps(call) + "\n" for call in calls))
+    answered([record(index=index, score=1.0) for index in range(3)], *calls)
     run_report.keep(RUN)
     path = place / "results" / "quality" / "small.csv"
     assert read_notes(path) == {
@@ -97,20 +102,15 @@ def test_a_run_that_was_stopped_is_kept_as_far_as_it_went_and_timed(place: Path)
     # A quarter of an hour each.
     assert shown(RUN) == ["small", "15", "12", "3.0"]
     # Answers of another machine that were gone on from stay counted as its own.
-    (folder / "runs.jsonl").write_text(json.dumps({**calls[1], "device": "C x8"}) + "\n")
+    answered([], {**calls[1], "device": "C x8"})
     run_report.keep(RUN)
     assert read_notes(path)["device"] == "A x2, B x4, C x8"
 
 
 def test_settings_are_kept_in_the_order_of_the_run_not_of_the_answers(place: Path) -> None:
-    folder = run_report.folder(RUN)
-    folder.mkdir(parents=True)
     labels = ["cake, even", "of old", "cake", "full"]
-    answered = [record(label=label, index=index) for index in (0, 1) for label in labels]
-    text = "".join(json.dumps(vars(r) | {"labels": {}}) + "\n" for r in answered)
-    (folder / "results.jsonl").write_text(text)
-    call = {"answers": 8, "seconds": 8, "versions": {}, "device": "A"}
-    (folder / "runs.jsonl").write_text(json.dumps(call) + "\n")
+    made = [record(label=label, index=index) for index in (0, 1) for label in labels]
+    answered(made, {"answers": 8, "seconds": 8, "versions": {}, "device": "A"})
     run_report.keep(RUN)
     kept = [(r.label, r.index) for r in unpack(place / "results" / "quality" / "small.csv")]
     order = ["full", "cake", "cake, even", "of old"]

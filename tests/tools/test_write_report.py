@@ -1,8 +1,6 @@
 """The pages: that of a run, and docs/results.md from committed files."""
 
-import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,11 +11,11 @@ from tests.support.eval_records import answers, measured, needle_grid, small_run
 from vllm_kvcompress.tools.bench.pairs import Paired
 from vllm_kvcompress.tools.bench.report import BenchReport
 from vllm_kvcompress.tools.bench.rows import BenchRow
+from vllm_kvcompress.tools.evaluation.markdown_page import write_results
 from vllm_kvcompress.tools.evaluation.packed_results import pack, read_notes, unpack
-from vllm_kvcompress.tools.evaluation.record import AGNOSTIC
+from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, Store
 from vllm_kvcompress.tools.evaluation.result_groups import by_prompt, paired
 from vllm_kvcompress.tools.evaluation.results_frame import make_frame
-from vllm_kvcompress.tools.evaluation.results_page import write_results
 from vllm_kvcompress.tools.evaluation.tables import MISSING
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
 
@@ -111,7 +109,6 @@ def test_sections(committed: Path) -> None:
 
 
 def test_settings_with_fewer_tasks_are_compared_on_those(committed: Path) -> None:
-    (committed / "quality" / "ruler.csv").unlink()
     lines = [
         *answers([1, 0], task="ruler/vt"),
         *answers([1, 1], task="ruler/cwe"),
@@ -187,10 +184,9 @@ def test_verdict_on_a_difference(scores: list[float], expected: str) -> None:
 
 
 def test_other_bytes_are_named(committed: Path) -> None:
-    (committed / "quality" / "ruler.csv").unlink()
     records = [
         *answers([1, 1], kept_tokens=160),
-        *answers([0, 0], label="snapkv", method="SnapKVPress", source="kvpress 0.5.5"),
+        *answers([0, 0], label="snapkv", method="snapkv", source="kvpress 0.5.5"),
     ]
     pack(records, committed / "quality" / "ruler.csv")
     text = pages(committed)["kvpress"]
@@ -229,8 +225,9 @@ def test_the_committed_pages_are_current(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_page_of_a_run(tmp_path: Path) -> None:
     records = [*small_run(), *needle_grid(), *measured([2.0, 3.0])]
-    lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
-    (tmp_path / "results.jsonl").write_text(lines)
+    store = Store(tmp_path / "results.jsonl")
+    for one in records:
+        store.append(one)
     versions = {"vllm": "0.32.0", "torch": "2.13.0"}
     written = write_results(tmp_path, command="kvcompress eval x", versions=versions)
     assert all(path.stat().st_size for path in written)

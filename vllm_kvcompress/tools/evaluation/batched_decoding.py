@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -19,50 +20,6 @@ ATTENTION = "kvcompress_rows"
 
 MEASURED_AT_ONCE = 32
 """Tokens whose logits are held together; over a vocabulary of 150 000 they are large."""
-
-
-class CacheRow:
-    """One cache.
-
-    Attributes:
-        lengths: Tokens that each layer holds, [L].
-
-    """
-
-    def __init__(self) -> None:
-        self.lengths: list[int] = []
-        self._pages: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def append_layer(self, keys: torch.Tensor, values: torch.Tensor, room: int) -> None:
-        """Copy the next layer's cache.
-
-        Args:
-            keys: [1, N, T, D], after RoPE.
-            values: [1, N, T, D].
-            room: Tokens that may follow.
-
-        """
-        batch, heads, tokens, _ = keys.shape
-        room_keys, room_values = (
-            states.new_empty((batch, heads, tokens + room, states.shape[-1]))
-            for states in (keys, values)
-        )
-        room_keys[:, :, :tokens] = keys
-        room_values[:, :, :tokens] = values
-        self._pages.append((room_keys, room_values))
-        self.lengths.append(tokens)
-
-    def extend(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the next tokens, [N, Q, D] each, and return all of a layer, [1, N, T, D] each."""
-        start = self.lengths[layer]
-        end = start + keys.shape[1]
-        held_keys, held_values = self._pages[layer]
-        held_keys[0, :, start:end] = keys
-        held_values[0, :, start:end] = values
-        self.lengths[layer] = end
-        return held_keys[:, :, :end], held_values[:, :, :end]
 
 
 class CacheRows:
@@ -75,7 +32,7 @@ class CacheRows:
 
     is_compileable = False
 
-    def __init__(self, rows: Sequence[CacheRow]) -> None:
+    def __init__(self, rows: Sequence[DynamicCache]) -> None:
         self.rows = list(rows)
 
     def update(
@@ -84,16 +41,15 @@ class CacheRows:
         """Take a layer's new tokens, [B, N, Q, D]; each row's whole keys and values go to
         :func:`attend`.
         """
-        all_keys, all_values = [], []
-        for row, new_keys, new_values in zip(self.rows, keys, values, strict=True):
-            row_keys, row_values = row.extend(layer, new_keys, new_values)
-            all_keys.append(row_keys)
-            all_values.append(row_values)
-        return all_keys, all_values
+        held = [
+            row.update(new_keys[None], new_values[None], layer)
+            for row, new_keys, new_values in zip(self.rows, keys, values, strict=True)
+        ]
+        return [row_keys for row_keys, _ in held], [row_values for _, row_values in held]
 
     def get_seq_length(self, layer: int = 0) -> int:
         """Tokens of the longest row; positions are given, so no result depends on it."""
-        return max(row.lengths[layer] for row in self.rows)
+        return max(row.get_seq_length(layer) for row in self.rows)
 
 
 def attend(
@@ -155,7 +111,11 @@ class Continuation:
     """
 
     def __init__(
-        self, model: Any, rows: Sequence[CacheRow], logits: torch.Tensor, positions: torch.Tensor
+        self,
+        model: Any,
+        rows: Sequence[DynamicCache],
+        logits: torch.Tensor,
+        positions: torch.Tensor,
     ) -> None:
         self._model = model
         self._rows = CacheRows(rows)
@@ -164,7 +124,7 @@ class Continuation:
 
     @classmethod
     def after(
-        cls, model: Any, rows: Sequence[CacheRow], logits: torch.Tensor, tokens: int
+        cls, model: Any, rows: Sequence[DynamicCache], logits: torch.Tensor, tokens: int
     ) -> Continuation:
         """Caches of one prompt, ``logits`` [1, V] after all ``tokens`` of it."""
         count = len(rows)

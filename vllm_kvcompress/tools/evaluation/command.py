@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 DEFAULT_METHODS = "full,cake,dynamickv,snapkv,pyramidkv,streamingllm,uniform,random"
 DEFAULT_BUDGETS = "0.069,0.125,0.25,0.5"
-DEFAULT_BLOCK_SIZE = 32
 PROTOCOLS = ("query-aware", "query-agnostic", "both")
 BACKENDS = ("vllm", "plain", "kvpress")
 NEEDED = ("matplotlib", "pandas", "scipy")
@@ -88,7 +87,7 @@ def add_parser(subparsers: Any) -> None:
         "transformers with kvpress, in its own environment",
     )
     engine.add_argument("--dtype", default="bfloat16")
-    engine.add_argument("--block-size", type=count, default=DEFAULT_BLOCK_SIZE)
+    engine.add_argument("--block-size", type=count, default=32)
     engine.add_argument("--cache-mib", type=count, help="KV cache (default: vLLM's choice)")
     engine.add_argument(
         "--engine-args", type=json_object, default={}, metavar="JSON", help="of vLLM's LLM"

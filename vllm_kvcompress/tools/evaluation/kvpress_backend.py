@@ -16,10 +16,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from vllm_kvcompress.tools.evaluation.backend import Answer, Asked, Backend, EncodedPrompt
-from vllm_kvcompress.tools.evaluation.batched_decoding import CacheRow, Continuation, prepare
+from vllm_kvcompress.tools.evaluation.batched_decoding import Continuation, prepare
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.setting import Setting, kept_tokens
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt
@@ -109,25 +109,17 @@ def ratio_for(method: str, kept: int, tokens: int) -> float:
     return 1 - (kept + 0.5) / tokens
 
 
-class OncePerLayer:
-    """Scores that do not depend on the budget, computed once for all presses that share them.
+def once_per_layer(score: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A press's ``score`` for all presses that share it: computed once for each layer in turn."""
+    held: dict[int, torch.Tensor] = {}
 
-    Args:
-        score: A press's own method.
+    def shared(module: Any, *args: Any) -> torch.Tensor:
+        if module.layer_idx not in held:
+            held.clear()
+            held[module.layer_idx] = score(module, *args)
+        return held[module.layer_idx]
 
-    """
-
-    def __init__(self, score: Callable[..., torch.Tensor]) -> None:
-        self._score = score
-        self._layer = -1
-        self._scores = torch.empty(0)
-
-    def __call__(self, module: Any, *args: Any) -> torch.Tensor:
-        """Scores as of ``ScorerPress.score``, [1, N, S]."""
-        if module.layer_idx != self._layer:
-            self._scores = self._score(module, *args)
-            self._layer = module.layer_idx
-        return self._scores
+    return shared
 
 
 class PressCut(NamedTuple):
@@ -136,7 +128,7 @@ class PressCut(NamedTuple):
     setting: Setting
     press: Any
     kept: int
-    row: CacheRow
+    row: DynamicCache
 
 
 class KvpressBackend(Backend):
@@ -146,25 +138,16 @@ class KvpressBackend(Backend):
         model: Folder of the model; nothing is fetched.
         dtype: Data type of weights and cache, one of :data:`DTYPES`.
         block_size: Block size of the engine that is compared with; budgets are rounded up to it.
-        threads: Number of torch's threads; None leaves it as it is.
 
     Attributes:
         source: Such as ``kvpress 0.5.5``.
-        versions: Versions of kvpress, transformers and torch, by name.
 
     Raises:
         EvaluationError: kvpress is not installed, or the model is none that can be compared.
 
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        dtype: str = "bfloat16",
-        block_size: int = 32,
-        threads: int | None = None,
-    ) -> None:
+    def __init__(self, model: str | Path, *, dtype: str = "bfloat16", block_size: int = 32) -> None:
         if dtype not in DTYPES:
             raise EvaluationError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         try:
@@ -174,11 +157,8 @@ class KvpressBackend(Backend):
                 f"kvpress cannot be imported ({error}); run scripts/setup_kvpress_env.sh and use "
                 "the Python of the environment it makes"
             ) from error
-        if threads is not None:
-            torch.set_num_threads(threads)
         self.block_size = block_size
-        self.versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
-        self.source = f"kvpress {self.versions['kvpress']}"
+        self.source = f"kvpress {version('kvpress')}"
         self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
         self._model = AutoModelForCausalLM.from_pretrained(
             model, dtype=DTYPES[dtype], local_files_only=True
@@ -200,6 +180,7 @@ class KvpressBackend(Backend):
         """As many prompts as make a good batch and whose caches do not fill the memory."""
         return max(1, min(16, 16384 // longest))
 
+    @torch.inference_mode()
     def run(self, chunk: Sequence[Asked]) -> Iterator[tuple[EncodedPrompt, Setting, Answer]]:
         """Prefill each prompt once, then decode all prompts under all settings together.
 
@@ -207,14 +188,6 @@ class KvpressBackend(Backend):
             EvaluationError: A press cannot cut a prompt that short, or to a budget that small.
 
         """
-        yield from self._answers(chunk)
-
-    def close(self) -> None:
-        """Free the model."""
-        self._model = None
-
-    @torch.inference_mode()
-    def _answers(self, chunk: Sequence[Asked]) -> list[tuple[EncodedPrompt, Setting, Answer]]:
         answers: list[tuple[EncodedPrompt, Setting, Answer]] = []
         answering: list[tuple[EncodedPrompt, PressCut]] = []
         parts = []
@@ -239,10 +212,14 @@ class KvpressBackend(Backend):
                 (case, cut.setting, Answer(text, tokens, cut.kept))
                 for (case, cut), (text, tokens) in zip(answering, generated, strict=True)
             )
-        return answers
+        return iter(answers)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._model = None
 
     def _cuts(self, settings: Sequence[Setting], tokens: int) -> list[PressCut]:
-        shared: dict[Any, OncePerLayer] = {}
+        shared: dict[Any, Callable[..., torch.Tensor]] = {}
         cuts = []
         for setting in settings:
             kept = kept_tokens(setting.budget, tokens, self.block_size)
@@ -253,8 +230,8 @@ class KvpressBackend(Backend):
                     k: v for k, v in vars(press).items() if k not in ("compression_ratio", "beta")
                 }
                 key = (type(press).score, tuple(sorted(read.items())))
-                press.score = shared.setdefault(key, OncePerLayer(press.score))
-            cuts.append(PressCut(setting, press, kept, CacheRow()))
+                press.score = shared.setdefault(key, once_per_layer(press.score))
+            cuts.append(PressCut(setting, press, kept, DynamicCache()))
         return cuts
 
     def _press(self, setting: Setting, kept: int, tokens: int) -> Any:
@@ -274,7 +251,6 @@ class KvpressBackend(Backend):
 
     def _prefill(self, case: EncodedPrompt, cuts: Sequence[PressCut]) -> Continuation:
         """Fill the cuts' rows."""
-        room = case.most_tokens - len(case.token_ids)
 
         def cut_layer(module: Any, _: Any, kwargs: dict[str, Any], output: Any) -> None:
             cache = kwargs["past_key_values"].layers[module.layer_idx]
@@ -283,7 +259,7 @@ class KvpressBackend(Backend):
                 if cut.press is not None:
                     hidden = kwargs["hidden_states"]
                     states = cut.press.compress(module, hidden, *states, output[1], kwargs)
-                cut.row.append_layer(*states, room)
+                cut.row.update(*states, module.layer_idx)
 
         hooks = [
             layer.self_attn.register_forward_hook(cut_layer, with_kwargs=True)
@@ -311,8 +287,10 @@ class KvpressBackend(Backend):
             for place, (row, token) in enumerate(zip(going, chosen, strict=True)):
                 token_ids[row].append(token)
                 texts[row] = self._tokenizer.decode(token_ids[row], skip_special_tokens=True)
-                full = len(token_ids[row]) == prompts[row].max_tokens
-                if not full and token not in self._ends and not _over(prompts[row], texts[row]):
+                prompt = prompts[row]
+                settled = METRICS[prompt.metric].settled(texts[row], prompt.references)
+                full = len(token_ids[row]) == prompt.max_tokens
+                if not full and token not in self._ends and not settled:
                     left.append(place)
             if not left:
                 break
@@ -320,10 +298,7 @@ class KvpressBackend(Backend):
                 after.select(left)
                 going = [going[place] for place in left]
             after.feed(torch.tensor([[token_ids[row][-1]] for row in going]))
-        return [
-            (_before_stop(prompt, text), len(ids))
-            for prompt, text, ids in zip(prompts, texts, token_ids, strict=True)
-        ]
+        return [(text, len(ids)) for text, ids in zip(texts, token_ids, strict=True)]
 
     def _check_model(self, name: str) -> None:
         supported = import_module("kvpress.presses.base_press").SUPPORTED_MODELS
@@ -340,21 +315,9 @@ class KvpressBackend(Backend):
 
 
 def _check_kept(cut: PressCut) -> None:
-    lengths = cut.row.lengths
+    lengths = [layer.get_seq_length() for layer in cut.row.layers]
     mean = sum(lengths) / len(lengths)
     if round(mean) != cut.kept:
         raise RuntimeError(
             f"{cut.setting.label} kept {mean} tokens per layer on average where {cut.kept} were due"
         )
-
-
-def _over(prompt: Prompt, text: str) -> bool:
-    """Whether nothing that follows a text matters."""
-    if any(stop in text for stop in prompt.stop):
-        return True
-    return METRICS[prompt.metric].settled(text, prompt.references)
-
-
-def _before_stop(prompt: Prompt, text: str) -> str:
-    ends = [text.find(stop) for stop in prompt.stop if stop in text]
-    return text[: min(ends)] if ends else text

@@ -1,9 +1,9 @@
-"""A Markdown page with its pictures, and the parts that all pages on quality share."""
+"""A Markdown page with its pictures, what all pages on quality share, and the page of a run."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,13 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from vllm_kvcompress.tools.evaluation import tables
-from vllm_kvcompress.tools.evaluation.heatmap import needle_figure
-from vllm_kvcompress.tools.evaluation.plots import Styles, share_figure, task_figure
-from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup
+from vllm_kvcompress.tools.evaluation.packed_results import pack
+from vllm_kvcompress.tools.evaluation.plots import Styles, needle_figure, share_figure, task_figure
+from vllm_kvcompress.tools.evaluation.record import RECORDS, read
+from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, by_length, make_groups
+from vllm_kvcompress.tools.evaluation.results_frame import make_frame
+from vllm_kvcompress.tools.evaluation.styles import styles_for
+from vllm_kvcompress.tools.evaluation.task import EvaluationError
 from vllm_kvcompress.tools.inspection.png_file import save_png
 
 RULER = "ruler"
@@ -27,13 +31,11 @@ class MarkdownPage:
     """A page that is being written.
 
     Attributes:
-        folder: Folder of the pictures, relative to the page; empty: the page's own folder.
         parts: Paragraphs, tables and headings.
         pictures: Functions that draw the pictures, by file name; called when these are written.
 
     """
 
-    folder: str = ""
     parts: list[str] = field(default_factory=list)
     pictures: dict[str, Callable[[], Figure]] = field(default_factory=dict)
 
@@ -65,8 +67,7 @@ class MarkdownPage:
         if file in self.pictures:
             raise ValueError(f"there are two pictures {file}")
         self.pictures[file] = draw
-        path = f"{self.folder}/{file}" if self.folder else file
-        self.add(f"![{what}]({path})")
+        self.add(f"![{what}]({file})")
 
     def text(self) -> str:
         """The page."""
@@ -81,30 +82,62 @@ class MarkdownPage:
         return paths
 
 
+def write_results(folder: Path, *, command: str, versions: Mapping[str, str]) -> list[Path]:
+    """Write tables and pictures, and the packed records from which they can be made again.
+
+    Args:
+        folder: Folder of ``results.jsonl``, to which ``results.md``, ``cells.csv`` and the
+            pictures are written.
+        command: Command line that made the records.
+        versions: Versions of the packages that took part, by name.
+
+    Returns:
+        Paths of the files written, the page first.
+
+    Raises:
+        EvaluationError: There are no records, or they do not fit together.
+        OSError: A file cannot be written.
+
+    """
+    records = list(read(folder / RECORDS))
+    if not records:
+        raise EvaluationError(f"{folder / RECORDS} has no results to be written")
+    groups = make_groups(make_frame(records))
+    styles = styles_for(groups)
+    used = ", ".join(f"{name} {version}" for name, version in versions.items())
+    page = MarkdownPage()
+    page.heading(1, "Results")
+    page.add(f"```sh\n{command}\n```", f"Versions: {used}.", tables.NOTES)
+    for series in by_length(groups):
+        add_groups(page, series, styles, against_full=True)
+        for group in series:
+            if len(group.tasks) > 1 and group.budgets and not is_needles(group):
+                page.heading(3, f"{group.length} tokens, per task")
+                add_tasks(page, group, styles)
+    text, cells = folder / "results.md", folder / "cells.csv"
+    text.write_text(page.text(), encoding="utf-8")
+    pack(records, cells, {"command": command, "versions": used})
+    return [text, cells, *page.draw(folder)]
+
+
 def is_needles(group: ResultGroup) -> bool:
     """Whether prompts say how deep the needle lies and are no part of RULER."""
     return group.family != RULER and bool(group.frame["depth"].notna().any())
 
 
 def add_groups(
-    page: MarkdownPage,
-    groups: Sequence[ResultGroup],
-    styles: Styles,
-    level: int,
-    *,
-    against_full: bool,
+    page: MarkdownPage, groups: Sequence[ResultGroup], styles: Styles, *, against_full: bool
 ) -> None:
-    """Append a picture, and for every length a header and the tables over all tasks.
+    """Append a picture, for every length a header and the tables over all tasks, and heat maps.
 
     Args:
         page: Page to append to.
         groups: Groups that differ only by their length.
         styles: Styles of all settings of the page.
-        level: Level of the heading; headings of lengths have the next one.
         against_full: Whether differences to the full cache are shown.
 
     """
-    page.heading(level, groups[0].title)
+    page.heading(2, groups[0].title)
     drawn = [group for group in groups if group.budgets]
     if drawn:
         what = "nats per token" if drawn[0].likelihood else "score"
@@ -114,7 +147,7 @@ def add_groups(
             partial(share_figure, drawn, styles),
         )
     for group in groups:
-        page.heading(level + 1, f"{group.length} tokens")
+        page.heading(3, f"{group.length} tokens")
         page.add(tables.header(group), tables.means(group))
         if group.shared is not None:
             names = ", ".join(map(tables.task_name, group.shared.tasks))
@@ -124,6 +157,16 @@ def add_groups(
                 "Difference to the full cache on the same prompts:",
                 tables.differences(group, group.full),
             )
+    if not any(map(is_needles, groups)):
+        return
+    for budget in dict.fromkeys(budget for group in groups for budget in group.budgets):
+        shown = [group for group in groups if budget in group.budgets]
+        what = f"{groups[0].title}, {tables.budget_text(budget)}"
+        page.picture(
+            f"{_name(groups[0])}-grid-{budget}",
+            f"needles found by depth and length, {what}",
+            partial(needle_figure, shown, budget),
+        )
 
 
 def add_tasks(page: MarkdownPage, group: ResultGroup, styles: Styles) -> None:
@@ -143,18 +186,6 @@ def add_tasks(page: MarkdownPage, group: ResultGroup, styles: Styles) -> None:
     for budget in group.budgets:
         if budget != shown:
             page.folded(tables.budget_text(budget), tables.tasks(group, budget))
-
-
-def add_needles(page: MarkdownPage, groups: Sequence[ResultGroup]) -> None:
-    """Append a heat map for every budget of groups that differ only by their length."""
-    for budget in dict.fromkeys(budget for group in groups for budget in group.budgets):
-        shown = [group for group in groups if budget in group.budgets]
-        what = f"{groups[0].title}, {tables.budget_text(budget)}"
-        page.picture(
-            f"{_name(groups[0])}-grid-{budget}",
-            f"needles found by depth and length, {what}",
-            partial(needle_figure, shown, budget),
-        )
 
 
 def _name(group: ResultGroup) -> str:

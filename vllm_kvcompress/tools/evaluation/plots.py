@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import ceil, exp, log
 
+import numpy as np
+import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,10 +15,10 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullL
 
 from vllm_kvcompress.tools.evaluation.result_groups import ResultGroup, SettingRow
 from vllm_kvcompress.tools.evaluation.stats import Estimate
-from vllm_kvcompress.tools.evaluation.styles import Style, styles_for
-from vllm_kvcompress.tools.evaluation.tables import budget_text, share_text
+from vllm_kvcompress.tools.evaluation.styles import Style
+from vllm_kvcompress.tools.evaluation.tables import budget_text, share_text, span, task_name
 from vllm_kvcompress.tools.inspection.png_file import DPI
-from vllm_kvcompress.tools.inspection.style import shorten
+from vllm_kvcompress.tools.inspection.style import HEAT, shorten
 
 _LETTERS = 9.0
 # Inches that a legend's entry takes beside its letters, and for each of them.
@@ -28,7 +30,7 @@ _DASHES = (0, (6, 3))
 Styles = Mapping[SettingRow, Style]
 
 
-def share_figure(groups: Sequence[ResultGroup], styles: Styles | None = None) -> Figure:
+def share_figure(groups: Sequence[ResultGroup], styles: Styles) -> Figure:
     """Mean over tasks against the share of the cache that was kept.
 
     The intervals of likelihoods are those of the paired differences to the full cache: prompts
@@ -36,14 +38,18 @@ def share_figure(groups: Sequence[ResultGroup], styles: Styles | None = None) ->
 
     Args:
         groups: Groups with one axes each, such as the lengths of one model and protocol.
-        styles: Styles of all settings of a report; None: only of the settings here.
+        styles: Styles of all settings of a report.
 
     """
-    styles = styles or styles_for(groups)
-    figure, axes = _grid(len(groups), _PANEL_WIDTH, _PANEL_HEIGHT)
+    lines = ceil(len(groups) / _COLUMNS)
+    columns = ceil(len(groups) / lines)
+    width, height = max(5.5, columns * _PANEL_WIDTH), lines * _PANEL_HEIGHT + 0.6
+    figure, axes = _grid(len(groups), columns, width, height)
     for ax, group in zip(axes, groups, strict=True):
-        for row, style in _drawn(group, styles).items():
-            _line(ax, group, row, style, _jitter(group, row, styles))
+        drawn = {row: style for row, style in styles.items() if row in group.rows}
+        for place, (row, style) in enumerate(drawn.items()):
+            # A factor that sets the rows' error bars beside each other.
+            _line(ax, group, row, style, 1.02 ** (place - (len(drawn) - 1) / 2))
         full = group.mean(group.full, "") if group.full else None
         if group.full and full is not None:
             ax.axhline(
@@ -65,16 +71,15 @@ def share_figure(groups: Sequence[ResultGroup], styles: Styles | None = None) ->
     return figure
 
 
-def task_figure(group: ResultGroup, budget: str, styles: Styles | None = None) -> Figure:
+def task_figure(group: ResultGroup, budget: str, styles: Styles) -> Figure:
     """Bars per task for one budget, the full cache a black line over each task's bars."""
-    styles = styles or styles_for([group])
     rows = {row: style for row, style in styles.items() if group.tasks_of(row, budget)}
     width = 0.8 / max(1, len(rows))
     per_line = max(1, int(13 / (0.13 * len(rows) + 0.35)))
     lines = ceil(len(group.tasks) / per_line)
     per_line = ceil(len(group.tasks) / lines)
-    inches = max(5.0, per_line * (0.13 * len(rows) + 0.35) + 0.8)
-    figure, axes = _grid(lines, inches, 2.7, columns=1)
+    inches = max(5.5, per_line * (0.13 * len(rows) + 0.35) + 0.8)
+    figure, axes = _grid(lines, 1, inches, lines * 2.7 + 0.6)
     for number, ax in enumerate(axes):
         names = group.tasks[number * per_line : (number + 1) * per_line]
         for place, (row, style) in enumerate(rows.items()):
@@ -94,7 +99,7 @@ def task_figure(group: ResultGroup, budget: str, styles: Styles | None = None) -
                 label=group.names[row],
             )
         _full_bars(ax, group, names)
-        ax.set_xticks(range(len(names)), [name.partition("/")[2] or name for name in names])
+        ax.set_xticks(range(len(names)), list(map(task_name, names)))
         ax.tick_params(axis="x", labelsize=_LETTERS, length=0)
         if per_line > 5:
             for label in ax.get_xticklabels():
@@ -103,6 +108,50 @@ def task_figure(group: ResultGroup, budget: str, styles: Styles | None = None) -
         _value_axis(ax, group)
     note = f"{group.length} tokens, budget {budget_text(budget)}; 95 % intervals"
     _finish(figure, axes, group.title, note)
+    return figure
+
+
+def needle_figure(groups: Sequence[ResultGroup], budget: str) -> Figure:
+    """A heat map of depth by length for every setting that has the budget, the full cache first.
+
+    Args:
+        groups: Groups of one model and protocol, one for each length, whose prompts have depths.
+        budget: One of the groups' budgets.
+
+    """
+    found: dict[tuple[bool, str], list[pd.DataFrame]] = {}
+    for group in groups:
+        for row in group.rows:
+            results = group.select(row, budget)
+            if results is not None:
+                found.setdefault((not row.full, group.names[row]), []).append(results)
+    in_order = sorted(found.items(), key=lambda item: item[0][0])
+    grids = {
+        name: pd.concat(results).groupby(["depth", "length"])["value"].agg(["mean", "size"])
+        for (_, name), results in in_order
+    }
+    names = list(grids)
+    fields = pd.concat(grids.values())
+    depths, lengths = (sorted(fields.index.unique(level)) for level in ("depth", "length"))
+    columns = min(_COLUMNS, len(names))
+    width, height = max(1.7, 0.42 * len(lengths) + 0.6), max(1.5, 0.24 * len(depths) + 0.6)
+    inches = max(6.0, columns * width + 1.4)
+    figure, axes = _grid(len(names), columns, inches, ceil(len(names) / columns) * height + 1.0)
+    for number, (ax, name) in enumerate(zip(axes, names, strict=True)):
+        values = grids[name]["mean"].unstack("length").reindex(index=depths, columns=lengths)
+        _heat_map(ax, 100 * values)
+        ax.set_title(shorten(name, int(width * 12)), fontsize=_LETTERS)
+        if number % columns == 0:
+            ax.set_ylabel("depth, %", fontsize=_LETTERS)
+    bar = figure.colorbar(axes[0].images[0], ax=axes, shrink=0.9, pad=0.015, aspect=25)
+    bar.set_label("needles found, %", fontsize=_LETTERS)
+    bar.ax.tick_params(labelsize=_LETTERS - 1)
+    title = (
+        f"{groups[0].model}, {groups[0].protocol}, budget {budget_text(budget)}, "
+        f"{span(fields['size'])} prompt{'' if fields['size'].max() == 1 else 's'} a field"
+    )
+    figure.suptitle(shorten(title, int(inches * 12)), fontsize=_LETTERS + 2)
+    figure.supxlabel("tokens of the context", fontsize=_LETTERS)
     return figure
 
 
@@ -154,14 +203,21 @@ def _mean(group: ResultGroup, row: SettingRow, budget: str) -> Estimate | None:
     return Estimate(mean.value, low, high, by.n)
 
 
-def _jitter(group: ResultGroup, row: SettingRow, styles: Styles) -> float:
-    """A factor that sets the rows' error bars beside each other."""
-    rows = list(_drawn(group, styles))
-    return float(1.02 ** (rows.index(row) - (len(rows) - 1) / 2))
+def _heat_map(ax: Axes, values: pd.DataFrame) -> None:
+    """Draw per cent by depth (rows) and length (columns); fields without a prompt stay grey."""
+    ax.imshow(values.to_numpy(), vmin=0, vmax=100, cmap=HEAT.lower(), aspect="auto")
+    ax.set_facecolor("0.85")
+    for (row, column), value in np.ndenumerate(values.to_numpy()):
+        if not np.isnan(value):
+            color = "black" if value > 60 else "white"
+            ax.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color=color)
+    ax.set_xticks(range(values.shape[1]), [_length(length) for length in values.columns])
+    ax.set_yticks(range(values.shape[0]), [f"{depth:g}" for depth in values.index])
+    ax.tick_params(labelsize=_LETTERS - 1.5, length=2)
 
 
-def _drawn(group: ResultGroup, styles: Styles) -> dict[SettingRow, Style]:
-    return {row: style for row, style in styles.items() if row in group.rows}
+def _length(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
 
 
 def _scaled(group: ResultGroup, value: float) -> float:
@@ -209,18 +265,11 @@ def _value_axis(ax: Axes, group: ResultGroup) -> None:
         ax.set_ylim(-3, 103)
 
 
-def _grid(
-    count: int, width: float, height: float, columns: int = _COLUMNS
-) -> tuple[Figure, list[Axes]]:
-    lines = ceil(count / columns)
-    columns = ceil(count / lines)
-    figure = Figure(
-        figsize=(max(5.5, columns * width), lines * height + 0.6),
-        dpi=DPI,
-        facecolor="white",
-        layout="constrained",
-    )
+def _grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches, and its axes in lines of ``columns``."""
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)  # no window system, whatever the user's settings
+    lines = ceil(count / columns)
     return figure, [figure.add_subplot(lines, columns, number + 1) for number in range(count)]
 
 

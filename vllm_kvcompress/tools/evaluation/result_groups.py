@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -55,7 +55,8 @@ class Difference:
     """Two settings on the same prompts.
 
     Attributes:
-        estimate: Mean over tasks of the mean difference, first minus second, of scores or of nats.
+        estimate: Mean over tasks of the mean difference, first minus second, of scores or of nats;
+            its ``n`` is the number of prompts that both have answered.
         higher: Number of pairs where the first has the higher value.
         lower: Number of pairs where the second has the higher value.
 
@@ -64,11 +65,6 @@ class Difference:
     estimate: Estimate
     higher: int
     lower: int
-
-    @property
-    def pairs(self) -> int:
-        """Number of prompts that both have answered."""
-        return self.estimate.n
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +137,7 @@ class ResultGroup:
     def only(self, tasks: set[str]) -> ResultGroup:
         """The same group with some of its tasks."""
         kept = self.frame[self.frame["task"].isin(tasks)]
-        names = (self.model, self.dtype, self.family, self.length, self.protocol, self.likelihood)
-        return ResultGroup(*names, kept)
+        return replace(self, frame=kept)
 
     @cached_property
     def _selections(self) -> dict[tuple[SettingRow, str], pd.DataFrame]:

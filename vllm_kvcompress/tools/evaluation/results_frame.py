@@ -22,7 +22,7 @@ CELL = ["model", "dtype", "source", "task", "length", "protocol", "label", "budg
 PROMPT = ["seed", "index"]
 """Columns that tell the prompts of a task and length apart."""
 
-_NUMBERS = ["prompt_tokens", "kept_tokens", "depth", "score", "nll"]
+_COPIED = [*CELL, *PROMPT, "method", "prompt_tokens", "kept_tokens", "score", "nll"]
 
 
 def make_frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -41,17 +41,13 @@ def make_frame(records: Iterable[Record]) -> pd.DataFrame:
     """
     rows = [
         {
-            **{name: getattr(record, name) for name in (*CELL, *PROMPT, "method")},
+            **{name: getattr(record, name) for name in _COPIED},
             "params": json.dumps(record.params, sort_keys=True, default=dict),
-            "prompt_tokens": record.prompt_tokens,
-            "kept_tokens": record.kept_tokens,
             "depth": record.labels.get(DEPTH),
-            "score": record.score,
-            "nll": record.nll,
         }
         for record in records
     ]
-    frame = pd.DataFrame(rows, columns=[*CELL, *PROMPT, "method", "params", *_NUMBERS])
+    frame = pd.DataFrame(rows, columns=[*_COPIED, "params", "depth"])
     frame = frame.astype(dict.fromkeys(("depth", "score", "nll"), "float64"))
     frame["likelihood"] = frame["score"].isna()
     frame["value"] = frame["score"].fillna(frame["nll"]).round(DIGITS)

@@ -20,13 +20,12 @@ from vllm_kvcompress.tools.arguments import STOPPED, CommandError, numbers, spli
 from vllm_kvcompress.tools.bench.machine import hardware
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.backend import Backend
-from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE, RECORDS, Store
+from vllm_kvcompress.tools.evaluation.record import PROTOCOLS, RECORDS, Store
 from vllm_kvcompress.tools.evaluation.runner import PromptSet, Runner, longest, prepare
 from vllm_kvcompress.tools.evaluation.setting import Setting
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Source
 
 PACKAGES = ("vllm_kvcompress", "vllm", "torch", "transformers", "kvpress", "triton")
-
 
 RUNS = "runs.jsonl"
 """File with a line for each call and batch: command line, versions, answers, seconds."""
@@ -52,7 +51,7 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
     cells = [
         PromptSet(task, length, protocol, seed, args.prompts)
         for length in numbers(args.lengths, "lengths", 1)
-        for protocol in _protocols(args.protocol)
+        for protocol in (PROTOCOLS if args.protocol == "both" else (args.protocol,))
         for task in tasks.find(split(args.tasks), args.longbench_hub)
         for seed in numbers(args.seeds, "seeds")
     ]
@@ -74,7 +73,7 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
         stopped = _answer(runner, batches, settings, words, console)
     finally:
         backend.close()
-    from vllm_kvcompress.tools.evaluation.results_page import write_results
+    from vllm_kvcompress.tools.evaluation.markdown_page import write_results
 
     page, *_ = write_results(args.output, command=_command(words), versions=versions())
     console.print(f"written: {page}")
@@ -157,23 +156,17 @@ def _backend(args: argparse.Namespace, max_model_len: int) -> Backend:
                 f"scripts/setup_kvpress_env.sh makes: {error}"
             ) from error
         return KvpressBackend(args.model, dtype=args.dtype, block_size=args.block_size)
-    from vllm_kvcompress.tools.evaluation.vllm_backend import EngineOptions, VllmBackend
+    from vllm_kvcompress.tools.evaluation.vllm_backend import VllmBackend
 
     return VllmBackend(
-        EngineOptions(
-            model=args.model,
-            dtype=args.dtype,
-            block_size=args.block_size,
-            max_model_len=max_model_len,
-            cache_mib=args.cache_mib,
-            plain=args.backend == "plain",
-            engine_args=args.engine_args,
-        )
+        args.model,
+        dtype=args.dtype,
+        block_size=args.block_size,
+        max_model_len=max_model_len,
+        cache_mib=args.cache_mib,
+        plain=args.backend == "plain",
+        engine_args=args.engine_args,
     )
-
-
-def _protocols(name: str) -> tuple[str, ...]:
-    return (AWARE, AGNOSTIC) if name == "both" else (name,)
 
 
 def _tokenizer(model: str) -> Any:

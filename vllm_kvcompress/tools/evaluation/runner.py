@@ -63,7 +63,7 @@ def encode(prompt: Prompt, protocol: str, source: Source) -> EncodedPrompt:
     if prompt.measured is not None:
         measured = tuple(tokenizer(prompt.measured, add_special_tokens=False)["input_ids"])
     if protocol != AGNOSTIC or not prompt.question:
-        ids = tokenizer(prompt.context + prompt.question)["input_ids"]
+        ids = tokenizer(prompt.text)["input_ids"]
         return EncodedPrompt(prompt, tuple(ids), (), measured)
     context = tokenizer(prompt.context)["input_ids"]
     question = tokenizer(prompt.question, add_special_tokens=False)["input_ids"]

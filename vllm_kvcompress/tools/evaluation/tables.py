@@ -165,7 +165,7 @@ def differences(group: ResultGroup, reference: SettingRow) -> str:
         line = [group.difference(row, budget, reference) for budget in group.budgets]
         if row != reference and any(line):
             found[row] = line
-    counts = {difference.pairs for line in found.values() for difference in line if difference}
+    counts = {difference.estimate.n for line in found.values() for difference in line if difference}
     head = f"minus {group.names[reference]}"
     if len(counts) == 1:
         head += f", {_count(counts.pop(), 'pair')}"
@@ -194,7 +194,7 @@ def _difference(group: ResultGroup, difference: Difference | None, *, pairs: boo
         return MISSING
     estimate = difference.estimate
     text = signed(estimate, 1, 3) if group.likelihood else signed(estimate)
-    return f"{text}, {_count(difference.pairs, 'pair')}" if pairs else text
+    return f"{text}, {_count(difference.estimate.n, 'pair')}" if pairs else text
 
 
 def _ahead(group: ResultGroup, budget: str) -> SettingRow | None:

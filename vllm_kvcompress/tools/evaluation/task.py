@@ -26,7 +26,6 @@ class Prompt:
         max_tokens: Most tokens that the answer may have.
         metric: Name in ``metrics.METRICS``; empty where only the likelihood of ``measured`` is
             asked for.
-        stop: Texts that end the answer.
         measured: A continuation whose likelihood is measured instead of an answer's score; None: an
             answer is generated.
         labels: Labels by which plots group prompts, such as the depth of a needle.
@@ -40,10 +39,14 @@ class Prompt:
     references: tuple[str, ...] = ()
     max_tokens: int = 1
     metric: str = ""
-    stop: tuple[str, ...] = ()
     measured: str | None = None
     labels: Mapping[str, str | int | float] = field(default_factory=lambda: MappingProxyType({}))
     opening: str = ""
+
+    @property
+    def text(self) -> str:
+        """Context and question."""
+        return self.context + self.question
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvcompress import __version__
@@ -28,11 +27,14 @@ ENVIRONMENT = {
 MOST_AT_ONCE = 96
 
 
-@dataclass(frozen=True)
-class EngineOptions:
-    """How the engine is started.
+class VllmBackend(Backend):
+    """One engine for all settings.
 
-    Attributes:
+    It is started with the method "none" and allows requests everything, so each request brings its
+    setting with it; a prompt's second and later prefills come from the prefix cache. Changes the
+    process's environment variables (:data:`ENVIRONMENT`) where they are not set.
+
+    Args:
         model: Folder or hub identifier.
         dtype: Data type, as vLLM takes it.
         block_size: Tokens of a block.
@@ -41,44 +43,55 @@ class EngineOptions:
         plain: Whether to start vLLM without compression, for the full cache alone.
         engine_args: Further keyword arguments of vLLM's ``LLM``.
 
-    """
-
-    model: str
-    dtype: str
-    block_size: int
-    max_model_len: int
-    cache_mib: int | None
-    plain: bool
-    engine_args: Mapping[str, Any]
-
-
-class VllmBackend(Backend):
-    """One engine for all settings.
-
-    It is started with the method "none" and allows requests everything, so each request brings its
-    setting with it; a prompt's second and later prefills come from the prefix cache. Changes the
-    process's environment variables (:data:`ENVIRONMENT`) where they are not set.
-
     Raises:
         EvaluationError: vLLM or the plugin refuses the options.
 
     """
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        dtype: str,
+        block_size: int,
+        max_model_len: int,
+        cache_mib: int | None,
+        plain: bool,
+        engine_args: Mapping[str, Any],
+    ) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self.options = options
-        self.block_size = options.block_size
+        from vllm_kvcompress.tools.evaluation.forced_tokens import ForcedTokens
+
+        settings: dict[str, Any] = {
+            "dtype": dtype,
+            "enforce_eager": True,
+            "block_size": block_size,
+            "max_model_len": max_model_len,
+            "max_num_seqs": MOST_AT_ONCE,
+            **engine_args,
+            "logits_processors": [ForcedTokens],
+        }
+        if cache_mib is not None:
+            settings["kv_cache_memory_bytes"] = cache_mib << 20
+        self.block_size = block_size
+        self._plain = plain
         try:
-            self._llm = _start(options)
+            if plain:
+                import vllm
+
+                self._llm = vllm.LLM(model, **settings)
+                self.source = f"vllm {vllm.__version__}"
+            else:
+                from vllm_kvcompress import LLM
+
+                allowed = {"method": True, "budget": {"max": max_model_len}, "params": True}
+                self._llm = LLM(
+                    model, kv_compression=OFF, kv_compression_config={"allow": allowed}, **settings
+                )
+                self.source = f"vllm_kvcompress {__version__}"
         except ValueError as error:  # vLLM's and the plugin's word for a setting that cannot be
             raise EvaluationError(str(error).strip().splitlines()[-1]) from error
-        if options.plain:
-            from vllm import __version__ as vllm_version
-
-            self.source = f"vllm {vllm_version}"
-        else:
-            self.source = f"vllm_kvcompress {__version__}"
         cache = self._llm.llm_engine.vllm_config.cache_config
         self._blocks = int(cache.num_gpu_blocks or 1)
         self._count = 0
@@ -88,7 +101,7 @@ class VllmBackend(Backend):
         for setting in settings:
             if setting.is_full:
                 continue
-            if self.options.plain:
+            if self._plain:
                 raise EvaluationError("plain vLLM answers with the full cache only")
             try:
                 config_of(setting).check_block_size(self.block_size)
@@ -202,40 +215,5 @@ def sampling(case: EncodedPrompt, setting: Setting) -> Any:
         max_tokens=len(forced) + own,
         min_tokens=len(forced),
         logprobs=0 if case.measured_ids else None,
-        stop=list(case.prompt.stop) or None,
         extra_args=extra or None,
-    )
-
-
-def _start(options: EngineOptions) -> Any:
-    settings: dict[str, Any] = {
-        "dtype": options.dtype,
-        "enforce_eager": True,
-        "block_size": options.block_size,
-        "max_model_len": options.max_model_len,
-        "max_num_seqs": MOST_AT_ONCE,
-        **options.engine_args,
-    }
-    if options.cache_mib is not None:
-        settings["kv_cache_memory_bytes"] = options.cache_mib << 20
-    from vllm_kvcompress.tools.evaluation.forced_tokens import ForcedTokens
-
-    settings["logits_processors"] = [ForcedTokens]
-    if options.plain:
-        import vllm
-
-        return vllm.LLM(options.model, **settings)
-    from vllm_kvcompress import LLM
-
-    return LLM(
-        options.model,
-        kv_compression=OFF,
-        kv_compression_config={
-            "allow": {
-                "method": True,
-                "budget": {"max": options.max_model_len},
-                "params": True,
-            }
-        },
-        **settings,
     )

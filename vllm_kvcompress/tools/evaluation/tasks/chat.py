@@ -41,16 +41,14 @@ class Chat(Task):
         """
         before, after = _template(source)
         made = self.task.prompts(source, length=length, count=count, seed=seed)
-        return [_wrapped(prompt, before, after) for prompt in made]
-
-
-def _wrapped(prompt: Prompt, before: str, after: str) -> Prompt:
-    asked = prompt.question.removesuffix(prompt.opening)
-    return replace(
-        prompt,
-        context=before + prompt.context,
-        question=asked + after + prompt.opening,
-    )
+        return [
+            replace(
+                prompt,
+                context=before + prompt.context,
+                question=prompt.question.removesuffix(prompt.opening) + after + prompt.opening,
+            )
+            for prompt in made
+        ]
 
 
 def _template(source: Source) -> tuple[str, str]:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 from vllm_kvcompress.planning.bisection import largest
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.task import EvaluationError, Prompt, Source, Task
+
+PREFIX = "nll/"
+"""Before a task's name: the likelihood of its right answer instead of the score of the model's."""
 
 CONTINUATION_WORDS = 100
 """Words whose likelihood is measured after each piece of text."""
@@ -75,7 +77,7 @@ class AnswerLikelihood(Task):
     @property
     def name(self) -> str:  # type: ignore[override]
         """The task's with ``nll/`` before it."""
-        return f"nll/{self.task.name}"
+        return f"{PREFIX}{self.task.name}"
 
     def prompts(self, source: Source, *, length: int, count: int, seed: int) -> list[Prompt]:
         """The task's prompts, each with its answer to be measured; those without are left out."""
@@ -85,11 +87,6 @@ class AnswerLikelihood(Task):
             for p in made
             if p.measured is None and p.references
         ]
-
-
-def tasks() -> Mapping[str, Task]:
-    """The tasks by name; likelihoods of answers are found by their prefix."""
-    return {"perplexity": Perplexity()}
 
 
 def _answer(prompt: Prompt) -> str:

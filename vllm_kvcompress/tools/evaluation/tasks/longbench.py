@@ -21,7 +21,7 @@ import json
 import logging
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -49,28 +49,6 @@ _ENDS = {"passage_count": " ", "passage_retrieval_en": " ", "lcc": "\n", "repobe
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a set is asked and scored.
-
-    Attributes:
-        before: Template of the prompt up to the end of the context.
-        after: Template of the rest.
-        max_tokens: Most tokens of an answer.
-        stop: Texts that end it.
-        first_line: Whether only its first line is scored.
-        score: lm_eval's process_results: from an example and a list with the answer to a dict whose
-            ``score`` is that of the best reference, 0 to 1.
-
-    """
-
-    before: str
-    after: str
-    max_tokens: int
-    stop: tuple[str, ...]
-    first_line: bool
-    score: Callable[[dict[str, Any], list[str]], dict[str, float]]
-
-
 class LongBench(Task):
     """One set of LongBench.
 
@@ -83,45 +61,56 @@ class LongBench(Task):
     prompt grow where its two halves, put together, have more tokens than before; here it then loses
     more. No chat template is put around a prompt.
 
-    Args:
+    Attributes:
         dataset: One of :data:`SETS`.
         hub: Instead of files: a dataset on a hub, or a folder, for ``datasets.load_dataset``, with
             a configuration of each set's name and a split ``test``. Fields as in the files;
             ``input`` may be called ``question``.
 
-    Attributes:
-        name: ``longbench/`` and the set's name.
-        dataset: One of :data:`SETS`.
-        hub: Dataset on a hub, or a folder; None: files are read.
-
     """
 
-    def __init__(self, dataset: str, hub: str | None = None) -> None:
-        self.name = f"longbench/{dataset}"
-        self.dataset = dataset
-        self.hub = hub
+    dataset: str
+    hub: str | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``longbench/`` and the set's name."""
+        return f"longbench/{self.dataset}"
 
     def prompts(self, source: Source, *, length: int, count: int, seed: int) -> list[Prompt]:
-        """Make prompts from the first ``count`` examples after a shuffle.
-
-        Args:
-            source: Data and tokenizer.
-            length: Most tokens of context and question, special tokens included.
-            count: Number of prompts; all if the set has fewer.
-            seed: Seed of the shuffle; 0: no shuffle.
+        """Make prompts of at most ``length`` tokens, special ones included, in the seed's order.
 
         Raises:
             EvaluationError: lm_eval, the data or room for the question is missing.
 
         """
         recipe = _recipe(self.dataset)
+        before, _, after = recipe["doc_to_text"].partition(_CONTEXT)
+        fill = importlib.import_module("lm_eval.utils").apply_template
         rows = list(self._hub_rows(self.hub) if self.hub else self._file_rows(source.data))
         if seed:
             random.Random(seed).shuffle(rows)
-        return [
-            self._prompt(recipe, row, index, source, length)
-            for index, row in enumerate(rows[:count])
-        ]
+        prompts = []
+        for index, row in enumerate(rows[:count]):
+            whole, question = fill(before + _CONTEXT, row), fill(after, row)
+            context = _fit(source, whole, question, length, self.name)
+            classes = row.get("all_classes")
+            prompts.append(
+                Prompt(
+                    index=index,
+                    context=context,
+                    question=question,
+                    references=(*row["answers"], *((CLASSES, *classes) if classes else ())),
+                    max_tokens=recipe["generation_kwargs"]["max_gen_toks"],
+                    metric=f"longbench_{self.dataset}",
+                    labels={
+                        "id": str(row.get("_id", "")),
+                        "language": str(row.get("language", "")),
+                        "cut": int(context != whole),
+                    },
+                )
+            )
+        return prompts
 
     def _file_rows(self, data: Path) -> Iterator[dict[str, Any]]:
         path = data / "longbench" / f"{self.dataset}.jsonl"
@@ -136,10 +125,7 @@ class LongBench(Task):
                 yield _checked(line, f"{path}, line {number},")
 
     def _hub_rows(self, hub: str) -> Iterator[dict[str, Any]]:
-        try:
-            datasets = importlib.import_module("datasets")
-        except ImportError as error:
-            raise _missing(self.name) from error
+        datasets = importlib.import_module("datasets")  # comes with lm_eval
         try:
             rows = datasets.load_dataset(hub, self.dataset, split="test")
         except (OSError, ValueError) as error:
@@ -147,39 +133,6 @@ class LongBench(Task):
             raise EvaluationError(f"{self.name} cannot be loaded from {hub}: {reason}") from error
         for number, row in enumerate(rows, 1):
             yield _checked(row, f"{hub}, {self.dataset}, example {number},")
-
-    def _prompt(
-        self, recipe: Recipe, row: Mapping[str, Any], index: int, source: Source, length: int
-    ) -> Prompt:
-        fill = importlib.import_module("lm_eval.utils").apply_template
-        whole, question = fill(recipe.before, row), fill(recipe.after, row)
-        context = _fit(source, whole, question, length, self.name)
-        classes = row.get("all_classes")
-        return Prompt(
-            index=index,
-            context=context,
-            question=question,
-            references=(*row["answers"], *((CLASSES, *classes) if classes else ())),
-            max_tokens=recipe.max_tokens,
-            metric=f"longbench_{self.dataset}",
-            stop=recipe.stop,
-            labels={
-                "id": str(row.get("_id", "")),
-                "language": str(row.get("language", "")),
-                "cut": int(context != whole),
-            },
-        )
-
-
-def tasks(hub: str | None = None) -> Mapping[str, Task]:
-    """Return all sets' tasks by name.
-
-    Args:
-        hub: The same as for :class:`LongBench`.
-
-    """
-    made = [LongBench(dataset, hub) for dataset in SETS]
-    return {task.name: task for task in made}
 
 
 def _checked(line: str | Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -224,7 +177,8 @@ def _fit(source: Source, context: str, question: str, length: int, name: str) ->
 
 
 @lru_cache(maxsize=len(SETS))
-def _recipe(dataset: str) -> Recipe:
+def _recipe(dataset: str) -> dict[str, Any]:
+    """lm_eval's settings of a set, the white space of its prompt put right."""
     try:
         loader = importlib.import_module("lm_eval.tasks._yaml_loader")
         folder = Path(str(loader.__file__)).parent / "longbench"
@@ -235,29 +189,16 @@ def _recipe(dataset: str) -> Recipe:
             found = loader.load_yaml(folder / f"{dataset}.yaml")
         importlib.import_module("jieba").setLogLevel(logging.WARNING)
     except ImportError as error:
-        raise _missing(f"longbench/{dataset}") from error
+        raise EvaluationError(
+            f"longbench/{dataset} needs lm_eval, datasets, jieba, fuzzywuzzy and rouge, one of "
+            "which is missing: install vllm_kvcompress[eval]"
+        ) from error
     template = found["doc_to_text"]
     if dataset in _BLANK_LINE:
         template = template.replace(f"{_CONTEXT}\n{{{{question", f"{_CONTEXT}\n\n{{{{question")
     if dataset in _ENDS:
         template = template.rstrip() + _ENDS[dataset]
-    before, context, after = template.partition(_CONTEXT)
-    settings = found["generation_kwargs"]
-    return Recipe(
-        before=before + context,
-        after=after,
-        max_tokens=settings["max_gen_toks"],
-        stop=tuple(text for text in settings["until"] if text != "\n"),
-        first_line="\n" in settings["until"],
-        score=found["process_results"],
-    )
-
-
-def _missing(name: str) -> EvaluationError:
-    return EvaluationError(
-        f"{name} needs lm_eval, datasets, jieba, fuzzywuzzy and rouge, one of which is missing: "
-        "install vllm_kvcompress[eval]"
-    )
+    return {**found, "doc_to_text": template}
 
 
 def _score(dataset: str, text: str, references: Sequence[str]) -> float:
@@ -266,9 +207,10 @@ def _score(dataset: str, text: str, references: Sequence[str]) -> float:
     if CLASSES in answers:
         at = answers.index(CLASSES)
         answers, classes = answers[:at], answers[at + 1 :]
-    if recipe.first_line:
+    if "\n" in recipe["generation_kwargs"]["until"]:  # where lm_eval stops
         text = text.lstrip("\n").split("\n")[0]
-    return float(recipe.score({"answers": answers, "all_classes": classes}, [text])["score"])
+    found = recipe["process_results"]({"answers": answers, "all_classes": classes}, [text])
+    return float(found["score"])
 
 
 METRICS.update({f"longbench_{dataset}": Metric(partial(_score, dataset)) for dataset in SETS})

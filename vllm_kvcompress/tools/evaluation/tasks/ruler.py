@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -96,21 +97,38 @@ class Ruler(Task):
         """Make prompts of at most ``length`` tokens, those to generate included, as RULER counts.
 
         Another seed makes other needles and haystacks and, in qa_1 and qa_2, asks other questions.
+        RULER's file is kept in ``source.cache``.
 
         Raises:
             EvaluationError: RULER's folder is not there, a package is missing, or the generator
                 cannot make such prompts.
 
         """
-        config = _config(source.data / "ruler", self.subtask)
-        lines = _generated(source, self.subtask, config, length, count, seed)
-        return [_prompt(config, line) for line in lines]
-
-
-def tasks() -> Mapping[str, Task]:
-    """The 13 tasks by name."""
-    made = (Ruler(name) for name in NAMES)
-    return {task.name: task for task in made}
+        folder = source.data / "ruler"
+        config = _config(folder, self.subtask)
+        what = json.dumps(
+            [self.subtask, dict(config), length, seed, source.model, source.tokenizer.vocab_size],
+            sort_keys=True,
+        )
+        digest = hashlib.sha256(what.encode()).hexdigest()[:12]
+        path = source.cache / f"{self.subtask}-{length}-{seed}-{digest}.jsonl"
+        lines = _read(path)
+        if len(lines) < count:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix="ruler-", dir=path.parent) as scratch:
+                options = {
+                    "save_dir": scratch,
+                    "save_name": self.subtask,
+                    "tokenizer_path": source.model,
+                    "tokenizer_type": "hf",
+                    "max_seq_length": length,
+                    "num_samples": count,
+                    "random_seed": seed,
+                }
+                _generate(folder.absolute(), config, options)
+                shutil.move(Path(scratch) / self.subtask / "validation.jsonl", path)
+            lines = _read(path)
+        return [_prompt(config, line) for line in lines[:count]]
 
 
 def _prompt(config: Mapping[str, Any], line: Mapping[str, Any]) -> Prompt:
@@ -152,34 +170,10 @@ def _config(folder: Path, subtask: str) -> Mapping[str, Any]:
 
     text = (folder / "long_context_eval" / "synthetic.yaml").read_text(encoding="utf-8")
     custom = yaml.safe_load(text)[subtask]
-    constants: dict[str, Any] = {}
     path = folder / "long_context_eval" / "data" / "synthetic" / "constants.py"
-    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), constants)
-    base = constants["TASKS"][custom["task"]]
+    base = runpy.run_path(str(path))["TASKS"][custom["task"]]
     prefix = base.get("answer_prefix", "")
     return {**custom, **base, "template": base["template"] + prefix, "answer_prefix": prefix}
-
-
-def _generated(
-    source: Source,
-    subtask: str,
-    config: Mapping[str, Any],
-    length: int,
-    count: int,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """Lines of RULER's file, from the cache or fresh."""
-    what = json.dumps(
-        [subtask, dict(config), length, seed, source.model, source.tokenizer.vocab_size],
-        sort_keys=True,
-    )
-    name = f"{subtask}-{length}-{seed}-{hashlib.sha256(what.encode()).hexdigest()[:12]}.jsonl"
-    path = source.cache / name
-    lines = _read(path)
-    if len(lines) < count:
-        _generate(source, subtask, config, length, count, seed, path)
-        lines = _read(path)
-    return lines[:count]
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -189,46 +183,28 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def _generate(
-    source: Source,
-    subtask: str,
-    config: Mapping[str, Any],
-    length: int,
-    count: int,
-    seed: int,
-    path: Path,
-) -> None:
-    """Run the generator as RULER's prepare.py does, and put its file at ``path``."""
-    folder = (source.data / "ruler").absolute()
+def _generate(folder: Path, config: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Run a task's generator as RULER's prepare.py does."""
     script = folder / "long_context_eval" / "data" / "synthetic" / f"{config['task']}.py"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ruler-", dir=path.parent) as scratch:
-        options: dict[str, Any] = {
-            "save_dir": scratch,
-            "save_name": subtask,
-            "tokenizer_path": source.model,
-            "tokenizer_type": "hf",
-            "max_seq_length": length,
-            "tokens_to_generate": config["tokens_to_generate"],
-            "num_samples": count,
-            "random_seed": seed,
-            "template": config["template"],
-            **config["args"],
-        }
-        if config["task"] == "qa":
-            options["pre_samples"] = seed * QUESTION_STRIDE % MOST_QUESTIONS
-        # One word each: a template may begin with a dash, and a shell would read its newlines.
-        words = [f"--{name}={value}" for name, value in options.items()]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(folder),
-            "NLTK_DATA": str(folder / "nltk_data"),
-            "HF_HUB_OFFLINE": "1",
-        }
-        draws = "0" if config["task"] == "niah" else "1"
-        command = [sys.executable, "-u", "-c", _RUN, draws, str(script), *words]
-        _run(command, environment, subtask, length)
-        shutil.move(Path(scratch) / subtask / "validation.jsonl", path)
+    given = {
+        **options,
+        "tokens_to_generate": config["tokens_to_generate"],
+        "template": config["template"],
+        **config["args"],
+    }
+    if config["task"] == "qa":
+        given["pre_samples"] = options["random_seed"] * QUESTION_STRIDE % MOST_QUESTIONS
+    # One word each: a template may begin with a dash, and a shell would read its newlines.
+    words = [f"--{name}={value}" for name, value in given.items()]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(folder),
+        "NLTK_DATA": str(folder / "nltk_data"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    draws = "0" if config["task"] == "niah" else "1"
+    command = [sys.executable, "-u", "-c", _RUN, draws, str(script), *words]
+    _run(command, environment, options["save_name"], options["max_seq_length"])
 
 
 def _run(command: list[str], environment: Mapping[str, str], subtask: str, length: int) -> None:
