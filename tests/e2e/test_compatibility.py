@@ -303,10 +303,11 @@ def test_compiled_model(engines: Engines, prose: list[int]) -> None:
     for method, (engine, asked) in two(engines, model=model, enforce_eager=False).items():
         assert engine.llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
         found[method] = answers(ask(engine, prompts, greedy(12, logprobs=0, **asked)))
-    assert found["scatter"] == found[None]
-    for [(tokens, logprob)], [(same, near)] in zip(found["cake"], expected, strict=True):
-        assert tokens == same
-        assert logprob == pytest.approx(near, abs=1e-3)
+    # Each is compiled by itself, and rounds where its own kernels do.
+    for one, other in (("scatter", found[None]), ("cake", expected)):
+        for [(tokens, logprob)], [(same, near)] in zip(found[one], other, strict=True):
+            assert tokens == same
+            assert logprob == pytest.approx(near, abs=1e-3)
 
 
 # --- several engines ---------------------------------------------------------------------------
