@@ -137,14 +137,9 @@ def _haystack(data: Path) -> list[str]:
 
 
 class _Keys(Sequence[str]):
-    """All texts "adjective-noun" in order, without the time and memory for seven million of them.
+    """All texts "adjective-noun" in order, without the time and memory for six million of them.
 
     Adjectives that agree up to their first hyphen have keys that lie together in the order.
-
-    Args:
-        adjectives: In any order.
-        nouns: In any order.
-
     """
 
     def __init__(self, adjectives: Iterable[str], nouns: Iterable[str]) -> None:
