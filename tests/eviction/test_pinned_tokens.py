@@ -206,7 +206,7 @@ def test_kept_tokens_are_always_chosen_by_one_cut_and_by_a_cascade(case: Any) ->
         assert ids.shape[1] == counts[layer] * SIZE
         assert all(set(keep) <= set(head.tolist()) for head in ids)
         assert all(len(set(head.tolist())) == len(head) for head in ids)
-    if method.budgets_are_nested:
+    if method.scorer.budgets_are_nested:
         check_cascade(case, found)
 
 
