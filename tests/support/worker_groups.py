@@ -30,6 +30,7 @@ GROUPS = (
     ("tests/e2e/test_quality.py", "tests/e2e/test_against_transformers.py"),
     ("tests/e2e/test_eval.py",),
     ("tests/e2e/test_hybrid.py",),
+    ("tests/tools/test_eval_tasks.py",),
     ("tests/e2e/test_lm_eval.py",),
     ("tests/e2e/test_third_party.py",),
     ("tests/e2e/test_batch_inference.py",),
