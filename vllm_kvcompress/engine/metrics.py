@@ -13,7 +13,6 @@ from vllm_kvcompress.engine.settings import compression_of
 _NAME = "vllm:kv_compression_"
 _LABELS = ["model_name", "engine"]
 
-PHASES = ("score", "allocate", "select", "move")
 SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Upper ends of the histogram's buckets."""
 
