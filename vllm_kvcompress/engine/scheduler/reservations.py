@@ -7,7 +7,7 @@ else's allocations: a number, not blocks.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
@@ -15,9 +15,6 @@ from vllm.v1.request import Request
 from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
-
-if TYPE_CHECKING:
-    from vllm_kvcompress.engine.scheduler.sliding_window_groups import SlidingWindowGroups
 
 
 @dataclass
@@ -49,6 +46,16 @@ class Reservation:
     prefilled: bool = False
 
 
+class WindowGroups(Protocol):
+    """Sliding-window groups of a hybrid model, which draw on the same pool."""
+
+    def missing(self, request_id: str, reservation: Reservation) -> int:
+        """Count the blocks that a request will still be given in these groups."""
+
+    def block_ids(self) -> set[int]:
+        """All blocks that requests hold in these groups."""
+
+
 class Reservations(dict[str, Reservation]):
     """The reservations of all admitted requests, by request.
 
@@ -62,7 +69,7 @@ class Reservations(dict[str, Reservation]):
 
     """
 
-    window_groups: "SlidingWindowGroups | None" = None
+    window_groups: WindowGroups | None = None
 
     def __init__(
         self, planner: BlockPlanner, max_len: int, blocks: Mapping[str, Sequence[KVCacheBlock]]
