@@ -3,6 +3,7 @@
 import ast
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,15 @@ def test_imports_go_one_way(trees: dict[Path, ast.Module]) -> None:
             if own and other and other in BELOW and other not in BELOW[own] | {own}:
                 back.add(f"{path.relative_to(REPO)}: {module}")
     assert sorted(back) == []
+
+
+def test_no_modules_import_each_other_in_a_circle(trees: dict[Path, ast.Module]) -> None:
+    """Not for type checkers either; an ``__init__`` only hands names on."""
+    graph = {}
+    for path, tree in trees.items():
+        inside = path.relative_to(KERNELS.parent if KERNELS in path.parents else REPO)
+        graph[".".join(inside.with_suffix("").parts)] = set(imported(ast.walk(tree)))
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names them
 
 
 def test_only_the_engine_imports_vllm_with_the_module(trees: dict[Path, ast.Module]) -> None:

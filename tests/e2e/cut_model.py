@@ -12,11 +12,8 @@ from safetensors.torch import save_file
 NUM_TOKENS = 4096
 """Vocabulary of such a model: multiplying with a whole one takes longer than a few layers do."""
 
-
-@cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Where the models of this process lie until it ends."""
-    return tempfile.TemporaryDirectory(prefix="first-layers-")
+_FOLDER = tempfile.TemporaryDirectory(prefix="first-layers-")
+"""Where the models of this process lie until it ends."""
 
 
 @cache
@@ -30,7 +27,7 @@ def first_layers(source: Path, num_layers: int, cut_tokenizer: bool = True) -> P
             order of its merges; otherwise it knows more tokens than the model.
 
     """
-    target = Path(_folder().name) / f"{source.name}-{num_layers}"
+    target = Path(_FOLDER.name) / f"{source.name}-{num_layers}"
     target.mkdir()
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config |= {"num_hidden_layers": num_layers, "vocab_size": NUM_TOKENS}
