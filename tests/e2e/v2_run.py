@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.compiler_keys import record_launches
 from tests.support.interpreted_kernels import prepare_once_a_launch
 
 
@@ -106,50 +107,67 @@ def _capture(patch: pytest.MonkeyPatch, runner: Any, sizes: list[int]) -> Any:
     return replayed
 
 
-def _record_launches(patch: pytest.MonkeyPatch) -> set[str]:
-    """Return a set that gets every variant of our kernels that runs from now on.
+class Launches:
+    """The compiler's keys of all launches; a new one of ours may be an error, as on a GPU.
 
-    A variant is what a compiler would have to make anew: constants and the tensors' types.
+    Attributes:
+        keys: Of our kernels.
+        late: Of all kernels, those first seen after vLLM's monitor had been armed.
+
     """
-    import torch
-    from triton.runtime.interpreter import InterpretedFunction
 
-    run = InterpretedFunction.run
-    variants: set[str] = set()
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        from triton import knobs
+        from triton.runtime.interpreter import InterpretedFunction
 
-    def recording(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        if kernel.fn.__module__.startswith("kvcompress_kernels"):
-            constants = sorted((k, v) for k, v in kwargs.items() if k.isupper() or k == "num_warps")
-            types = [str(a.dtype) for a in args if isinstance(a, torch.Tensor)]
-            variants.add(f"{kernel.fn.__name__} {constants} {types}")
-        return run(kernel, *args, **kwargs)
+        self.keys: set[str] = set()
+        self.late: list[str] = []
+        self._seen: set[str] = set()
+        # vLLM's monitor puts its hook there.
+        patch.setattr(knobs.runtime, "jit_post_compile_hook", None)
+        self._knobs = knobs.runtime
+        record_launches(patch, InterpretedFunction, self._note)
 
-    patch.setattr(InterpretedFunction, "run", recording)
-    return variants
+    def _note(self, key: str) -> None:
+        new = key not in self._seen
+        self._seen.add(key)
+        ours = key.startswith("kvcompress_kernels.")
+        if ours:
+            self.keys.add(key)
+        if new and self._knobs.jit_post_compile_hook is not None:
+            self.late.append(key)
+            if ours:
+                self._knobs.jit_post_compile_hook(fn=SimpleNamespace(name=key))
 
 
 def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
     """Run one engine; see the module's docstring for the job's fields."""
     import torch
 
+    from tests.e2e import gpu_worker_stand_in
     from tests.e2e.harness import Engines
 
     settings = dict(job.get("settings", {}))
     if "backend" in job:
         _offer_gpu_attention(patch, job["backend"])
         settings["attention_backend"] = job["backend"]
+    events: list[str] = []
+    launches = Launches(patch)
+    if job.get("gpu_worker"):
+        settings |= gpu_worker_stand_in.install(patch, job, events)
     method, engines = job.get("method"), Engines()
     engine = engines.get(
         method, job.get("budget"), config=job.get("config"), model=job["model"], **settings
     )
     runner = engine.core.model_executor.driver_worker.worker.model_runner
-    replayed = _capture(patch, runner, job["graphs"]) if "graphs" in job else {}
-    launched = _record_launches(patch)
+    replayed: dict[str, int] = {}
+    if "graphs" in job and not events:
+        replayed = _capture(patch, runner, job["graphs"])
     if job.get("warm_up"):
         before = engine.session.flat_cache.clone()
         engine.session.warm_up(runner.max_model_len)
         assert torch.equal(engine.session.flat_cache, before)
-    warm = sorted(launched)
+    warm, left = sorted(launches.keys), _left_behind(engine, runner)
     kept = engine.record_kept() if method else []
     rounds, logprobs = [], []
     for _ in range(job.get("rounds", 1)):
@@ -164,14 +182,26 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
         "kept": kept,
         "runner": f"{type(runner).__module__}.{type(runner).__name__}",
         "attention": type(impl).__name__,
-        "replayed": replayed.get("steps", 0),
+        "replayed": gpu_worker_stand_in.replays() if events else replayed.get("steps", 0),
+        "events": events,
+        "left_behind": left,
         "warm": warm,
-        "launched": sorted(launched),
+        "launched": sorted(launches.keys),
+        "late": launches.late,
         "stats": engine.stats,
     }
     del engine, runner, impl
     engines.close()
     return result
+
+
+def _left_behind(engine: Any, runner: Any) -> list[str]:
+    """Requests that somebody in the worker knows of, before there is any."""
+    known = list(runner.req_states.req_id_to_index)
+    if engine.compressed:
+        known += [name for name, _ in engine.session._ledger]
+        known += engine.session._scheduled
+    return known
 
 
 def main() -> None:

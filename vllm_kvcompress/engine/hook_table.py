@@ -261,7 +261,13 @@ HOOKS: HookTable = {
 WORKER_HOOKS: HookTable = {
     "vllm.v1.worker.cpu_worker": {"CPUWorker": (SUBCLASS, "vllm_config model_runner")},
     "vllm.v1.worker.gpu_worker": {
-        "Worker": (SUBCLASS, "vllm_config model_config cache_config model_runner"),
+        "Worker": (
+            SUBCLASS,
+            (
+                "vllm_config model_config cache_config model_runner peak_activation_memory "
+                "available_kv_cache_memory_bytes"
+            ),
+        ),
         "Worker.load_model": (OVERRIDE, "self, ..."),
         "Worker.get_kv_cache_spec": (OVERRIDE, "self"),
         "Worker.initialize_from_config": (OVERRIDE, "self, kv_cache_config"),

@@ -21,6 +21,7 @@ from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.model_layers import LayerGroups, layers_of
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 from vllm_kvcompress.engine.settings import resolver_of
+from vllm_kvcompress.engine.step.messages import is_planned
 from vllm_kvcompress.engine.step.session import Session
 from vllm_kvcompress.eviction.records import CutRecord
 from vllm_kvcompress.paging.arena import PageGeometry
@@ -39,6 +40,7 @@ class ArenaWorker:
     model_runner: Any
     _session: Session
     _rows: Sequence[str] = ()
+    _warms_up = False
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """See vLLM's Worker; puts our backends in place before layers choose theirs."""
@@ -110,8 +112,19 @@ class ArenaWorker:
         _announce(planner, config.model_config.max_model_len, kv_cache_config.num_blocks)
         _announce_others(config, planner.block_size)
 
+    def compile_or_warm_up_model(self) -> Any:
+        """See vLLM's Worker, which may run steps that no scheduler has planned."""
+        self._warms_up = True
+        try:
+            return super().compile_or_warm_up_model()  # type: ignore[misc]
+        finally:
+            self._warms_up = False
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """See vLLM's Worker; compresses the prompts that this step completed."""
+        if self._warms_up and not is_planned(scheduler_output):
+            # The session learns of nothing, so attention takes plain vLLM's path.
+            return super().execute_model(scheduler_output)  # type: ignore[misc]
         self._session.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         self._session.end_step()
