@@ -14,6 +14,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from vllm_kvcompress.engine.attention import register_backends
+from vllm_kvcompress.engine.attention.backend_choice import choose_wrapped
 from vllm_kvcompress.engine.attention.common import ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.checks import check_specs, check_version
 from vllm_kvcompress.engine.hook_table import WORKER_HOOKS
@@ -34,8 +35,14 @@ logger = init_logger("vllm.kvcompress.worker")
 
 
 class ArenaWorker:
-    """First base of a wrapped worker of an engine with compression on."""
+    """First base of a wrapped worker of an engine with compression on.
 
+    Attributes:
+        backends: Attention backends that a user can choose from.
+
+    """
+
+    backends: Sequence[str] = ()
     vllm_config: Any
     model_runner: Any
     _session: Session
@@ -45,6 +52,7 @@ class ArenaWorker:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """See vLLM's Worker; puts our backends in place before layers choose theirs."""
         register_backends()
+        choose_wrapped()
         # The choice is remembered per process, perhaps from an engine without compression.
         selector._cached_get_attn_backend.cache_clear()
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -58,7 +66,7 @@ class ArenaWorker:
         with set_current_vllm_config(self.vllm_config):
             specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
         layers = self.vllm_config.compilation_config.static_forward_context
-        check_specs(specs, {name: layers[name] for name in specs}, ArenaImpl)
+        check_specs(specs, {name: layers[name] for name in specs}, ArenaImpl, self.backends)
         return specs
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_kvcompress.engine.attention import GPU_BACKENDS
 from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.worker.arena_worker import ArenaWorker
 from vllm_kvcompress.planning.workspace_memory import ModelShape, workspace_bytes
@@ -15,6 +16,7 @@ logger = init_logger("vllm.kvcompress.gpu_worker")
 class ArenaGPUWorker(ArenaWorker, Worker):
     """GPU worker of an engine with compression on."""
 
+    backends = GPU_BACKENDS
     peak_activation_memory: int
     available_kv_cache_memory_bytes: int
 
