@@ -1,15 +1,15 @@
 """One worker's compression around each step: what the step needs, and the cuts after it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from vllm_kvcompress.engine.step.batch_order import BatchOrder
 from vllm_kvcompress.engine.step.block_ledger import BlockLedger
 from vllm_kvcompress.engine.step.measurement_channel import attach
 from vllm_kvcompress.engine.step.messages import prefill_blocks_of
@@ -135,7 +135,9 @@ class Session:
         self._queries = QueryCollector(
             geometry.num_layers, self._query_shape, dtype, codec.device, buffer
         )
-        self._scheduled: frozenset[str] = frozenset()
+        self._order = BatchOrder(self.arena)
+        self._scheduled: Mapping[str, int] = {}
+        self._busy: list[str] = []
         self._ending: list[str] = []
         self._cascades: dict[str, CascadePrefill] = {}
 
@@ -143,18 +145,19 @@ class Session:
 
     def begin_step(self, output: SchedulerOutput) -> None:
         """Take in the scheduler's message before the model runs. Mutates ledger and arena."""
-        void, grown = self._ledger.update(output)
-        for request_id in void:
+        changes = self._ledger.update(output)
+        for request_id in changes.void:
             self.arena.drop(request_id)
             self._queries.drop(request_id)
-        for request_id in grown:
-            if request_id in self.arena:
-                self.arena.grow(request_id, self._ledger[request_id].private_blocks())
+        self.arena.grow(
+            {name: blocks for name, blocks in changes.grown.items() if name in self.arena}
+        )
         self._cascades = {
             request_id: self._compressor.begin_cascade(request_id, self._ledger[request_id])
             for request_id in prefill_blocks_of(output)
         }
-        self._scheduled = frozenset(output.num_scheduled_tokens)
+        self._scheduled = output.num_scheduled_tokens
+        self._busy = changes.busy
         self._ending = []
         self.step = None
 
@@ -162,7 +165,7 @@ class Session:
         """Whether the step just begun looks into a prompt's attention, which must run in Python."""
         if self._cascades:
             return True
-        return any(self._queries.needs(self._ledger[name]) for name in self._scheduled)
+        return any(self._queries.needs(self._ledger[name]) for name in self._busy)
 
     def prepare_step(
         self, request_ids: Sequence[str], common: CommonAttentionMetadata
@@ -177,21 +180,22 @@ class Session:
             None for a batch in which plain vLLM does everything.
 
         """
-        if not self._scheduled or not self._scheduled.issuperset(request_ids):
+        if not self._order.follow(request_ids, self._scheduled):
             return None  # a dummy run
-        cascades = self._read_rows(request_ids, common.query_start_loc_cpu.tolist())
-        rows = [row for row, name in enumerate(request_ids) if name in self.arena]
-        self.stats["compressed_steps" if rows else "plain_steps"] += 1
+        cascades = self._read_rows(common)
+        rows = self._order.rows
+        self.stats["compressed_steps" if len(rows) else "plain_steps"] += 1
         tables = None
-        if rows or self.replays:
-            bound = common.seq_lens_cpu_upper_bound
+        if len(rows) or self.replays:
+            # A graph was captured with the longest length there can be.
+            bound = None if self.replays else common.seq_lens_cpu_upper_bound
             batch = BatchRows(
                 block_table=common.block_table_tensor,
                 seq_lens=common.seq_lens,
                 query_start=common.query_start_loc,
                 slot_mapping=common.slot_mapping,
-                rows=np.asarray(rows, dtype=np.int64),
-                slots=self.arena.slots(request_ids[row] for row in rows),
+                rows=rows,
+                slots=self._order.slots,
                 seq_lens_bound=None if bound is None else bound.numpy(),
             )
             tables = self._tables.build(batch)
@@ -201,21 +205,23 @@ class Session:
             self.step = StepInputs(captures, tables, cascades, query_buffer)
         return self.step
 
-    def _read_rows(
-        self, request_ids: Sequence[str], starts: Sequence[int]
-    ) -> tuple[CascadeRow, ...]:
-        """Note each row's queries and due cut; returns the rows that run as a cascade."""
-        cascades = []
+    def _read_rows(self, common: CommonAttentionMetadata) -> tuple[CascadeRow, ...]:
+        """Note busy rows' queries and due cuts; returns the rows that run as a cascade."""
         self._queries.begin_step()
-        for request_id, start in zip(request_ids, starts, strict=False):
-            request = self._ledger[request_id]
-            if request.schedule is None:
+        if not self._busy:
+            return ()
+        cascades = []
+        starts: list[int] = common.query_start_loc_cpu.tolist()
+        for request_id in self._busy:
+            row = self._order.place(request_id)
+            if row is None:
                 continue
+            request = self._ledger[request_id]
             if request.ends_at_cut:
                 self._ending.append(request_id)
             if prefill := self._cascades.get(request_id):
-                cascades.append(CascadeRow(prefill, request, start))
-            self._queries.add(request_id, request, start)
+                cascades.append(CascadeRow(prefill, request, starts[row]))
+            self._queries.add(request_id, request, starts[row])
         return tuple(cascades)
 
     # --- while the model runs --------------------------------------------------------------------
@@ -268,7 +274,7 @@ class Session:
             self.stats[f"{request.schedule.kind(request.cuts_made)}_cuts"] += 1
         self._ending = []
         self._cascades = {}
-        self._scheduled = frozenset()
+        self._scheduled = {}
         self.step = None
         if self._resolver.default_planner.config.check_integrity:
             self.check_integrity()
