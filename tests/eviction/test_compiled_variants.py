@@ -7,75 +7,29 @@ have their real shapes. Which kernels there are is not said here: whatever is la
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from tests.support.compiler_keys import launch_on_cpu, record_launches
-from vllm_kvcompress.eviction.compressor import Compressor
-from vllm_kvcompress.eviction.cut_reporter import CutReporter
+from benchmarks.start_launches import ALLOW_ALL, BLOCK, AttentionShape, WarmedWorker, observed
+from tests.support.compiler_keys import key_of
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.methods import available
-from vllm_kvcompress.paging.arena import PageArena, PageGeometry
-from vllm_kvcompress.paging.attention_layer import AttentionParams
-from vllm_kvcompress.paging.device_page_tables import DeviceTableBuilder
-from vllm_kvcompress.paging.page_tables import BatchRows, TableLimits
+from vllm_kvcompress.paging.page_tables import BatchRows
 from vllm_kvcompress.paging.rounding import cdiv
-from vllm_kvcompress.paging.strided_codec import StridedPageCodec
-from vllm_kvcompress.planning.block_planner import EngineLimits
-from vllm_kvcompress.planning.config import KVCompressionConfig
-from vllm_kvcompress.planning.request_settings import SettingsResolver
-
-MAX_MODEL_LEN, BLOCK, BLOCKS = 3000, 16, 420
-ALL = {"method": True, "budget": {"min": 1}, "params": True, "keep": True, "decode": True}
-LIMITS = TableLimits(rows=7, width=BLOCKS, tokens=2049)
-
-
-@dataclass
-class Model:
-    """Shape of a model's attention."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    dtype: torch.dtype = torch.bfloat16
-
 
 MODELS = {
-    "llama": Model(6, 32, 8, 128),
-    "qwen2.5-0.5b": Model(5, 14, 2, 64),
-    "smollm2": Model(7, 9, 3, 64),
-    "72 wide, fp16": Model(3, 9, 3, 72, torch.float16),
+    "llama": AttentionShape(6, 32, 8, 128),
+    "qwen2.5-0.5b": AttentionShape(5, 14, 2, 64),
+    "smollm2": AttentionShape(7, 9, 3, 64),
+    "72 wide, fp16": AttentionShape(3, 9, 3, 72, torch.float16),
 }
 
 
-class Worker:
-    """What a GPU's worker has of ours, on the CPU; launches are noted and nothing runs."""
-
-    def __init__(self, model: Model, config: dict[str, Any]) -> None:
-        limits = EngineLimits(num_layers=model.layers, one_step_tokens=2048)
-        self.resolver = SettingsResolver(KVCompressionConfig.parse(config), BLOCK, limits)
-        self.model = model
-        origin = np.arange(model.layers, dtype=np.int64) * BLOCKS
-        self.arena = PageArena(PageGeometry(origin, 1, BLOCKS, BLOCK))
-        shape = (model.layers * BLOCKS, BLOCK, model.kv_heads, 2 * model.head_size)
-        cache = torch.zeros(shape, dtype=model.dtype).transpose(1, 2)
-        codec = StridedPageCodec(cache, "auto", model.dtype)
-        layers = [AttentionParams(model.head_size**-0.5, 0.0, None)] * model.layers
-        self.compressor = Compressor(self.arena, codec, layers, CutReporter(False, BLOCK))
-        self.tables = DeviceTableBuilder(
-            self.arena, LIMITS, torch.device("cpu"), implementation="triton"
-        )
-
-    def warm_up(self) -> None:
-        shape = (self.model.heads, self.model.head_size)
-        methods = self.resolver.possible_methods()
-        self.compressor.warm_up(methods, shape, self.model.dtype, MAX_MODEL_LEN)
-        self.tables.warm_up()
+class Worker(WarmedWorker):
+    """It serves requests, too."""
 
     def serve(self, prompt_len: int, extra: dict[str, Any], *, cascade: bool) -> int:
         """One request: its prompt's cuts, two while it generates, and a step's tables.
@@ -104,12 +58,12 @@ class Worker:
             if number > 1:
                 self.arena.grow("r", request.private_blocks())
             rows = planner.window if request.next_is_prefill_cut else planner.decode_window
-            shape = (self.model.layers, rows, self.model.heads, self.model.head_size)
-            window = torch.zeros(shape, dtype=self.model.dtype) if planner.needs_queries else None
+            shape = (self.shape.layers, rows, self.shape.heads, self.shape.head_size)
+            window = torch.zeros(shape, dtype=self.shape.dtype) if planner.needs_queries else None
             if number == 1 and prefill is not None:
                 request.window = window
                 running = self.compressor.begin_cascade("r", request)
-                for layer in range(self.model.layers):
+                for layer in range(self.shape.layers):
                     running.cut_layer(layer, None)
                 running.finish()
             else:
@@ -122,7 +76,7 @@ class Worker:
         lengths = torch.tensor([5, length, 9], dtype=torch.int32)
         self.tables.build(
             BatchRows(
-                block_table=torch.zeros(8, BLOCKS, dtype=torch.int32)[1:4],
+                block_table=torch.zeros(8, 420, dtype=torch.int32)[1:4],
                 seq_lens=lengths,
                 query_start=torch.arange(4, dtype=torch.int32),
                 slot_mapping=torch.zeros(3, dtype=torch.int64),
@@ -134,16 +88,16 @@ class Worker:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+def launched() -> Iterator[set[str]]:
     """Keys of what is launched; outputs of kernels are zeros."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
     keys: set[str] = set()
-    pytest.importorskip("triton")
-    launch_on_cpu(monkeypatch)
-    record_launches(monkeypatch, keys.add, execute=False)
-    monkeypatch.setattr(torch, "empty", torch.zeros)
-    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)
-    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
-    yield keys
+
+    def note(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keys.add(key_of(kernel, args, kwargs))
+
+    with observed(interpreter.InterpretedFunction, note):
+        yield keys
 
 
 def requests(number: int, policy: object) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -154,7 +108,7 @@ def requests(number: int, policy: object) -> Iterator[tuple[int, dict[str, Any]]
         name = names[index % len(names)]
         prompt = source.choice([*range(200, 260), *range(1000, 1160), *range(2040, 2060), 2999])
         extra: dict[str, Any] = {"kv_compression": name}
-        if policy is ALL:
+        if policy is ALLOW_ALL:
             extra["kv_compression_budget"] = source.choice([160, 161, 0.3])
             params: dict[str, Any] = {"window": source.randint(2, 128)}
             if name in ("snapkv", "dynamickv", "pyramidkv"):
@@ -175,8 +129,8 @@ def requests(number: int, policy: object) -> Iterator[tuple[int, dict[str, Any]]
 @pytest.mark.parametrize("shape", MODELS)
 @pytest.mark.parametrize(
     ("method", "policy"),
-    [("cake", None), ("none", None), ("none", ALL)],
-    ids=lambda value: "all" if value is ALL else str(value),
+    [("cake", None), ("none", None), ("none", ALLOW_ALL)],
+    ids=lambda value: "all" if value is ALLOW_ALL else str(value),
 )
 def test_what_is_launched_was_launched_at_the_start(
     launched: set[str], shape: str, method: str, policy: Any
@@ -203,15 +157,15 @@ def test_nothing_is_compiled_for_where_a_tensor_begins(launched: set[str]) -> No
 
     Others are parts of larger tensors at times, and where those begin depends on a prompt.
     """
-    Worker(MODELS["llama"], {"method": "none", "allow": ALL}).warm_up()
+    Worker(MODELS["llama"], {"method": "none", "allow": ALLOW_ALL}).warm_up()
     found = {name for key in launched for name in re.findall(r"(\w+)=\('\*\w+', 'D'\)", key)}
     assert found == {"queries", "cache", "words"}
 
 
 @pytest.mark.parametrize(
     ("method", "policy"),
-    [("cake", None), ("none", ALL)],
-    ids=lambda value: "all" if value is ALL else str(value),
+    [("cake", None), ("none", ALLOW_ALL)],
+    ids=lambda value: "all" if value is ALLOW_ALL else str(value),
 )
 def test_a_start_compiles_few_variants(launched: set[str], method: str, policy: Any) -> None:
     """As docs/architecture.md says."""

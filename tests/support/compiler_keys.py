@@ -49,15 +49,12 @@ def key_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return f"{kernel.fn.__module__}.{kernel.fn.__name__} {' '.join(special)} {options}"
 
 
-def record_launches(
-    patch: pytest.MonkeyPatch, seen: Callable[[str], Any], *, execute: bool = True
-) -> None:
+def record_launches(patch: pytest.MonkeyPatch, seen: Callable[[str], Any]) -> None:
     """Call ``seen`` with the key of every launch of an interpreted kernel, before it runs.
 
     Args:
         patch: Ends it.
         seen: Takes the key.
-        execute: Whether it runs then; if not, outputs stay what they were.
 
     """
     from triton.runtime.interpreter import InterpretedFunction
@@ -66,9 +63,7 @@ def record_launches(
 
     def recording(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         seen(key_of(kernel, args, kwargs))
-        if execute:
-            return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
-        return None
+        return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
     patch.setattr(InterpretedFunction, "run", recording)
 

@@ -35,9 +35,9 @@ def possible_methods(config: KVCompressionConfig, largest_window: int) -> Iterat
         return
     for window in tile_windows(largest_window):
         for name in available():
-            method = _or_none(name, {"window": window})
-            if method is not None and method.uses_window_statistics:
-                yield method
+            observing = _or_none(name, {"window": window})
+            if observing is not None and observing.uses_window_statistics:
+                yield observing
                 break
 
 
@@ -54,14 +54,11 @@ def _by_choices(config: KVCompressionConfig) -> Iterator[Method]:
             continue
         own = config.params if name == config.method else {}
         choices = _choices(config, get_spec(name))
-        for values in product(*choices.values()):
-            method = _or_none(name, {**own, **dict(zip(choices, values, strict=True))})
-            if method is not None:
-                yield method
+        asked = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
         if config.policy.refusal_of_param("faithful", True) is None:
-            method = _or_none(name, {**own, "faithful": True})
-            if method is not None:
-                yield method
+            asked.append({"faithful": True})
+        methods = (_or_none(name, {**own, **params}) for params in asked)
+        yield from (method for method in methods if method is not None)
 
 
 def _or_none(name: str, params: Mapping[str, Any]) -> Method | None:
