@@ -48,7 +48,10 @@ def _bin_of_kth(counts, bins, wanted):
     return found, tl.sum(tl.where(bins > found, counts, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["tokens", "heads", "job_stride", "head_stride", "max_count"])
+@triton.jit(
+    do_not_specialize=["tokens", "heads", "job_stride", "head_stride", "max_count"],
+    do_not_specialize_on_alignment=["scores", "kept", "scratch", "counts"],
+)
 def _select_kernel(
     scores,  # fp32, row (job, head) at job * job_stride + head * head_stride
     kept,  # int32 [jobs, heads, max_count]
@@ -158,7 +161,10 @@ def _tile(tokens: int) -> tuple[int, int]:
     return (1024, 4) if tokens <= 1024 else (4096, 16)
 
 
-@triton.jit(do_not_specialize=["layers"])
+@triton.jit(
+    do_not_specialize=["layers"],
+    do_not_specialize_on_alignment=["table", "state", "histogram"],
+)
 def _layer_histogram_kernel(
     table,  # int64 [4, layers]: address, stride of a head, heads, tokens
     state,  # int32 [3, 2]: (digits found so far, how many entries are still wanted) per digit
@@ -198,7 +204,10 @@ def _layer_histogram_kernel(
             tl.atomic_add(counted + ((images >> shift) & 0xFFF), 1, mask=candidate, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["layers", "k"])
+@triton.jit(
+    do_not_specialize=["layers", "k"],
+    do_not_specialize_on_alignment=["histogram", "state", "winners"],
+)
 def _layer_threshold_kernel(
     histogram,  # int32 [layers, BINS]
     state,  # int32 [3, 2], row STEP is written
@@ -294,7 +303,7 @@ def winners_per_layer(scores: Sequence[Tensor], k: int) -> Tensor:
             k,
             STEP=step,
             BINS=size,
-            LAYERS=triton.next_power_of_2(layers),
+            LAYERS=max(128, triton.next_power_of_2(layers)),  # one variant for all stages
             num_warps=16 if size > 256 else 4,
         )
     return winners

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _pooled(scores, lanes, KERNEL: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr):
+def _pooled(scores, lanes, KERNEL, AVERAGE: tl.constexpr, BLOCK: tl.constexpr):
     """Sum or maximum of KERNEL neighbouring lanes; void in the outer KERNEL // 2 lanes."""
     result = scores
     for side in tl.static_range(2):
@@ -30,7 +30,13 @@ def _pooled(scores, lanes, KERNEL: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: t
     return result
 
 
-@triton.jit(do_not_specialize=["tokens", "mean_job", "mean_head", "var_job", "var_head", "gamma"])
+# Requests may choose the width of the pooling, so it is no constant.
+@triton.jit(
+    do_not_specialize=[
+        *("tokens", "mean_job", "mean_head", "var_job", "var_head", "gamma", "KERNEL"),
+    ],
+    do_not_specialize_on_alignment=["mean", "var", "out"],
+)
 def _token_scores_kernel(
     mean,  # fp32 [jobs, heads, tokens]
     var,  # the same shape; not read unless HAS_VAR
@@ -42,7 +48,7 @@ def _token_scores_kernel(
     var_head,
     gamma,
     GROUP: tl.constexpr,
-    KERNEL: tl.constexpr,
+    KERNEL,
     AVERAGE: tl.constexpr,
     REDUCE_MEAN: tl.constexpr,
     HAS_VAR: tl.constexpr,
@@ -52,7 +58,7 @@ def _token_scores_kernel(
     job = tl.program_id(2)
     lanes = tl.arange(0, BLOCK)
     # Tiles overlap by the halo: KERNEL // 2 lanes at either end only lend their scores.
-    half: tl.constexpr = KERNEL // 2
+    half = KERNEL // 2
     at = tl.program_id(0) * (BLOCK - 2 * half) - half + lanes
     inside = (at >= 0) & (at < tokens)
     outside: tl.constexpr = 0.0 if AVERAGE else float("-inf")
@@ -74,7 +80,7 @@ def _token_scores_kernel(
             reduced = tl.maximum(reduced, score, propagate_nan=tl.PropagateNan.ALL)
     if heads_first:
         reduced = _pooled(reduced, lanes, KERNEL, AVERAGE, BLOCK)
-    divisor: tl.constexpr = (KERNEL if AVERAGE else 1) * (GROUP if REDUCE_MEAN else 1)
+    divisor = (KERNEL if AVERAGE else 1) * (GROUP if REDUCE_MEAN else 1)
     own = (lanes >= half) & (lanes < BLOCK - half) & (at < tokens)
     row = job.to(tl.int64) * tl.num_programs(1) + kv_head
     tl.store(out + row * tokens + at, reduced / divisor, mask=own)

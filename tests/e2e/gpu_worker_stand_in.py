@@ -131,7 +131,7 @@ def install(patch: pytest.MonkeyPatch, job: dict[str, Any], events: list[str]) -
     _stub_graphs(patch)
     patch.setitem(checks.WORKERS, CPU_WORKER, f"{__name__}.{ArenaOnCPU.__name__}")
     patch.setattr(gpu_worker, "current_platform", _Platform(current_platform))
-    configure = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+    configure = CpuPlatform.check_and_update_config.__func__
 
     def keep_graphs(cls: Any, config: Any) -> None:
         sizes, mode = job.get("graphs", []), config.compilation_config.mode
@@ -148,7 +148,7 @@ def install(patch: pytest.MonkeyPatch, job: dict[str, Any], events: list[str]) -
     # Both import torchvision, which there is none of on the CPU, and are for other models.
     module = "vllm.model_executor.warmup.minimax_m3_msa_warmup"
     other = SimpleNamespace(minimax_m3_msa_warmup=lambda *_: None)
-    patch.setitem(sys.modules, module, other)  # type: ignore[arg-type]
+    patch.setitem(sys.modules, module, other)
     patch.setattr(kernel_warmup, "qwen_vl_triton_warmup", lambda *_: None)
     # What Triton's interpreter cannot run of the sampler, which is not ours.
     patch.setattr(StructuredOutputsWorker, "apply_grammar_bitmask", lambda *_, **__: None)

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.compiler_keys import record_launches
+from tests.support.compiler_keys import launch_on_cpu, record_launches
 from tests.support.interpreted_kernels import prepare_once_a_launch
 
 
@@ -39,9 +39,8 @@ def _offer_gpu_attention(patch: pytest.MonkeyPatch, name: str) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 
-    from kvcompress_kernels import selection
     from tests.e2e import flash_stand_in
-    from vllm_kvcompress.methods import parts
+    from vllm_kvcompress import methods  # noqa: F401 - they are to be seen below
 
     def backend(*_: Any, **__: Any) -> str:
         return str(AttentionBackendEnum[name].get_path())
@@ -50,9 +49,7 @@ def _offer_gpu_attention(patch: pytest.MonkeyPatch, name: str) -> None:
         return True
 
     patch.setattr(CpuPlatform, "get_attn_backend_cls", staticmethod(backend))
-    # Methods leave the choice of kernels to the tensors' device.
-    for module in (selection, parts):
-        patch.setattr(module, "use_triton", lambda tensor, wanted: wanted != "torch")
+    launch_on_cpu(patch)
     if name == "FLASH_ATTN":
         flash_stand_in.install(patch)
     # The launchers of the Triton backend ask for the GPU's generation.
@@ -118,7 +115,6 @@ class Launches:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         from triton import knobs
-        from triton.runtime.interpreter import InterpretedFunction
 
         self.keys: set[str] = set()
         self.late: list[str] = []
@@ -126,7 +122,7 @@ class Launches:
         # vLLM's monitor puts its hook there.
         patch.setattr(knobs.runtime, "jit_post_compile_hook", None)
         self._knobs = knobs.runtime
-        record_launches(patch, InterpretedFunction, self._note)
+        record_launches(patch, self._note)
 
     def _note(self, key: str) -> None:
         new = key not in self._seen

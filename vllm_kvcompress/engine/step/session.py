@@ -294,8 +294,8 @@ class Session:
             max_model_len: Tokens of the longest prompt.
 
         """
-        planner = self._resolver.default_planner
-        self._compressor.warm_up(planner, self._query_shape, self._dtype, max_model_len)
+        methods = self._resolver.possible_methods()
+        self._compressor.warm_up(methods, self._query_shape, self._dtype, max_model_len)
         self._tables.warm_up()
 
     def capture_inputs(self, seq_lens: Tensor, num_tokens: int) -> StepInputs:
