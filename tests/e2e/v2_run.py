@@ -9,9 +9,11 @@ vLLM is imported, so the tests start this file as a process of its own (``interp
 with stand-ins for its kernels (see ``flash_stand_in.py``). ``"graphs": [1, 2, 4]`` captures decode
 steps of these sizes in FULL mode, with a stand-in for CUDA's graphs that runs the captured call
 again: whatever was a number at capture stays that number, and only what lies in buffers can change,
-as in a real one.
+as in a real one. ``"rounded": [q, k, v]`` computes with the numbers that an FP8 cache with these
+scales of each layer would have.
 """
 
+import functools
 import json
 import os
 import sys
@@ -21,7 +23,7 @@ from typing import Any
 import pytest
 
 from tests.support.compiler_keys import launch_on_cpu, record_launches
-from tests.support.interpreted_kernels import prepare_once_a_launch
+from tests.support.interpreted_kernels import cast_to_fp8_as_a_gpu_does, prepare_once_a_launch
 
 
 class _Driver:
@@ -36,6 +38,7 @@ def _offer_gpu_attention(patch: pytest.MonkeyPatch, name: str) -> None:
     """Let the CPU platform choose a GPU's attention backend."""
     import torch
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends import triton_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 
@@ -55,6 +58,41 @@ def _offer_gpu_attention(patch: pytest.MonkeyPatch, name: str) -> None:
     # The launchers of the Triton backend ask for the GPU's generation.
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     patch.setattr(triton_reshape_and_cache_flash, "_is_supported_kv_cache_dtype", always)
+    # An FP8 cache comes with FP8 queries on CUDA.
+    make = triton_attn.TritonAttentionImpl.__init__
+
+    @functools.wraps(make)
+    def make_for_cuda(impl: Any, *args: Any, **kwargs: Any) -> None:
+        make(impl, *args, **kwargs)
+        impl.supports_quant_query_input = True
+
+    patch.setattr(triton_attn.TritonAttentionImpl, "__init__", make_for_cuda)
+
+
+def _round_to_fp8(patch: pytest.MonkeyPatch, scales: list[list[float]]) -> None:
+    """Hand attention the numbers that FP8 queries, keys and values would stand for.
+
+    Args:
+        patch: Undoes it.
+        scales: Of queries, keys and values, a number for each layer.
+
+    """
+    import torch
+    from vllm.model_executor.layers.attention import Attention
+
+    from tests.e2e.flash_stand_in import quantized
+
+    forward = Attention.forward
+
+    def forward_rounded(attention: Any, *operands: Any, **kwargs: Any) -> Any:
+        layer = int(attention.layer_name.split(".")[2])
+        rounded = [
+            quantized(operand, torch.tensor(numbers[layer])).float() * numbers[layer]
+            for operand, numbers in zip(operands[:3], scales, strict=True)
+        ]
+        return forward(attention, *rounded, *operands[3:], **kwargs)
+
+    patch.setattr(Attention, "forward", forward_rounded)
 
 
 def _capture(patch: pytest.MonkeyPatch, runner: Any, sizes: list[int]) -> Any:
@@ -151,6 +189,8 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
     launches = Launches(patch)
     if job.get("gpu_worker"):
         settings |= gpu_worker_stand_in.install(patch, job, events)
+    if "rounded" in job:
+        _round_to_fp8(patch, job["rounded"])
     method, engines = job.get("method"), Engines()
     engine = engines.get(
         method, job.get("budget"), config=job.get("config"), model=job["model"], **settings
@@ -208,6 +248,7 @@ def main() -> None:
 
     triton.backends.backends["cpu"] = SimpleNamespace(driver=_Driver, compiler=None)
     prepare_once_a_launch()
+    cast_to_fp8_as_a_gpu_does()
     for line in sys.stdin:
         with pytest.MonkeyPatch.context() as patch:
             result = run(patch, json.loads(line))

@@ -190,6 +190,14 @@ def layers() -> Cases:
         "layers with different KV heads, head sizes or dtypes",
         refused_layer(ArenaSpec(**larger)),
     )
+    reader = Layer()
+    setattr(reader, "kv_sharing_target_layer_name", "layers.0")  # noqa: B010
+    yield (
+        "layers that share KV caches (Gemma 3n)",
+        lambda: checks.check_specs(
+            {"layers.0": same}, {"layers.0": Layer(), "layers.1": reader}, ArenaCPUImpl
+        ),
+    )
     alone: dict[str, KVCacheSpec] = {"layers.0": SlidingWindowSpec(**SHAPE, sliding_window=128)}
     yield (
         "layers that see neither the whole context nor a sliding window beside it",

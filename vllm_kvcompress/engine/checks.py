@@ -82,6 +82,7 @@ PARALLEL = (
     "tensor or pipeline parallelism is not yet",
     "set --tensor-parallel-size and --pipeline-parallel-size to 1",
 )
+SHARED_CACHES = ("models whose layers share KV caches are not", DROP)
 QUANTIZED_ON_CPU = ("a quantized KV cache on the CPU is not", "drop --kv-cache-dtype")
 
 
@@ -158,8 +159,7 @@ def _model_rules(model: ModelConfig) -> list[Rule]:
         (model.is_mm_prefix_lm, "models whose images see later tokens are not", DROP),
         (
             bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0)),
-            "models whose layers share KV caches are not",
-            DROP,
+            *SHARED_CACHES,
         ),
         (
             model.attention_chunk_size is not None,
@@ -254,7 +254,7 @@ def check_specs(
 
     Args:
         specs: KV-cache spec by layer.
-        layers: The attention layers, by the same names.
+        layers: The model's attention layers by name; some may have no spec of their own.
         impl_cls: The attention implementation that every compressed layer must have.
         backends: Attention backends that a user can choose from on this device.
 
@@ -264,6 +264,8 @@ def check_specs(
     """
     from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 
+    if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
+        raise unsupported(*SHARED_CACHES)
     first = next((name for name, spec in specs.items() if isinstance(spec, ArenaSpec)), None)
     for name, spec in specs.items():
         if type(spec) is SlidingWindowSpec and first is not None:

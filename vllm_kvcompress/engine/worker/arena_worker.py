@@ -66,7 +66,7 @@ class ArenaWorker:
         with set_current_vllm_config(self.vllm_config):
             specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
         layers = self.vllm_config.compilation_config.static_forward_context
-        check_specs(specs, {name: layers[name] for name in specs}, ArenaImpl, self.backends)
+        check_specs(specs, layers, ArenaImpl, self.backends)
         return specs
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
