@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm_kvcompress.engine.attention import register_backends
 from vllm_kvcompress.engine.attention.common import ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.checks import check_specs, check_version
+from vllm_kvcompress.engine.compile_cache import share_compiled_models
 from vllm_kvcompress.engine.hook_table import WORKER_HOOKS
 from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.model_layers import LayerGroups, layers_of
@@ -43,6 +44,7 @@ class ArenaWorker:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """See vLLM's Worker; puts our backends in place before layers choose theirs."""
         register_backends()
+        share_compiled_models()
         # The choice is remembered per process, perhaps from an engine without compression.
         selector._cached_get_attn_backend.cache_clear()
         super().load_model(*args, **kwargs)  # type: ignore[misc]
