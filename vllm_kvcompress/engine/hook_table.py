@@ -308,6 +308,11 @@ WORKER_HOOKS: HookTable = {
         "Worker.execute_model": (OVERRIDE, "self, scheduler_output"),
         "Worker.sample_tokens": (OVERRIDE, "self, ..."),
     },
+    "vllm.compilation.caching": {"aot_compile_hash_factors": (WRAP, "vllm_config")},
+    "vllm.compilation.backends": {
+        "VllmBackend": (READ, "vllm_config"),
+        "VllmBackend.__call__": (WRAP, "self, ..."),
+    },
     "vllm.v1.worker.gpu_model_runner": {"GPUModelRunner": (READ, "input_batch attn_groups")},
     "vllm.v1.worker.gpu.model_runner": {
         "GPUModelRunner": (READ, "model_state attn_groups"),

@@ -301,13 +301,16 @@ class Session:
     def capture_inputs(self, seq_lens: Tensor, num_tokens: int) -> StepInputs:
         """Return what a CUDA graph is captured with. Mutates the table buffers.
 
+        A batch of dummies that replays a graph, as data parallelism makes them, comes here too: it
+        must take no queries with the index of the last batch.
+
         Args:
             seq_lens: int32 [B], the lengths the runner captures with.
             num_tokens: Tokens of the batch.
 
         """
         tables = self._tables.capture(seq_lens, num_tokens)
-        return StepInputs((), tables, query_buffer=self._queries.buffer)
+        return StepInputs((), tables, query_buffer=self._queries.select_none())
 
     def check_integrity(self) -> None:
         """Verify the arena against the scheduler's blocks.

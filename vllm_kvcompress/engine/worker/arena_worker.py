@@ -17,6 +17,7 @@ from vllm_kvcompress.engine.attention import register_backends
 from vllm_kvcompress.engine.attention.backend_choice import choose_wrapped
 from vllm_kvcompress.engine.attention.common import ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.checks import check_specs, check_version
+from vllm_kvcompress.engine.compile_cache import share_compiled_models
 from vllm_kvcompress.engine.hook_table import WORKER_HOOKS
 from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.model_layers import LayerGroups, layers_of
@@ -53,6 +54,7 @@ class ArenaWorker:
         """See vLLM's Worker; puts our backends in place before layers choose theirs."""
         register_backends()
         choose_wrapped()
+        share_compiled_models()
         # The choice is remembered per process, perhaps from an engine without compression.
         selector._cached_get_attn_backend.cache_clear()
         super().load_model(*args, **kwargs)  # type: ignore[misc]
