@@ -19,7 +19,13 @@ from vllm_kvcompress.methods.keydiff import KeyDiff
 from vllm_kvcompress.methods.knorm import Knorm
 from vllm_kvcompress.methods.layer import LayerInput, LayerScores, Need, to_numbers
 from vllm_kvcompress.methods.method import ROLES, Method, MethodSpec
-from vllm_kvcompress.methods.parts import Allocator, EqualShares, Inseparable, Scorer
+from vllm_kvcompress.methods.parts import (
+    Allocator,
+    EqualShares,
+    Inseparable,
+    Scorer,
+    StagedDivision,
+)
 from vllm_kvcompress.methods.pyramidkv import PyramidKV
 from vllm_kvcompress.methods.random import Random
 from vllm_kvcompress.methods.reads import (
@@ -69,6 +75,7 @@ __all__ = [
     "Scatter",
     "Scorer",
     "SnapKV",
+    "StagedDivision",
     "StreamingLLM",
     "Tova",
     "Uniform",
