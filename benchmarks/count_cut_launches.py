@@ -30,6 +30,7 @@ from benchmarks.kernel_bench import LLAMA_3_1_8B, Shape
 from vllm_kvcompress.eviction.compressor import Compressor
 from vllm_kvcompress.eviction.cut_reporter import CutReporter
 from vllm_kvcompress.eviction.request import WorkerRequest
+from vllm_kvcompress.eviction.shared_cuts import DueCut
 from vllm_kvcompress.paging.arena import PageArena, PageGeometry
 from vllm_kvcompress.paging.attention_layer import AttentionParams
 from vllm_kvcompress.paging.rounding import cdiv
@@ -195,12 +196,9 @@ class _Engine:
 
     def cut(self, requests: dict[str, WorkerRequest]) -> None:
         """Make the requests' next cuts, as after a step."""
-        cut_all = getattr(self._compressor, "cut_all", None)
-        if cut_all is not None:
-            cut_all([(name, request, request.window) for name, request in requests.items()])
-            return
-        for name, request in requests.items():
-            self._compressor.cut(name, request, request.window)
+        self._compressor.cut_all(
+            [DueCut(name, request, request.window) for name, request in requests.items()]
+        )
 
     def generate(self, requests: dict[str, WorkerRequest]) -> None:
         """Let requests come to their next decode cut."""
