@@ -19,8 +19,8 @@ from kvcompress_kernels.selection import (
     selection_cost,
     token_scores,
     token_scores_cost,
-    winners_per_layer,
 )
+from kvcompress_kernels.winners import winners_per_layer
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
     python -m benchmarks.count_cut_launches [--json] [--methods cake,dynamickv] [--prompts 1,4,16]
 
 Nothing runs: tensors are on torch's meta device, Triton's launches are replaced by a counter, and
-what the host fetches are random numbers. Llama-3.1-8B's shape: 32 layers, 32 query heads, 8 KV heads,
-prompts of 8192 tokens, budget 1024, and in decode cuts 128 tokens more than that.
+what the host fetches are random numbers. Llama-3.1-8B's shape: 32 layers, 32 query heads, 8 KV
+heads, prompts of 8192 tokens, budget 1024, and in decode cuts 128 tokens more than that.
 
 * **aten**: operations of torch on the device, but for views and allocations;
 * **triton**: launches of our kernels;
@@ -30,6 +30,7 @@ from benchmarks.kernel_bench import LLAMA_3_1_8B, Shape
 from vllm_kvcompress.eviction.compressor import Compressor
 from vllm_kvcompress.eviction.cut_reporter import CutReporter
 from vllm_kvcompress.eviction.request import WorkerRequest
+from vllm_kvcompress.eviction.shared_cuts import DueCut
 from vllm_kvcompress.paging.arena import PageArena, PageGeometry
 from vllm_kvcompress.paging.attention_layer import AttentionParams
 from vllm_kvcompress.paging.rounding import cdiv
@@ -59,7 +60,7 @@ class Counts:
         return self.aten + self.triton
 
 
-class Counter_(TorchDispatchMode):
+class LaunchCounter(TorchDispatchMode):
     """Counts what operations on the meta device would have a GPU do.
 
     Attributes:
@@ -90,20 +91,18 @@ class Counter_(TorchDispatchMode):
         made = _tensors(result)
         if not reads and not any(tensor.device == DEVICE for tensor in made):
             return result  # the host's own
-        if name == "_to_copy" and not reads:
-            self.found["upload"] += 1
-        elif name == "copy_" and given[1].device != DEVICE:
+        if name in ("_to_copy", "copy_") and given[-1].device != DEVICE:
             self.found["upload"] += 1
         elif "empty" not in name and not _is_view(func):
             self.found[f"aten::{name}"] += 1
         return result
 
 
-def counting() -> Counter_:
+def counting() -> LaunchCounter:
     """Return a context that counts; Triton's launches do nothing from now on in this process."""
     from triton.runtime.jit import JITFunction
 
-    mode = Counter_()
+    mode = LaunchCounter()
 
     def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         mode.found[f"triton::{kernel.fn.__name__}"] += 1
@@ -197,12 +196,9 @@ class _Engine:
 
     def cut(self, requests: dict[str, WorkerRequest]) -> None:
         """Make the requests' next cuts, as after a step."""
-        cut_all = getattr(self._compressor, "cut_all", None)
-        if cut_all is not None:
-            cut_all([(name, request, request.window) for name, request in requests.items()])
-            return
-        for name, request in requests.items():
-            self._compressor.cut(name, request, request.window)
+        self._compressor.cut_all(
+            [DueCut(name, request, request.window) for name, request in requests.items()]
+        )
 
     def generate(self, requests: dict[str, WorkerRequest]) -> None:
         """Let requests come to their next decode cut."""

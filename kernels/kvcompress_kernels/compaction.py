@@ -1,7 +1,8 @@
 """Moving the tokens that are kept, and whole pages, inside a paged KV cache.
 
-Nothing is computed: bytes are copied as they are, whatever type they stand for. Sources and targets
-must not share a page, which survivors in private pages never do, so the copy needs no workspace.
+Nothing is computed: bytes are copied as they are, whatever type they stand for. No copy needs a
+workspace: survivors go to private pages that are nobody's source, or they are packed in the order
+they have within the pages that hold them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kvcompress_kernels.cost import Cost
 from kvcompress_kernels.dispatch import Implementation, triton_kernels, use_triton
+from kvcompress_kernels.transfer import Sent, on_device
 
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _INDICES = (torch.int32, torch.int64)
@@ -20,10 +22,10 @@ _INDICES = (torch.int32, torch.int64)
 
 def move_tokens(
     cache: Tensor,
-    source_pages: Tensor,
+    source_pages: Tensor | Sent,
     tokens: Tensor,
-    counts: Sequence[int],
-    target_pages: Tensor,
+    counts: Sequence[int] | Sent,
+    target_pages: Tensor | Sent,
     *,
     implementation: Implementation = "auto",
 ) -> None:
@@ -43,7 +45,7 @@ def move_tokens(
         tokens: int32 or int64 [R, N, T], positions in that prompt, for each KV head its own; the
             first ``counts[r]`` of each row are read (ascending ones read memory in order), the
             others may hold anything.
-        counts: [R], survivors per head.
+        counts: [R], survivors per head; int32 if they are on their way, and not checked then.
         target_pages: int32 or int64 [R, Wt]; survivor i of each head goes to slot i % bs of page
             ``target_pages[r, i // bs]``.
         implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
@@ -53,28 +55,56 @@ def move_tokens(
             and ``target_pages``.
 
     """
-    _check_cache(cache)
-    jobs, heads, width = tokens.shape
-    if heads != cache.shape[1]:
-        raise ValueError(f"tokens of {heads} KV heads for a cache of {cache.shape[1]}")
-    for name, pages in (("source_pages", source_pages), ("target_pages", target_pages)):
-        if pages.ndim != 2 or pages.shape[0] != jobs:
-            raise ValueError(f"{name} must be [{jobs}, pages], got {tuple(pages.shape)}")
-        _check_index(name, pages, cache)
-    _check_index("tokens", tokens, cache)
+    _check_jobs(cache, tokens, source_pages=source_pages, target_pages=target_pages)
+    jobs, _, width = tokens.shape
     most = min(width, target_pages.shape[1] * cache.shape[2])
-    if len(counts) != jobs:
-        raise ValueError(f"{len(counts)} counts for {jobs} jobs")
-    for job, count in enumerate(counts):
-        if not 0 <= count <= most:
-            raise ValueError(f"job {job}: {count} survivors, but there is room for 0 to {most}")
+    _check_counts(counts, jobs, most)
     if jobs == 0 or most == 0:
         return
     words = as_words(cache)
+    source, target = on_device(source_pages), on_device(target_pages)
     if use_triton(cache, implementation):
-        triton_kernels("compaction").move_tokens(words, source_pages, tokens, counts, target_pages)
+        triton_kernels("compaction").move_tokens(words, source, tokens, counts, target)
     else:
-        _move_tokens_torch(words, source_pages, tokens, counts, target_pages)
+        _move_tokens_torch(words, source, tokens, _numbers(counts), target)
+
+
+def pack_tokens(
+    cache: Tensor,
+    pages: Tensor | Sent,
+    tokens: Tensor,
+    counts: Sequence[int] | Sent,
+    *,
+    implementation: Implementation = "auto",
+) -> None:
+    """Move the surviving tokens of R jobs to the front of the pages that hold them, one launch.
+
+    Mutates the first ``counts[r]`` slots of each job and head. Neither version waits for the
+    device. What is not checked is as for :func:`move_tokens`, and that survivors ascend: then none
+    is overwritten before it has been read.
+
+    Args:
+        cache: As for :func:`move_tokens`.
+        pages: int32 or int64 [R, W], page ids of each job in token order; no page is in two jobs.
+        tokens: As for :func:`move_tokens`, each once, ascending.
+        counts: As for :func:`move_tokens`.
+        implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
+
+    Raises:
+        ValueError: As for :func:`move_tokens`.
+
+    """
+    _check_jobs(cache, tokens, pages=pages)
+    jobs, _, width = tokens.shape
+    most = min(width, pages.shape[1] * cache.shape[2])
+    _check_counts(counts, jobs, most)
+    if jobs == 0 or most == 0:
+        return
+    words, own = as_words(cache), on_device(pages)
+    if use_triton(cache, implementation):
+        triton_kernels("compaction").pack_tokens(words, own, tokens, counts)
+    else:
+        _move_tokens_torch(words, own, tokens, _numbers(counts), own)
 
 
 def copy_pages(
@@ -146,6 +176,36 @@ def as_words(cache: Tensor) -> Tensor:
         if dtype.itemsize >= size and all(offset % dtype.itemsize == 0 for offset in offsets):
             return cache.view(dtype)
     raise ValueError(f"elements of {size} bytes ({cache.dtype}) cannot be moved")
+
+
+def _check_jobs(cache: Tensor, tokens: Tensor, **tables: Tensor | Sent) -> None:
+    _check_cache(cache)
+    jobs, heads, _ = tokens.shape
+    if heads != cache.shape[1]:
+        raise ValueError(f"tokens of {heads} KV heads for a cache of {cache.shape[1]}")
+    for name, pages in tables.items():
+        if len(pages.shape) != 2 or pages.shape[0] != jobs:
+            raise ValueError(f"{name} must be [{jobs}, pages], got {tuple(pages.shape)}")
+        if isinstance(pages, Tensor):
+            _check_index(name, pages, cache)
+    _check_index("tokens", tokens, cache)
+
+
+def _check_counts(counts: Sequence[int] | Sent, jobs: int, most: int) -> None:
+    if isinstance(counts, Sent):
+        return
+    if len(counts) != jobs:
+        raise ValueError(f"{len(counts)} counts for {jobs} jobs")
+    for job, count in enumerate(counts):
+        if not 0 <= count <= most:
+            raise ValueError(f"job {job}: {count} survivors, but there is room for 0 to {most}")
+
+
+def _numbers(counts: Sequence[int] | Sent) -> Sequence[int]:
+    if isinstance(counts, Sent):
+        found: list[int] = counts.on_device().tolist()
+        return found
+    return counts
 
 
 def _check_cache(cache: Tensor) -> None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvcompress_kernels.transfer import upload
+from kvcompress_kernels.transfer import Sent, upload
 
 # A program moves about this much: large enough that every thread has several 16-byte loads under
 # way, small enough that a few thousand survivors give every multiprocessor work.
@@ -28,7 +28,7 @@ def move_tokens(
     words: Tensor,
     source_pages: Tensor,
     tokens: Tensor,
-    counts: Sequence[int],
+    counts: Sequence[int] | Sent,
     target_pages: Tensor,
 ) -> None:
     """Launch :func:`_move_tokens`; arguments as in ``compaction.move_tokens``, in words."""
@@ -41,7 +41,7 @@ def move_tokens(
         words,
         source_pages,
         tokens,
-        upload(torch.tensor(counts, dtype=torch.int32), words.device),
+        _on_device(counts, words),
         target_pages,
         *source_pages.stride(),
         *tokens.stride(),
@@ -50,6 +50,27 @@ def move_tokens(
         SIZE=size,
         WIDTH=width,
         ROWS=rows,
+        COLS=triton.next_power_of_2(width),
+        num_warps=4,
+    )
+
+
+def pack_tokens(words: Tensor, pages: Tensor, tokens: Tensor, counts: Sequence[int] | Sent) -> None:
+    """Launch :func:`_pack_tokens`; arguments as in ``compaction.pack_tokens``, in words."""
+    _, heads, size, width = words.shape
+    assert words.dtype in (torch.int64, torch.int32, torch.int16, torch.uint8)
+    assert words.stride(-1) == 1
+    _pack_tokens[(heads, tokens.shape[0])](
+        words,
+        pages,
+        tokens,
+        _on_device(counts, words),
+        *pages.stride(),
+        *tokens.stride(),
+        *words.stride()[:-1],
+        SIZE=size,
+        WIDTH=width,
+        ROWS=_rows_per_program(words),
         COLS=triton.next_power_of_2(width),
         num_warps=4,
     )
@@ -80,6 +101,12 @@ def copy_pages(words: Tensor, source: Tensor, target: Tensor) -> None:
         COLS=triton.next_power_of_2(width),
         num_warps=4,
     )
+
+
+def _on_device(counts: Sequence[int] | Sent, words: Tensor) -> Tensor:
+    if isinstance(counts, Sent):
+        return counts.on_device()
+    return upload(torch.tensor(counts, dtype=torch.int32), words.device)
 
 
 def _rows_per_program(words: Tensor) -> int:
@@ -147,6 +174,56 @@ def _move_tokens(
         ).to(tl.int64)
         target = page * STRIDE_PAGE + head * STRIDE_HEAD + (slot % SIZE) * STRIDE_SLOT
         _copy_rows(words, source, target, mask, WIDTH, COLS)
+
+
+@triton.jit(
+    do_not_specialize=["job_step", "page_step", "token_job", "token_head", "token_token"],
+    do_not_specialize_on_alignment=["pages", "tokens", "counts"],
+)
+def _pack_tokens(
+    words,
+    pages,
+    tokens,
+    counts,
+    job_step,
+    page_step,
+    token_job,
+    token_head,
+    token_token,
+    STRIDE_PAGE: tl.constexpr,
+    STRIDE_HEAD: tl.constexpr,
+    STRIDE_SLOT: tl.constexpr,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """All survivors of one head of one job, ROWS at a time.
+
+    Survivor i lies at i or behind it, so a tile's targets lie before the sources of all later
+    tiles. Within a tile all rows are read before the first is written.
+    """
+    head = tl.program_id(0).to(tl.int64)
+    job = tl.program_id(1).to(tl.int64)
+    count = tl.load(counts + job)
+    own = pages + job * job_step
+    column = tl.arange(0, COLS)[None, :]
+    for first in tl.range(0, count, ROWS, num_stages=1):
+        slot = (first + tl.arange(0, ROWS)).to(tl.int64)
+        token = tl.load(
+            tokens + job * token_job + head * token_head + slot * token_token,
+            mask=slot < count,
+            other=0,
+        ).to(tl.int64)
+        moves = (slot < count) & (token != slot)
+        page = tl.load(own + (token // SIZE) * page_step, mask=moves, other=0).to(tl.int64)
+        source = page * STRIDE_PAGE + head * STRIDE_HEAD + (token % SIZE) * STRIDE_SLOT
+        page = tl.load(own + (slot // SIZE) * page_step, mask=moves, other=0).to(tl.int64)
+        target = page * STRIDE_PAGE + head * STRIDE_HEAD + (slot % SIZE) * STRIDE_SLOT
+        inside = moves[:, None] & (column < WIDTH)
+        values = tl.load(words + source[:, None] + column, mask=inside)
+        tl.debug_barrier()
+        tl.store(words + target[:, None] + column, values, mask=inside)
 
 
 @triton.jit(

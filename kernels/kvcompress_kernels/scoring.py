@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcompress_kernels.cost import Cost
 from kvcompress_kernels.dispatch import Implementation, triton_kernels, use_triton
 from kvcompress_kernels.scoring_torch import gather_keys, sweep
+from kvcompress_kernels.transfer import Parcel, Sent, on_device, upload
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,12 @@ class PagedStatistics:
 
     Attributes:
         mean: fp32 [R, H, S'max], as in :class:`WindowStatistics`; S'max is the longest history,
-            columns beyond a job's own are 0. Mean times count is the window sum.
+            columns beyond a job's own hold anything. Mean times count is the window sum.
         var: fp32 [R, H, S'max], likewise.
         entropy: fp64 [R], on the device of ``mean``.
         shift: fp64 [R], on the device of ``mean``.
         history: The jobs' own numbers of columns S', on the host.
+        lengths: The same on the device, int32 [R].
 
     """
 
@@ -61,6 +63,7 @@ class PagedStatistics:
     entropy: Tensor
     shift: Tensor
     history: tuple[int, ...]
+    lengths: Tensor
 
     def job(self, index: int) -> WindowStatistics:
         """Return one job as views, cut to its own history; the scalars stay on the device."""
@@ -122,13 +125,14 @@ def window_statistics(
 def paged_window_statistics(
     queries: Tensor,
     key_cache: Tensor,
-    page_table: Tensor,
+    page_table: Tensor | Sent,
     *,
     num_tokens: Sequence[int],
     window: int,
     scale: float | Sequence[float],
     soft_cap: float = 0.0,
     sinks: Tensor | None = None,
+    parcel: Parcel | None = None,
     implementation: Implementation = "auto",
 ) -> PagedStatistics:
     """Return :func:`window_statistics` of R jobs whose keys lie in the pages of a KV cache.
@@ -148,12 +152,13 @@ def paged_window_statistics(
         key_cache: [P, N, block_size, D], any strides with a contiguous last dimension, fp32, fp16,
             bf16 or FP8 (e4m3fn, e5m2).
         page_table: int32 or int64 [R, W], flat page ids in token order; entries past the job's last
-            token are not read.
+            token are not read. It may be on its way in ``parcel``.
         num_tokens: S_r, prompt tokens of each job, above ``window``.
         window: As for :func:`window_statistics`.
         scale: Positive, one number or one per job (for an FP8 cache it includes the key scale).
         soft_cap: As for :func:`window_statistics`.
         sinks: [R, H] or None.
+        parcel: Lengths and scales are sent with what waits in it.
         implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
 
     Raises:
@@ -175,23 +180,25 @@ def paged_window_statistics(
         (sinks is not None and tuple(sinks.shape) != (jobs, heads), "sinks must be [jobs, heads]"),
         (queries.stride(-1) != 1 or key_cache.stride(-1) != 1, "the last stride must be 1"),
         (not key_cache.is_floating_point(), f"keys must be floats, got {key_cache.dtype}"),
-        (page_table.is_floating_point(), f"page ids must be integers: {page_table.dtype}"),
     ):
         if wrong:
             raise ValueError(message)
+    if isinstance(page_table, Tensor) and page_table.is_floating_point():
+        raise ValueError(f"page ids must be integers: {page_table.dtype}")
 
     history = tuple(tokens - window for tokens in num_tokens)
-    # A job's own columns get written; where all have equally many, nothing needs to be cleared.
-    make = torch.zeros if min(history) < max(history) else torch.empty
     mean, var = (
-        make((jobs, heads, max(history)), dtype=torch.float32, device=key_cache.device)
+        torch.empty((jobs, heads, max(history)), dtype=torch.float32, device=key_cache.device)
         for _ in range(2)
     )
     if use_triton(key_cache, implementation):
-        entropy, shift = triton_kernels("scoring").paged_window_statistics(
+        entropy, shift, lengths = triton_kernels("scoring").paged_window_statistics(
             queries, key_cache, page_table, num_tokens, history, scales, soft_cap, sinks, mean, var,
+            parcel,
         )  # fmt: skip
-        return PagedStatistics(mean, var, entropy, shift, history)
+        return PagedStatistics(mean, var, entropy, shift, history, lengths)
+    page_table = on_device(page_table)
+    lengths = upload(torch.tensor(history, dtype=torch.int32), key_cache.device)
     scalars = []
     for r, (tokens, before) in enumerate(zip(num_tokens, history, strict=True)):
         keys = gather_keys(key_cache, page_table[r, : -(-tokens // page)])[:, :tokens]
@@ -199,7 +206,7 @@ def paged_window_statistics(
         out = mean[r, :, :before], var[r, :, :before]
         scalars.append(sweep(queries[r], keys, scales[r], soft_cap, sink, *out))
     entropy, shift = (torch.stack(values) for values in zip(*scalars, strict=True))
-    return PagedStatistics(mean, var, entropy, shift, history)
+    return PagedStatistics(mean, var, entropy, shift, history, lengths)
 
 
 def scoring_cost(

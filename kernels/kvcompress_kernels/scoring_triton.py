@@ -1,4 +1,8 @@
-"""Triton kernels of the window statistics: two passes over the keys and a small step between.
+# Triton gives the arguments of a kernel their types when it compiles it.
+# mypy: disable-error-code="no-untyped-def"
+
+"""Triton kernels of the window statistics: two passes over the keys, a small step
+between them and one behind them.
 
 1. ``row_sums``: every program takes one KV head's share of the tokens and finds, for each query
    row, the largest logit, the sum of exponentials relative to it (online softmax, no values) and
@@ -7,6 +11,7 @@
 2. ``combine``: joins the shares of a row, adds the sink.
 3. ``columns``: reads the keys once more. The probabilities are now known, and a tile holds all
    queries of a head for its tokens, so mean and variance of a column need no other program.
+4. ``_totals``: adds up each job's entropy and shift.
 
 The query heads of a KV head with all their window queries are the rows of one tile, so the keys
 are read from memory once in each pass. Logits are kept as raw dot products until the largest of
@@ -26,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvcompress_kernels.scoring_passes_triton import columns, combine, row_sums
-from kvcompress_kernels.transfer import upload
+from kvcompress_kernels.transfer import Parcel, Sent, on_device
 
 # Tokens per program of a pass at least, so that loading the queries stays a small part.
 _MIN_SHARE = 512
@@ -35,7 +40,7 @@ _COMBINE_ROWS = 64
 _SPARE = 2048
 # Devices with more shared memory than this multiply by warp groups (Hopper and later).
 _WARP_GROUPS = 200 << 10
-_LN2 = 0.6931471805599453
+_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def _tiles(group: int, rows: int, dim: int, itemsize: int, shared: int) -> _Tile
 def paged_window_statistics(
     queries: Tensor,
     key_cache: Tensor,
-    page_table: Tensor,
+    page_table: Tensor | Sent,
     num_tokens: Sequence[int],
     history: Sequence[int],
     scales: Sequence[float],
@@ -109,18 +114,19 @@ def paged_window_statistics(
     sinks: Tensor | None,
     mean: Tensor,
     var: Tensor,
-) -> tuple[Tensor, Tensor]:
+    parcel: Parcel | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Launch the kernels; arguments as in ``scoring.paged_window_statistics``, checked there.
 
     Fills each job's own columns of ``mean`` and ``var``.
 
     Returns:
-        Entropy and shift, fp64 [R].
+        Entropy and shift, fp64 [R], and ``history`` on the device, int32 [R].
 
     """
     jobs, heads, rows, dim = queries.shape
     kv_heads, page = key_cache.shape[1:3]
-    assert queries.stride(-1) == key_cache.stride(-1) == page_table.stride(-1) == 1
+    assert queries.stride(-1) == key_cache.stride(-1) == 1
     assert mean.is_contiguous()
     assert var.is_contiguous()
     device = queries.device
@@ -131,7 +137,11 @@ def paged_window_statistics(
     tiles = _tiles(group, rows, tile_dim, operand.primitive_bitwidth // 8, shared)
     programs = kv_heads * triton.cdiv(group, tiles.heads)
     shares = [_share(tokens, programs, tiles.tokens, processors) for tokens in num_tokens]
-    job_data, job_scales = _send(num_tokens, history, shares, scales, device)
+    job_data, job_scales = _send(
+        num_tokens, history, shares, scales, Parcel(device) if parcel is None else parcel
+    )
+    page_table = on_device(page_table)
+    assert page_table.stride(-1) == 1
 
     splits = max(map(triton.cdiv, num_tokens, shares))
     partial = mean.new_empty((4, jobs, splits, heads * rows))
@@ -196,8 +206,18 @@ def paged_window_statistics(
         FULL=tiles.rows == rows,
         **sizes,
     )
-    entropy = whole[2].sum(dim=-1, dtype=torch.float64) * _LN2
-    return entropy, shifts.sum(dim=-1, dtype=torch.float64)
+    sums = torch.empty((2, jobs), dtype=torch.float64, device=device)
+    _totals[(jobs,)](
+        whole[2],
+        shifts,
+        sums,
+        whole.shape[2],
+        shifts.shape[1],
+        jobs,
+        TILE=1024,
+        num_warps=4,
+    )
+    return sums[0], sums[1], job_data[1]
 
 
 def _operand(queries: torch.dtype, keys: torch.dtype) -> tl.dtype:
@@ -232,11 +252,42 @@ def _send(
     history: Sequence[int],
     shares: Sequence[int],
     scales: Sequence[float],
-    device: torch.device,
+    parcel: Parcel,
 ) -> tuple[Tensor, Tensor]:
-    """Int32 [3, R] and fp32 [R] on the device, in one copy that nobody waits for."""
-    packed = np.empty((4, len(scales)), dtype=np.int32)
-    packed[:3] = num_tokens, history, shares
-    packed[3] = np.asarray(scales, dtype=np.float32).view(np.int32)
-    sent = upload(torch.from_numpy(packed), device)
-    return sent[:3], sent[3].view(torch.float32)
+    """Int32 [3, R] and fp32 [R] on the device, with what else is in the parcel."""
+    job_data = parcel.add(np.asarray((num_tokens, history, shares), dtype=np.int32))
+    job_scales = parcel.add(np.asarray(scales, dtype=np.float32))
+    return job_data.on_device(), job_scales.on_device()
+
+
+@triton.jit(
+    do_not_specialize=["rows", "parts", "jobs"],
+    do_not_specialize_on_alignment=["entropies", "shifts", "out"],
+)
+def _totals(
+    entropies,  # fp32 [jobs, rows], in bits
+    shifts,  # fp32 [jobs, parts]
+    out,  # fp64 [2, jobs]
+    rows,
+    parts,
+    jobs,
+    TILE: tl.constexpr,
+):
+    """Sums of one job, the entropy in nats.
+
+    Zeros behind its own parts change nothing, and neither do the jobs beside it.
+    """
+    job = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, TILE)
+    entropy = tl.zeros([TILE], tl.float64)
+    for start in range(0, rows, TILE):
+        at = start + lanes
+        part = tl.load(entropies + job * rows + at, mask=at < rows, other=0.0)
+        entropy += part.to(tl.float64)
+    shift = tl.zeros([TILE], tl.float64)
+    for start in range(0, parts, TILE):
+        at = start + lanes
+        part = tl.load(shifts + job * parts + at, mask=at < parts, other=0.0)
+        shift += part.to(tl.float64)
+    tl.store(out + job, tl.sum(entropy, 0) * tl.full([], _LN2, tl.float64))
+    tl.store(out + jobs + job, tl.sum(shift, 0))

@@ -11,15 +11,14 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress_kernels.cost import Cost
 from kvcompress_kernels.dispatch import Implementation, triton_kernels, use_triton
-from kvcompress_kernels.selection_torch import as_numpy, top, winners_numpy, winners_torch
+from kvcompress_kernels.selection_torch import top
+from kvcompress_kernels.transfer import Parcel
 
 
 def pool_tokens(scores: Tensor, kernel: int, mode: Literal["avg", "max"]) -> Tensor:
@@ -84,6 +83,7 @@ def token_scores(
     mode: Literal["avg", "max"],
     num_kv_heads: int,
     reduce: Literal["mean", "max"] = "mean",
+    lengths: Tensor | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Return scores of tokens per KV head: mean + gamma * var, pooled, reduced over query heads.
@@ -103,6 +103,8 @@ def token_scores(
         mode: As for :func:`pool_tokens`.
         num_kv_heads: N.
         reduce: How the H / N query heads of each KV head are reduced.
+        lengths: int32 [...], how many of the S' tokens each job has, on the device: columns beyond
+            hold anything, here and in the result. None: all.
         implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
 
     Returns:
@@ -138,9 +140,13 @@ def token_scores(
                 kernel=kernel,
                 average=mode == "avg",
                 reduce_mean=reduce == "mean",
+                lengths=lengths,
             )
         return out.view(*jobs, num_kv_heads, tokens)
     indicator = mean if var is None else mean.add(var, alpha=gamma)
+    if lengths is not None:
+        beyond = torch.arange(tokens, device=mean.device) >= lengths[..., None, None]
+        indicator = indicator.masked_fill(beyond, 0.0 if mode == "avg" else -math.inf)
     grouped_shape = (*jobs, num_kv_heads, heads // num_kv_heads, tokens)
     pooled = pool_tokens(indicator, kernel, mode).reshape(grouped_shape)
     return (pooled.mean(dim=-2) if reduce == "mean" else pooled.amax(dim=-2)).contiguous()
@@ -177,50 +183,64 @@ def token_scores_cost(
 
 
 def select_tokens(
-    scores: Tensor,
+    scores: Tensor | Sequence[Tensor],
     counts: Sequence[int],
     *,
+    tails: Sequence[int] | None = None,
+    parcel: Parcel | None = None,
     implementation: Implementation = "auto",
 ) -> Tensor:
     """Return the best tokens of every head of many jobs (layers, requests) at once.
 
     The inputs are not changed. Of equal scores the lower id is kept; NaN ranks above everything, as
     in torch.sort, and -0.0 equals 0.0. The result is exact and the same on every device. On a GPU
-    every (job, head) row is one program that reads its scores four times and sorts nothing.
+    every (job, head) row is one program that reads its scores four times and sorts nothing; jobs
+    may lie anywhere and differ in length.
 
     Args:
-        scores: fp32 [R, N, S], higher is better, any strides (a last dimension that is not
-            contiguous is copied on a GPU).
-        counts: [R], how many tokens each head of a job keeps, 0 <= counts[r] <= S.
+        scores: fp32 [R, N, S], or R of [N, S_r]; higher is better, any strides (a last dimension
+            that is not contiguous is copied on a GPU).
+        counts: [R], how many tokens each head of a job keeps, 0 <= counts[r] <= S_r.
+        tails: [R], how many tokens from S_r on follow the chosen ones; None: none.
+        parcel: Addresses and counts are sent to the device with what waits in it.
         implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
 
     Returns:
-        int32 [R, N, max(counts)]: ascending token ids, -1 from entry counts[r] on.
+        int32 [R, N, max(counts + tails)]: ascending token ids, -1 behind a job's own.
 
     Raises:
         ValueError: Shapes or types do not fit, or counts are out of range.
 
     """
-    if scores.dim() != 3 or scores.dtype != torch.float32:
-        raise ValueError(
-            f"scores must be torch.float32 [R, N, S], got {scores.dtype} {list(scores.shape)}"
-        )
-    jobs, heads, tokens = scores.shape
-    if len(counts) != jobs:
-        raise ValueError(f"{len(counts)} counts do not fit {jobs} jobs")
-    for count in counts:
-        if not 0 <= count <= tokens:
-            raise ValueError(f"cannot select {count} of {tokens} tokens")
-    shape = (jobs, heads, max(counts, default=0))
-    if use_triton(scores, implementation):
-        kept = torch.empty(shape, dtype=torch.int32, device=scores.device)
+    given = scores.shape if isinstance(scores, Tensor) else [layer.shape for layer in scores]
+    jobs = list(scores.unbind(0)) if isinstance(scores, Tensor) and scores.dim() else list(scores)
+    heads = {job.shape[0] if job.dim() == 2 else -1 for job in jobs}
+    if isinstance(scores, Tensor) and not jobs and scores.dim() == 3:
+        heads = {scores.shape[1]}
+    dtypes = {job.dtype for job in jobs} | ({scores.dtype} if isinstance(scores, Tensor) else set())
+    if len(heads) != 1 or -1 in heads or dtypes != {torch.float32}:
+        found = ", ".join(map(str, dtypes))
+        raise ValueError(f"scores must be torch.float32 [R, N, S], got {found} {given}")
+    tails = [0] * len(jobs) if tails is None else tails
+    if len(counts) != len(jobs) or len(tails) != len(jobs):
+        raise ValueError(f"{len(counts)} counts do not fit {len(jobs)} jobs")
+    for job, count in zip(jobs, counts, strict=True):
+        if not 0 <= count <= job.shape[1]:
+            raise ValueError(f"cannot select {count} of {job.shape[1]} tokens")
+    width = max(map(sum, zip(counts, tails, strict=True)), default=0)
+    shape = (len(jobs), heads.pop(), width)
+    device = jobs[0].device if jobs else scores.device  # type: ignore[union-attr]
+    if jobs and use_triton(jobs[0], implementation):
+        kept = torch.empty(shape, dtype=torch.int32, device=device)
         if kept.numel():
-            rows = scores if scores.stride(2) == 1 else scores.contiguous()
-            triton_kernels("selection").select_tokens(rows, counts, kept)
+            rows = [job if job.stride(1) == 1 else job.contiguous() for job in jobs]
+            triton_kernels("selection").select_tokens(rows, counts, tails, kept, parcel)
         return kept
-    kept = torch.full(shape, -1, dtype=torch.int32, device=scores.device)
-    for job, count in enumerate(counts):
-        kept[job, :, :count] = top(scores[job], count)
+    kept = torch.full(shape, -1, dtype=torch.int32, device=device)
+    for own, job, count, tail in zip(kept, jobs, counts, tails, strict=True):
+        own[:, :count] = top(job, count)
+        recent = torch.arange(job.shape[1], job.shape[1] + tail, dtype=torch.int32, device=device)
+        own[:, count : count + tail] = recent
     return kept
 
 
@@ -230,10 +250,10 @@ def selection_cost(*, jobs: int, heads: int, tokens: int, count: int) -> Cost:
     Comparisons are not counted as floating-point operations.
 
     Args:
-        jobs: R; layers in :func:`winners_per_layer`.
+        jobs: R; layers in :func:`~kvcompress_kernels.winners.winners_per_layer`.
         heads: KV heads.
         tokens: Columns.
-        count: Tokens kept by each head; 0 for :func:`winners_per_layer`.
+        count: Tokens kept by each head; 0 there.
 
     """
     return Cost(bytes=4 * jobs * heads * (tokens + count), flops=0)
@@ -264,44 +284,3 @@ def top_tokens(scores: Tensor, count: int, implementation: Implementation = "aut
         kept = select_tokens(scores.float()[None], [count], implementation=implementation)
         return kept[0].long()
     return top(scores, count)
-
-
-def winners_per_layer(
-    scores: Sequence[Tensor], k: int, implementation: Implementation = "auto"
-) -> npt.NDArray[np.int64]:
-    """Return how many of the best entries over all layers each layer has.
-
-    Of equal scores the lower (layer, head, token) wins, and NaN ranks above everything. On a GPU
-    the k-th largest value is found digit by digit from histograms that stay there: scores are
-    neither concatenated nor sorted, and the host waits for the device once, for the result. That
-    works for fewer than 2 ** 31 entries.
-
-    Source: DynamicKV, per-layer counts of a global top-k (arXiv 2412.14838, equations 4 and 5).
-
-    Args:
-        scores: One tensor [heads, S'] per layer, fp32 (others are converted), all on one device;
-            lengths may differ.
-        k: How many entries win.
-        implementation: See :data:`~kvcompress_kernels.dispatch.Implementation`.
-
-    Returns:
-        int64 [len(scores)] that sums to min(k, number of entries).
-
-    Raises:
-        ValueError: k is negative.
-
-    """
-    if k < 0:
-        raise ValueError(f"the number of winners must not be negative, got {k}")
-    sizes = np.array([layer.numel() for layer in scores], dtype=np.int64)
-    if k >= sizes.sum():
-        return sizes
-    if k == 0:
-        return np.zeros(len(scores), dtype=np.int64)
-    if use_triton(scores[0], implementation):
-        counts: npt.NDArray[np.int64]
-        counts = triton_kernels("selection").winners_per_layer(scores, k).cpu().numpy()
-        return counts
-    if scores[0].device.type == "cpu":
-        return winners_numpy([as_numpy(layer.float()).ravel() for layer in scores], k)
-    return winners_torch(scores, k)

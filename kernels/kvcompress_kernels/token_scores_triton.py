@@ -35,12 +35,13 @@ def _pooled(scores, lanes, KERNEL, AVERAGE: tl.constexpr, BLOCK: tl.constexpr):
     do_not_specialize=[
         *("tokens", "mean_job", "mean_head", "var_job", "var_head", "gamma", "KERNEL"),
     ],
-    do_not_specialize_on_alignment=["mean", "var", "out"],
+    do_not_specialize_on_alignment=["mean", "var", "out", "lengths"],
 )
 def _token_scores_kernel(
     mean,  # fp32 [jobs, heads, tokens]
     var,  # the same shape; not read unless HAS_VAR
     out,  # fp32 [jobs, kv_heads, tokens], contiguous
+    lengths,  # int32 [jobs]; not read unless HAS_LENGTHS
     tokens,
     mean_job,
     mean_head,
@@ -52,6 +53,7 @@ def _token_scores_kernel(
     AVERAGE: tl.constexpr,
     REDUCE_MEAN: tl.constexpr,
     HAS_VAR: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     kv_head = tl.program_id(1)
@@ -60,7 +62,10 @@ def _token_scores_kernel(
     # Tiles overlap by the halo: KERNEL // 2 lanes at either end only lend their scores.
     half = KERNEL // 2
     at = tl.program_id(0) * (BLOCK - 2 * half) - half + lanes
-    inside = (at >= 0) & (at < tokens)
+    length = tokens
+    if HAS_LENGTHS:
+        length = tl.load(lengths + job)
+    inside = (at >= 0) & (at < length)
     outside: tl.constexpr = 0.0 if AVERAGE else float("-inf")
     # A sum of sums and a maximum of maxima can be taken heads first: one pooling for the group.
     heads_first: tl.constexpr = AVERAGE == REDUCE_MEAN
@@ -81,7 +86,7 @@ def _token_scores_kernel(
     if heads_first:
         reduced = _pooled(reduced, lanes, KERNEL, AVERAGE, BLOCK)
     divisor = (KERNEL if AVERAGE else 1) * (GROUP if REDUCE_MEAN else 1)
-    own = (lanes >= half) & (lanes < BLOCK - half) & (at < tokens)
+    own = (lanes >= half) & (lanes < BLOCK - half) & (at < length)
     row = job.to(tl.int64) * tl.num_programs(1) + kv_head
     tl.store(out + row * tokens + at, reduced / divisor, mask=own)
 
@@ -95,6 +100,7 @@ def token_scores(
     kernel: int,
     average: bool,
     reduce_mean: bool,
+    lengths: Tensor | None,
 ) -> None:
     """Fill ``out``: fp32 [R, N, S'], contiguous. ``mean``, ``var``: fp32 [R, H, S'], last dimension
     contiguous; no dimension is empty, H is a multiple of N, ``kernel`` is odd."""
@@ -111,6 +117,7 @@ def token_scores(
         mean,
         second,
         out,
+        mean if lengths is None else lengths,
         tokens,
         mean.stride(0),
         mean.stride(1),
@@ -122,6 +129,7 @@ def token_scores(
         AVERAGE=average,
         REDUCE_MEAN=reduce_mean,
         HAS_VAR=var is not None,
+        HAS_LENGTHS=lengths is not None,
         BLOCK=block,
         num_warps=4,
     )

@@ -17,7 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress_kernels.compaction import as_words, compaction_cost, copy_pages, move_tokens
+from kvcompress_kernels.compaction import (
+    as_words,
+    compaction_cost,
+    copy_pages,
+    move_tokens,
+    pack_tokens,
+)
 from kvcompress_kernels.dispatch import Implementation
 
 IMPLEMENTATIONS: list[Implementation] = ["torch", "triton"]
@@ -137,6 +143,39 @@ def check(
         implementation=implementation,
     )
     np.testing.assert_array_equal(pool.raw(), expected)
+
+
+def check_packed(pool: Pool, jobs: Jobs, implementation: Implementation) -> None:
+    """Survivors arrive at the front of their own pages, and nothing else changes."""
+    before = pool.raw()
+    expected, seen = before.copy(), pool.raw_cache(before)
+    view, size = pool.raw_cache(expected), seen.shape[2]
+    for job, count in enumerate(jobs.counts):
+        pages = jobs.source[job]
+        for head in range(view.shape[1]):
+            for i, token in enumerate(jobs.tokens[job, head, :count]):
+                row = seen[pages[token // size], head, token % size]
+                view[pages[i // size], head, i % size] = row
+    device = pool.cache.device
+    pack_tokens(
+        pool.cache,
+        torch.from_numpy(jobs.source).to(device),
+        torch.from_numpy(jobs.tokens).to(device, torch.int32),
+        jobs.counts,
+        implementation=implementation,
+    )
+    np.testing.assert_array_equal(pool.raw(), expected)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [2 * 128, 2 * 24])
+def test_survivors_are_packed_where_they_are(implementation, layout, width, device):
+    """More than a tile of them, few of many, all of them, none, and none that has to move."""
+    pool = make_pool((120, 2, 16, width), torch.bfloat16, layout, 0, device)
+    jobs = make_jobs(120, 2, 16, [300, 400, 40, 50, 90], [270, 33, 40, 0, 64], seed=1)
+    jobs.tokens[4, :, :64] = range(64)
+    check_packed(pool, jobs, implementation)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

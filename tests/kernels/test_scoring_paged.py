@@ -125,7 +125,7 @@ def expected(case: Case, r: int) -> tuple[Tensor, Tensor, float, float, Tensor]:
 
 
 def check(case: Case, *, widen: float = 1.0) -> None:
-    """Both implementations against the oracle; unwritten and foreign columns must be 0."""
+    """Both implementations against the oracle; foreign columns stay unwritten."""
     atol, rtol = (widen * t for t in TOLERANCE[case.queries.dtype])
     for implementation in BOTH:
         found = case.run(implementation)
@@ -142,7 +142,7 @@ def check(case: Case, *, widen: float = 1.0) -> None:
             if case.queries.shape[2] == 1:  # one query has no variance
                 assert not job.var.any()
             for whole in (found.mean, found.var):
-                assert not whole[r, :, own:].any()
+                assert whole[r, :, own:].isnan().all()
 
 
 SHAPES = [

@@ -23,8 +23,8 @@ from kvcompress_kernels.selection import (
     select_tokens,
     selection_cost,
     top_tokens,
-    winners_per_layer,
 )
+from kvcompress_kernels.winners import winners_per_layer
 
 IMPLEMENTATIONS: list[Implementation] = ["torch", "triton"]
 

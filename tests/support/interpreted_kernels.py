@@ -6,7 +6,7 @@ import os
 import sys
 from typing import Any
 
-KERNELS = ("scoring", "selection", "compaction", "page_tables")
+KERNELS = ("scoring", "selection", "winners", "compaction", "page_tables")
 
 
 def import_interpreted() -> None:

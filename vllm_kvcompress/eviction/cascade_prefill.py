@@ -117,11 +117,11 @@ class CascadePrefill:
         recorded = len(self._scores) == len(self._lengths)
         # Nobody else asks, and it is work.
         stored = eviction.stored() if recorded or self._pinned is not None else []
+        request.advance()
         if recorded:
             self._reporter.record(
                 self._request_id, request, cut, self._scores, stored, eviction.weights
             )
-        request.advance()
         request.follow_pinned(cut, self._pinned, stored, self._lengths)
         self._arena.drop(self._request_id)
         self._arena.admit(

@@ -69,9 +69,9 @@ class CutReporter:
         tokens: Sequence[Tensor],
         weights: Floats | None,
     ) -> None:
-        """Describe a cut that is about to be made, if anybody asked. Mutates the records.
+        """Describe a cut that is being made, if anybody asked. Mutates the records.
 
-        The cut is the request's next one; other arguments are as of :func:`make_record`.
+        The cut is the request's last one, behind it; other arguments are as of :func:`make_record`.
         """
         if self.records is None:
             return
@@ -82,7 +82,7 @@ class CutReporter:
                 tokens,
                 weights,
                 request_id=request_id,
-                number=request.cuts_made + 1,
+                number=request.cuts_made,
                 prompt_len=cut.position,
                 block_size=self._block_size,
             )

@@ -8,9 +8,10 @@ for all methods and stands here and in :mod:`.apportionment`.
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from vllm_kvcompress.eviction.apportionment import Floats, Ints, apportion
-from vllm_kvcompress.methods import LayerScores, Method
+from vllm_kvcompress.methods import LayerScores, Method, StagedDivision
 from vllm_kvcompress.paging.rounding import cdiv
 
 
@@ -57,6 +58,7 @@ class BudgetDivision:
         self._base = base
         self._num_layers = num_layers
         self._reserved = reserved
+        self._every = method.allocator.layers_per_division
         self._seen: list[LayerScores] = []
         self._shared: Ints = np.zeros(0, dtype=np.int64)
 
@@ -76,14 +78,12 @@ class BudgetDivision:
             ValueError: All layers have been seen, or the method returns unusable weights.
 
         """
-        count = len(self._seen) + 1
-        if count > self._num_layers:
-            raise ValueError(f"all {self._num_layers} layers have been seen already")
         self._see([scores])
-        every = self._method.allocator.layers_per_division
-        if count < self._num_layers and (not every or count % every):
+        count = len(self._seen)
+        if count < self._num_layers and (not self._every or count % self._every):
             return None
-        self._divide()
+        weights = self._method.weights(self._seen, base=self._base, num_layers=self._num_layers)
+        self._divide(weights)
         return self.held
 
     def divide_all(self, layers: Sequence[LayerScores]) -> Ints:
@@ -96,25 +96,48 @@ class BudgetDivision:
             ValueError: As :meth:`add`.
 
         """
-        divided = False
-        if self._method.allocator.ratios_are_fixed:  # divisions in between make no difference
-            self._see(layers)
-        else:
-            for scores in layers:
-                divided = self.add(scores) is not None
-        if not divided:
-            self._divide()
+        staged = self.staged(layers)
+        (weights,) = self._method.allocator.weights_by_stage([staged], num_layers=self._num_layers)
+        return self.divide_by(staged, weights)
+
+    def staged(self, layers: Sequence[LayerScores]) -> StagedDivision:
+        """Say after how many of some layers the pool is divided, the last of them included.
+
+        Args:
+            layers: Scores of layers, as for :meth:`divide_all`; none has been seen yet.
+
+        """
+        last = len(layers)
+        every = 0 if self._method.allocator.ratios_are_fixed else self._every
+        between = range(every, last, every) if every else ()
+        return StagedDivision(layers, (*between, last), self._base)
+
+    def divide_by(self, staged: StagedDivision, weights: Sequence[npt.NDArray[np.float64]]) -> Ints:
+        """Divide as :meth:`divide_all`, with weights that are known. Mutates the division.
+
+        Args:
+            staged: From :meth:`staged`.
+            weights: The allocator's, at each of its stages.
+
+        Raises:
+            ValueError: The method has returned unusable weights.
+
+        """
+        for seen, own in zip(staged.stages, weights, strict=True):
+            self._see(staged.layers[len(self._seen) : seen])
+            self._divide(own)
         return self.held
 
     def _see(self, layers: Sequence[LayerScores]) -> None:
         first = len(self._seen)
+        if first + len(layers) > self._num_layers:
+            raise ValueError(f"all {self._num_layers} layers have been seen already")
         self._seen.extend(layers)
         self._shared = np.append(self._shared, self._caps[first : len(self._seen)])
 
-    def _divide(self) -> None:
+    def _divide(self, weights: npt.NDArray[np.float64]) -> None:
         """Divide the whole pool between the layers seen so far, within what each still holds."""
         count = len(self._seen)
-        weights = self._method.weights(self._seen, base=self._base, num_layers=self._num_layers)
         if np.shape(weights) != (count,):
             raise ValueError(
                 f"{self._method.name}: weights must have shape ({count},), got {np.shape(weights)}"

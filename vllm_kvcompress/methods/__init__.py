@@ -17,9 +17,15 @@ from vllm_kvcompress.methods.h2o import H2O
 from vllm_kvcompress.methods.keep_all import NoCompression, Scatter
 from vllm_kvcompress.methods.keydiff import KeyDiff
 from vllm_kvcompress.methods.knorm import Knorm
-from vllm_kvcompress.methods.layer import LayerInput, LayerScores, Need, to_numbers
+from vllm_kvcompress.methods.layer import LayerBatch, LayerInput, LayerScores, Need, to_numbers
 from vllm_kvcompress.methods.method import ROLES, Method, MethodSpec
-from vllm_kvcompress.methods.parts import Allocator, EqualShares, Inseparable, Scorer
+from vllm_kvcompress.methods.parts import (
+    Allocator,
+    EqualShares,
+    Inseparable,
+    Scorer,
+    StagedDivision,
+)
 from vllm_kvcompress.methods.pyramidkv import PyramidKV
 from vllm_kvcompress.methods.random import Random
 from vllm_kvcompress.methods.reads import (
@@ -58,6 +64,7 @@ __all__ = [
     "Inseparable",
     "KeyDiff",
     "Knorm",
+    "LayerBatch",
     "LayerInput",
     "LayerScores",
     "Method",
@@ -69,6 +76,7 @@ __all__ = [
     "Scatter",
     "Scorer",
     "SnapKV",
+    "StagedDivision",
     "StreamingLLM",
     "Tova",
     "Uniform",

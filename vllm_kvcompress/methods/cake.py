@@ -14,13 +14,19 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from kvcompress_kernels.selection import token_scores
 from vllm_kvcompress.methods import released_cake
 from vllm_kvcompress.methods.checks import check_int, check_number, check_odd
 from vllm_kvcompress.methods.layer import LayerInput, LayerScores
 from vllm_kvcompress.methods.method import MethodSpec
 from vllm_kvcompress.methods.parts import Allocator, Inseparable, Scorer
-from vllm_kvcompress.methods.reads import WINDOW_NEEDS, observe, once_per_layer, queries_and_keys
+from vllm_kvcompress.methods.reads import (
+    WINDOW_NEEDS,
+    log,
+    once_per_layer,
+    queries_and_keys,
+    window_scalars,
+    window_votes,
+)
 from vllm_kvcompress.methods.released_attention import window_attention
 
 # Weights are below 2 and, unless zero, at least 2 ** -_DEEPEST: inside the normal fp64 range.
@@ -53,15 +59,7 @@ class CakeScorer(Scorer):
         check_odd("kernel", self.kernel)
 
     def score(self, layer: LayerInput) -> Tensor:
-        statistics = observe(layer)
-        return token_scores(
-            statistics.mean,
-            statistics.var,
-            gamma=self.gamma,
-            kernel=self.kernel,
-            mode="avg",
-            num_kv_heads=layer.num_kv_heads,
-        )
+        return window_votes(layer, kernel=self.kernel, gamma=self.gamma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +110,8 @@ class CakeAllocator(Allocator):
 
     def stats(self, layer: LayerInput) -> Mapping[str, float | Tensor]:
         """Return ``log_entropy`` and ``log_shift``, natural logarithms; -inf for zero."""
-        statistics = observe(layer)
-        return {"log_entropy": _log(statistics.entropy), "log_shift": _log(statistics.shift)}
+        entropy, shift = window_scalars(layer)
+        return {"log_entropy": entropy, "log_shift": shift}
 
     def weights(
         self, seen: Sequence[LayerScores], *, base: int, num_layers: int
@@ -162,8 +160,8 @@ class FaithfulCake(CakeScorer, CakeAllocator, Inseparable):
             return {}
         dispersion, shift, preference = released_cake.preference(attention, *self.temperatures)
         return {
-            "log_entropy": _log(dispersion),
-            "log_shift": _log(shift),
+            "log_entropy": log(dispersion),
+            "log_shift": log(shift),
             "preference": preference,
         }
 
@@ -190,12 +188,6 @@ def _released_attention(layer: LayerInput) -> Tensor:
         queries[None], keys[None], scale=layer.scale, soft_cap=layer.soft_cap, sinks=layer.sinks
     )
     return probabilities[..., : layer.history]
-
-
-def _log(value: float | Tensor) -> float | Tensor:
-    if isinstance(value, Tensor):
-        return value.log()
-    return math.log(value) if value > 0.0 else -math.inf
 
 
 def _exp2_scaled(log2_values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -8,7 +8,6 @@ The default ``window`` of 32 is that of the other methods here, for fair compari
 scripts use 8 for this method and 32 for most of its rivals.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -18,17 +17,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvcompress_kernels.selection import grouped, winners_per_layer
+from kvcompress_kernels.dispatch import use_triton
+from kvcompress_kernels.selection import grouped
+from kvcompress_kernels.winners import (
+    Stage,
+    out_of_background,
+    winners_by_stage,
+    winners_per_layer,
+)
 from vllm_kvcompress.methods import released_dynamickv
 from vllm_kvcompress.methods.checks import check_choice, check_int, check_number, check_share
 from vllm_kvcompress.methods.layer import LayerInput, LayerScores
 from vllm_kvcompress.methods.method import MethodSpec
-from vllm_kvcompress.methods.parts import Allocator, Inseparable
+from vllm_kvcompress.methods.parts import Allocator, Inseparable, StagedDivision
 from vllm_kvcompress.methods.reads import once_per_layer, queries_and_keys
 from vllm_kvcompress.methods.snapkv import SnapKVScorer
-
-LEAST_BACKGROUND = 1e-6
-"""Of a row's mean magnitude: a background below it says that most entries are nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,7 @@ class DynamicKVScorer(SnapKVScorer):
 
     def score(self, layer: LayerInput) -> Tensor:
         queries = self.window if layer.queries is None else layer.queries.shape[1]
-        return super().score(layer) * queries
+        return self.votes(layer, times=queries)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,11 +95,32 @@ class DynamicKVAllocator(Allocator):
     def weights(
         self, seen: Sequence[LayerScores], *, base: int, num_layers: int
     ) -> npt.NDArray[np.float64]:
-        scores = [s.tokens for s in seen]
         if self.compare == "background":
-            scores = [_out_of_background(s, self.background) for s in scores]
+            scores = [_standing_out(s, self.background) for s in seen]
+        else:
+            scores = [s.tokens for s in seen]
         heads = scores[0].shape[0]
         return winners_per_layer(scores, base * heads * len(seen)).astype(np.float64)
+
+    def weights_by_stage(
+        self, divisions: Sequence[StagedDivision], *, num_layers: int
+    ) -> list[list[npt.NDArray[np.float64]]]:
+        own = type(self).weights is DynamicKVAllocator.weights
+        if not (own and use_triton(divisions[0].layers[0].tokens, "auto")):
+            return super().weights_by_stage(divisions, num_layers=num_layers)
+        # All stages of all requests from one set of histograms, with one wait for the device.
+        stages, first = [], 0
+        for division in divisions:
+            per_layer = division.base * division.layers[0].tokens.shape[0]
+            stages += [Stage(first, first + n, per_layer * n) for n in division.stages]
+            first += len(division.layers)
+        counts = winners_by_stage(
+            [layer.tokens for division in divisions for layer in division.layers],
+            stages,
+            background=self.background if self.compare == "background" else None,
+        )
+        found = iter(counts)
+        return [[next(found).astype(np.float64) for _ in division.stages] for division in divisions]
 
     def cap(self, history: int, base: int) -> int:
         return min(history, int(self.r_max * base))
@@ -158,14 +182,10 @@ def _released_scores(layer: LayerInput, kernel: int, pooling: Literal["avg", "ma
     )[0].float()
 
 
-def _out_of_background(scores: Tensor, share: float) -> Tensor:
-    """Return how far each of [N, S'] is above the background of its row, in backgrounds; fp32.
-
-    Rows keep their order whatever the sign of their scores, which other scorers may have given.
-    """
-    scores = scores.float()
-    rank = math.ceil(share * scores.shape[1])
-    background = scores.kthvalue(rank, dim=1, keepdim=True).values
-    least = LEAST_BACKGROUND * scores.abs().mean(dim=1, keepdim=True)
-    unit = torch.maximum(background.abs(), least).clamp_min(torch.finfo(scores.dtype).tiny)
-    return (scores - background) / unit
+def _standing_out(scores: LayerScores, share: float) -> Tensor:
+    """Entries of a layer compared with its background, computed when the first division asks."""
+    key = ("out_of_background", share)
+    if key not in scores.reads:
+        scores.reads[key] = out_of_background(scores.tokens, share)
+    found: Tensor = scores.reads[key]
+    return found

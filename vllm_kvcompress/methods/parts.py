@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from kvcompress_kernels.dispatch import use_triton
@@ -85,10 +84,9 @@ class Scorer(Part):
 
     def select_layers(self, tokens: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         """``select`` for several layers of one prompt, in one launch on an accelerator."""
-        alike = len({layer.shape for layer in tokens}) == 1
-        if not (self.budgets_are_nested and alike and use_triton(tokens[0], "auto")):
+        if not (self.budgets_are_nested and use_triton(tokens[0], "auto")):
             return [self.select(layer, count) for layer, count in zip(tokens, counts, strict=True)]
-        ids = select_tokens(torch.stack(list(tokens)), counts)
+        ids = select_tokens([layer.float() for layer in tokens], counts)
         return [ids[layer, :, :count] for layer, count in enumerate(counts)]
 
     @property
@@ -98,6 +96,22 @@ class Scorer(Part):
         A cascade cuts a layer again and again and relies on it. It holds for ``select`` as it is.
         """
         return type(self).select is Scorer.select
+
+
+@dataclass(frozen=True)
+class StagedDivision:
+    """Divisions of one request's pool, after more and more of its layers.
+
+    Attributes:
+        layers: Scores of all layers, with ``stats`` as numbers.
+        stages: Per division the number of layers seen, ascending.
+        base: History tokens that an average layer is to keep.
+
+    """
+
+    layers: Sequence[LayerScores]
+    stages: Sequence[int]
+    base: int
 
 
 class Allocator(Part):
@@ -138,6 +152,26 @@ class Allocator(Part):
             fp64 [len(seen)], finite and >= 0; all zero means an even split.
 
         """
+
+    def weights_by_stage(
+        self, divisions: Sequence[StagedDivision], *, num_layers: int
+    ) -> list[list[npt.NDArray[np.float64]]]:
+        """Return what ``weights`` returns at every stage of several requests' divisions.
+
+        An allocator that has the device count can do it for all at once, and wait for it once.
+
+        Args:
+            divisions: Of requests that are divided in one step.
+            num_layers: Number of all layers.
+
+        """
+        return [
+            [
+                self.weights(division.layers[:seen], base=division.base, num_layers=num_layers)
+                for seen in division.stages
+            ]
+            for division in divisions
+        ]
 
     def cap(self, history: int, base: int) -> int:
         """Return the most history tokens one layer may keep, of ``history`` that it holds."""

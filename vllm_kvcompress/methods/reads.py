@@ -1,5 +1,6 @@
 """What methods read of a layer: its keys, and the attention of the observation window."""
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Concatenate, Literal, ParamSpec, TypeVar
@@ -98,31 +99,70 @@ def window_votes(
     kernel: int,
     pooling: Literal["avg", "max"] = "avg",
     reduce: Literal["mean", "max"] = "mean",
+    gamma: float = 0.0,
+    times: int = 1,
 ) -> Tensor:
     """Return SnapKV's scores of the history, fp32 [N, S'].
 
     They are the mean attention of the window's queries, pooled along tokens, then reduced over the
-    query heads of a KV group.
+    query heads of a KV group. Layers that were observed together are scored together.
 
     Args:
         layer: The layer.
         kernel: Width of the pooling, odd.
         pooling: How neighbouring tokens are pooled.
         reduce: How the query heads of a KV group vote.
+        gamma: Weight of the variance between the queries, which CAKE adds to the mean.
+        times: Factor on the scores.
 
     Raises:
         ValueError: As :func:`observe`.
 
     """
-    return token_scores(
-        observe(layer).mean,
-        None,
-        gamma=0.0,
-        kernel=kernel,
-        mode=pooling,
-        num_kv_heads=layer.num_kv_heads,
-        reduce=reduce,
+
+    def votes(mean: Tensor, var: Tensor, lengths: Tensor | None) -> Tensor:
+        scores = token_scores(
+            mean,
+            var,
+            gamma=gamma,
+            kernel=kernel,
+            mode=pooling,
+            num_kv_heads=layer.num_kv_heads,
+            reduce=reduce,
+            lengths=lengths,
+        )
+        return scores if times == 1 else scores * times
+
+    if layer.batch is None:
+        statistics = observe(layer)
+        return votes(statistics.mean, statistics.var, None)
+    name = ("window_votes", kernel, pooling, reduce, gamma, times)
+    together = layer.batch.read(name, layer.job, lambda s: votes(s.mean, s.var, s.lengths))
+    return together[:, : layer.history]
+
+
+def window_scalars(layer: LayerInput) -> tuple[float | Tensor, float | Tensor]:
+    """Return natural logarithms of the entropy and the shift of a layer; -inf for zero.
+
+    Raises:
+        ValueError: As :func:`observe`.
+
+    """
+    if layer.batch is None:
+        statistics = observe(layer)
+        return log(statistics.entropy), log(statistics.shift)
+    read, job = layer.batch.read, layer.job
+    return (
+        read("log_entropy", job, lambda s: s.entropy.log()),
+        read("log_shift", job, lambda s: s.shift.log()),
     )
+
+
+def log(value: float | Tensor) -> float | Tensor:
+    """Return a natural logarithm, -inf of zero."""
+    if isinstance(value, Tensor):
+        return value.log()
+    return math.log(value) if value > 0.0 else -math.inf
 
 
 def score_keys(layer: LayerInput, worth: Callable[[Tensor], Tensor]) -> Tensor:

@@ -36,7 +36,13 @@ class SnapKVScorer(UniformScorer):
         check_choice("reduce", self.reduce, ("mean", "max"))
 
     def score(self, layer: LayerInput) -> Tensor:
-        return window_votes(layer, kernel=self.kernel, pooling=self.pooling, reduce=self.reduce)
+        return self.votes(layer, times=1)
+
+    def votes(self, layer: LayerInput, times: int) -> Tensor:
+        """Return the scores times a factor, fp32 [N, S']."""
+        return window_votes(
+            layer, kernel=self.kernel, pooling=self.pooling, reduce=self.reduce, times=times
+        )
 
 
 SnapKV = MethodSpec(name="snapkv", scorer=SnapKVScorer)

@@ -1,20 +1,42 @@
 """Read and write tokens of KV pages, whatever order a kernel stores them in."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kvcompress_kernels.scoring import WindowStatistics
+from kvcompress_kernels.scoring import PagedStatistics
 from vllm_kvcompress.paging.arena import IntArray
 from vllm_kvcompress.paging.attention_layer import AttentionParams
+
+
+@dataclass(frozen=True)
+class JobPages:
+    """Pages of several jobs; a job is one layer of one request.
+
+    Attributes:
+        pages: Per job the flat page ids in token order, int64.
+        lengths: Per job the tokens in them.
+
+    """
+
+    pages: Sequence[IntArray]
+    lengths: Sequence[int]
+
+    def part(self, first: int, stop: int) -> JobPages:
+        """Return some neighbouring jobs."""
+        return JobPages(self.pages[first:stop], self.lengths[first:stop])
 
 
 class PageCodec(ABC):
     """Tokens in, tokens out, for one way of storing pages.
 
     Attributes:
+        shares_launches: Whether :meth:`observe` and :meth:`keep_best` serve many jobs at once.
         block_size: Tokens per page.
         num_kv_heads: Heads of a page.
         head_size: D.
@@ -22,6 +44,7 @@ class PageCodec(ABC):
 
     """
 
+    shares_launches: bool = False
     block_size: int
     num_kv_heads: int
     head_size: int
@@ -65,26 +88,52 @@ class PageCodec(ABC):
     def copy(self, source: IntArray, target: IntArray) -> None:
         """Copy whole pages. Mutates the target pages, none of which is a source."""
 
+    def open(self, pages: Sequence[IntArray], lengths: Sequence[int]) -> JobPages:
+        """Return pages as :meth:`observe` and :meth:`keep_best` take them."""
+        return JobPages(pages, lengths)
+
     def observe(
-        self,
-        windows: Tensor,
-        sources: Sequence[IntArray],
-        num_tokens: Sequence[int],
-        facts: Sequence[AttentionParams],
-    ) -> list[WindowStatistics] | None:
-        """Statistics of the window's attention of several layers, straight from the pages.
+        self, windows: Tensor, jobs: JobPages, facts: Sequence[AttentionParams]
+    ) -> PagedStatistics | None:
+        """Statistics of the window's attention of several jobs, straight from the pages.
 
         Args:
-            windows: Queries [layers, w, H, D].
-            sources: Per layer the flat page ids in token order.
-            num_tokens: Per layer the tokens in them.
-            facts: Per layer how products become logits.
+            windows: Queries [jobs, w, H, D].
+            jobs: From :meth:`open`, or some of those.
+            facts: Per job how products become logits.
 
         Returns:
             None if this codec has no kernel for it: keys have to be read then.
 
         """
         return None
+
+    def keep_best(
+        self,
+        jobs: JobPages,
+        scores: Sequence[Tensor],
+        counts: Sequence[int],
+        window: Sequence[int],
+        targets: Sequence[IntArray | None],
+    ) -> list[Tensor]:
+        """Choose the best tokens of several jobs and copy them. Mutates just the target pages.
+
+        Args:
+            jobs: From :meth:`open`.
+            scores: Per job the scores of its history, fp32 [N, S'].
+            counts: Per job how many history tokens each head keeps.
+            window: Per job how many tokens follow the history; all of them are kept.
+            targets: Per job the flat page ids that take them, from slot 0 on, none of which is a
+                source; None: the first of its own pages. Jobs with targets come first.
+
+        Returns:
+            Per job int [N, counts + window], token numbers, ascending.
+
+        Raises:
+            NotImplementedError: This codec does not share launches.
+
+        """
+        raise NotImplementedError
 
     def layers_per_launch(self, num_tokens: int, num_heads: int) -> int:
         """How many layers :meth:`observe` should be given in one call."""

@@ -1,21 +1,52 @@
 """Pages that hold each token's keys and values at one address, as CUDA backends store them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvcompress_kernels.compaction import copy_pages, move_tokens
+from kvcompress_kernels.compaction import copy_pages, move_tokens, pack_tokens
 from kvcompress_kernels.dispatch import Implementation
-from kvcompress_kernels.scoring import WindowStatistics, paged_window_statistics
-from kvcompress_kernels.transfer import upload
+from kvcompress_kernels.scoring import PagedStatistics, paged_window_statistics
+from kvcompress_kernels.selection import select_tokens
+from kvcompress_kernels.transfer import Parcel, Sent, upload
 from vllm_kvcompress.paging.arena import IntArray
 from vllm_kvcompress.paging.attention_layer import AttentionParams
-from vllm_kvcompress.paging.page_codec import PageCodec
+from vllm_kvcompress.paging.page_codec import JobPages, PageCodec
 
 OBSERVED_BYTES = 256 << 20
 """Bytes of statistics held at one time: layers are scored in groups whose statistics fit."""
+
+SHARED_BYTES = 256 << 20
+"""Bytes of scores held at one time by requests that are cut together."""
+
+
+@dataclass(frozen=True)
+class SentPages(JobPages):
+    """Pages whose table goes to the device with the first kernel that reads it.
+
+    Attributes:
+        table: int32 [jobs, most pages].
+        parcel: What it is in.
+
+    """
+
+    table: Sent
+    parcel: Parcel
+
+    def part(self, first: int, stop: int) -> SentPages:
+        """Return some neighbouring jobs."""
+        return SentPages(
+            self.pages[first:stop],
+            self.lengths[first:stop],
+            self.table.rows(first, stop),
+            self.parcel,
+        )
 
 
 class StridedPageCodec(PageCodec):
@@ -31,6 +62,8 @@ class StridedPageCodec(PageCodec):
         ValueError: The last dimension is not contiguous.
 
     """
+
+    shares_launches = True
 
     def __init__(
         self,
@@ -91,26 +124,72 @@ class StridedPageCodec(PageCodec):
         pages = self._send([source, target])
         copy_pages(self._cache, pages[0], pages[1], implementation=self._implementation)
 
+    def open(self, pages: Sequence[IntArray], lengths: Sequence[int]) -> SentPages:
+        parcel = Parcel(self.device)
+        return SentPages(pages, lengths, parcel.add(_table(pages)), parcel)
+
     def observe(
-        self,
-        windows: Tensor,
-        sources: Sequence[IntArray],
-        num_tokens: Sequence[int],
-        facts: Sequence[AttentionParams],
-    ) -> list[WindowStatistics] | None:
+        self, windows: Tensor, jobs: JobPages, facts: Sequence[AttentionParams]
+    ) -> PagedStatistics:
+        assert isinstance(jobs, SentPages)
         sinks = [f.sinks for f in facts if f.sinks is not None]
-        found = paged_window_statistics(
+        return paged_window_statistics(
             windows.transpose(1, 2),
             self._keys,
-            self._send(sources),
-            num_tokens=list(num_tokens),
+            jobs.table,
+            num_tokens=list(jobs.lengths),
             window=windows.shape[1],
             scale=[f.scale for f in facts],
             soft_cap=facts[0].soft_cap,
             sinks=torch.stack(sinks) if sinks else None,
+            parcel=jobs.parcel,
             implementation=self._implementation,
         )
-        return [found.job(index) for index in range(len(sources))]
+
+    def keep_best(
+        self,
+        jobs: JobPages,
+        scores: Sequence[Tensor],
+        counts: Sequence[int],
+        window: Sequence[int],
+        targets: Sequence[IntArray | None],
+    ) -> list[Tensor]:
+        """See the base class; scores on another device are compared there."""
+        assert isinstance(jobs, SentPages)
+        parcel, total = Parcel(self.device), len(scores)
+        held = [count + recent for count, recent in zip(counts, window, strict=True)]
+        kept_counts = parcel.add(np.asarray(held, dtype=np.int32))
+        homes = [pages for pages in targets if pages is not None]
+        moving = len(homes)
+        assert all(pages is None for pages in targets[moving:])
+        home_table = parcel.add(_table(homes)) if homes else None
+        here = all(own.device == self.device for own in scores)
+        chosen = select_tokens(
+            [own.float() for own in scores],
+            counts,
+            tails=window,
+            parcel=parcel,
+            implementation=self._implementation if here else "torch",
+        )
+        kept = chosen if here else upload(chosen, self.device)
+        if home_table is not None:
+            move_tokens(
+                self._cache,
+                jobs.table.rows(0, moving),
+                kept[:moving],
+                kept_counts.rows(0, moving),
+                home_table,
+                implementation=self._implementation,
+            )
+        if moving < total:
+            pack_tokens(
+                self._cache,
+                jobs.table.rows(moving, total),
+                kept[moving:],
+                kept_counts.rows(moving, total),
+                implementation=self._implementation,
+            )
+        return [own[:, :count] for own, count in zip(kept, held, strict=True)]
 
     def layers_per_launch(self, num_tokens: int, num_heads: int) -> int:
         return max(1, OBSERVED_BYTES // (2 * 4 * num_heads * num_tokens))
@@ -120,15 +199,20 @@ class StridedPageCodec(PageCodec):
         page = self._send([np.zeros(1, dtype=np.int64)])
         nothing = page.new_zeros(1, self.num_kv_heads, 1, dtype=torch.int32)
         move_tokens(self._cache, page, nothing, [0], page, implementation=self._implementation)
+        pack_tokens(self._cache, page, nothing, [0], implementation=self._implementation)
         copy_pages(self._cache, page[0], page[0], implementation=self._implementation)
 
     def _send(self, pages: Sequence[IntArray]) -> Tensor:
-        """Page ids as int64 [jobs, most], short rows filled with page 0, on the pool's device."""
-        table = np.zeros((len(pages), max(len(p) for p in pages)), dtype=np.int64)
-        for row, ids in zip(table, pages, strict=True):
-            row[: len(ids)] = ids
-        return upload(torch.from_numpy(table), self.device)
+        return upload(torch.from_numpy(_table(pages)), self.device)
 
     def _bytes(self, cache: Tensor) -> Tensor:
         """Return the cache as integers where its type cannot be gathered."""
         return cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
+
+
+def _table(pages: Sequence[IntArray]) -> npt.NDArray[np.int32]:
+    """Page ids [jobs, most], short rows filled with page 0."""
+    table = np.zeros((len(pages), max(len(p) for p in pages)), dtype=np.int32)
+    for row, ids in zip(table, pages, strict=True):
+        row[: len(ids)] = ids
+    return table

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vllm_kvcompress.paging.page_tables import TableLimits
 from vllm_kvcompress.paging.rounding import cdiv
-from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES
+from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES, SHARED_BYTES
 from vllm_kvcompress.planning.request_settings import SettingsResolver
 
 _OPEN_WINDOWS = 32
@@ -103,8 +103,9 @@ def transient_bytes(shape: ModelShape, *, max_model_len: int, window: int, most_
     """
     one_layer = 2 * 4 * shape.heads * max_model_len
     statistics = max(OBSERVED_BYTES, one_layer)
-    # Scores of all layers, and the stack of them that selection reads.
-    scores = 2 * 4 * shape.layers * shape.kv_heads * max_model_len
+    # Scores of all layers of the longest prompt and what a method keeps beside them, or scores of
+    # several prompts.
+    scores = max(SHARED_BYTES, 2 * 4 * shape.layers * shape.kv_heads * max_model_len)
     chosen = 3 * 4 * shape.layers * shape.kv_heads * most_kept
     windows = _OPEN_WINDOWS * shape.layers * window * shape.heads * shape.head_size
     return statistics + scores + chosen + windows * shape.itemsize

@@ -20,6 +20,7 @@ from vllm_kvcompress.eviction.decode_query_buffer import DecodeQueryBuffer
 from vllm_kvcompress.eviction.measurements import CutReport
 from vllm_kvcompress.eviction.query_collector import QueryCollector, WindowCapture
 from vllm_kvcompress.eviction.request import WorkerRequest
+from vllm_kvcompress.eviction.shared_cuts import DueCut
 from vllm_kvcompress.paging.arena import PageArena, PageGeometry
 from vllm_kvcompress.paging.attention_layer import AttentionParams
 from vllm_kvcompress.paging.page_codec import PageCodec
@@ -263,13 +264,17 @@ class Session:
 
     def end_step(self) -> None:
         """Make the cuts that are due after this step. Mutates arena, ledger and pages."""
+        due = []
         for request_id in self._ending:
             request = self._ledger[request_id]
             if cascade := self._cascades.get(request_id):
                 cascade.finish()
             else:
                 windows = self._queries.windows(request_id, request)
-                self._compressor.cut(request_id, request, windows)
+                due.append(DueCut(request_id, request, windows))
+        self._compressor.cut_all(due)
+        for request_id in self._ending:
+            request = self._ledger[request_id]
             assert request.schedule is not None
             self.stats[f"{request.schedule.kind(request.cuts_made)}_cuts"] += 1
         self._ending = []

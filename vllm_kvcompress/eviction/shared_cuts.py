@@ -1,0 +1,250 @@
+"""Cuts of several requests after one step, in launches that they share.
+
+On an accelerator a cut is a handful of small kernels, and launching them takes longer than running
+them. So all layers of all requests that end in a step go through each of them at once. What each
+request keeps does not depend on the others.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from vllm_kvcompress.eviction.apportionment import Floats
+from vllm_kvcompress.eviction.cut_reporter import CutReporter, PhaseTimer
+from vllm_kvcompress.eviction.layer_budgets import page_division
+from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, rank_first
+from vllm_kvcompress.eviction.request import WorkerRequest
+from vllm_kvcompress.eviction.request_scorer import HeldTokens, RequestScorer
+from vllm_kvcompress.methods import LayerScores, Method, to_numbers
+from vllm_kvcompress.paging.arena import IntArray, PageArena, deal_pages
+from vllm_kvcompress.paging.page_codec import PageCodec
+from vllm_kvcompress.paging.strided_codec import SHARED_BYTES
+from vllm_kvcompress.planning.compression_schedule import Cut
+
+
+@dataclass(frozen=True)
+class DueCut:
+    """A cut that is to be made after a step.
+
+    Attributes:
+        request_id: The request's id.
+        request: The request; its tokens up to the cut are computed.
+        windows: Queries of its last tokens, [L, w, H, D]; None if the method looks at none.
+
+    """
+
+    request_id: str
+    request: WorkerRequest
+    windows: Tensor | None
+
+
+@dataclass
+class _Open:
+    """A cut that is being made.
+
+    Attributes:
+        due: What is cut.
+        cut: The cut.
+        held: What its layers hold before.
+        pinned: Where its pinned tokens lie, if it has any.
+        scores: Of its layers.
+        pages: Pages that each layer keeps, int64 [L]; None until they are known.
+        weights: The allocator's, fp64 [L]; None if it was not asked.
+        tables: Per layer the pages that it holds afterwards.
+
+    """
+
+    due: DueCut
+    cut: Cut
+    held: HeldTokens
+    pinned: PinnedPlaces | None
+    pages: IntArray | None
+    scores: list[LayerScores] = field(default_factory=list)
+    weights: Floats | None = None
+    tables: list[IntArray] = field(default_factory=list)
+
+    @property
+    def method(self) -> Method:
+        return self.due.request.method
+
+
+class SharedCuts:
+    """Makes cuts of requests that choose tokens by their scores alone.
+
+    Args:
+        arena: Takes in the compressed requests.
+        codec: Reads and writes tokens of pages; shares launches.
+        scorer: Returns what scores with a method.
+        reporter: Takes note of each cut.
+
+    """
+
+    def __init__(
+        self,
+        arena: PageArena,
+        codec: PageCodec,
+        scorer: Callable[[Method], RequestScorer],
+        reporter: CutReporter,
+    ) -> None:
+        self._arena, self._codec, self._scorer = arena, codec, scorer
+        self._reporter = reporter
+        self._block_size = arena.geometry.block_size
+
+    def takes(self, request: WorkerRequest) -> bool:
+        """Whether a request's next cut can be made here."""
+        scorer = request.method.scorer
+        return (
+            self._codec.shares_launches
+            and not scorer.keeps_all
+            and scorer.budgets_are_nested
+            and not scorer.stores_by_worth
+            and not request.scores
+        )
+
+    def make(self, due: Sequence[tuple[DueCut, HeldTokens]]) -> None:
+        """Make cuts. Mutates the requests, the arena, and pages of the requests' own blocks.
+
+        Args:
+            due: Cuts of requests that :meth:`takes` takes, and what their layers hold.
+
+        """
+        for group in self._groups(due):
+            self._make(group)
+
+    def _groups(
+        self, due: Sequence[tuple[DueCut, HeldTokens]]
+    ) -> Iterator[Sequence[tuple[DueCut, HeldTokens]]]:
+        """As many cuts at one time as there is memory for their scores."""
+        group: list[tuple[DueCut, HeldTokens]] = []
+        taken = 0
+        for each in due:
+            size = 4 * self._codec.num_kv_heads * sum(each[1].lengths)
+            if group and taken + size > SHARED_BYTES:
+                yield group
+                group, taken = [], 0
+            group.append(each)
+            taken += size
+        if group:
+            yield group
+
+    def _make(self, due: Sequence[tuple[DueCut, HeldTokens]]) -> None:
+        timer = PhaseTimer({})
+        cuts = [self._open(each, held) for each, held in due]
+        # Those that move come first, and equal methods side by side.
+        cuts.sort(key=lambda c: (not c.cut.moves, c.method.name, repr(c.method)))
+        pages = [own for cut in cuts for own in cut.held.pages]
+        lengths = [length for cut in cuts for length in cut.held.lengths]
+        jobs = self._codec.open(pages, lengths)
+        first = 0
+        for same in _same_method(cuts):
+            stop = first + sum(len(cut.held.pages) for cut in same)
+            scorer = self._scorer(same[0].method)
+            found = scorer.score_together([cut.held for cut in same], jobs.part(first, stop))
+            for cut, scores in zip(same, found, strict=True):
+                cut.scores = scores
+            first = stop
+        self._to_numbers([cut for cut in cuts if cut.cut.moves])
+        timer.lap("score")
+        for same in _same_method([cut for cut in cuts if cut.cut.moves]):
+            self._divide(same)
+        timer.lap("allocate")
+        for cut in cuts:
+            self._deal(cut)
+        size = self._block_size
+        kept = self._codec.keep_best(
+            jobs,
+            [worth for cut in cuts for worth in _worths(cut)],
+            [len(table) * size - cut.method.window for cut in cuts for table in cut.tables],
+            [cut.method.window for cut in cuts for _ in cut.scores],
+            [table if cut.cut.moves else None for cut in cuts for table in cut.tables],
+        )
+        timer.lap("move")
+        laps = {phase: seconds / len(cuts) for phase, seconds in timer.laps.items()}
+        tokens = iter(kept)
+        by_id = {cut.due.request_id: (cut, [next(tokens) for _ in cut.scores]) for cut in cuts}
+        for each, _ in due:
+            self._close(*by_id[each.request_id], laps)
+
+    def _open(self, due: DueCut, held: HeldTokens) -> _Open:
+        cut = due.request.next_cut
+        assert cut is not None
+        return _Open(
+            due=due,
+            cut=cut,
+            held=held,
+            pinned=due.request.pinned_places(cut, held.lengths, self._codec.num_kv_heads),
+            pages=None if cut.moves else self._arena.dealt_pages(due.request_id),
+        )
+
+    def _to_numbers(self, cuts: Sequence[_Open]) -> None:
+        """Fetch what the allocators read, of all requests in one transfer."""
+        numbers = iter(to_numbers([scores for cut in cuts for scores in cut.scores]))
+        for cut in cuts:
+            cut.scores = [next(numbers) for _ in cut.scores]
+
+    def _divide(self, cuts: Sequence[_Open]) -> None:
+        """Divide the pools of requests with one method."""
+        method, layers = cuts[0].method, self._arena.geometry.num_layers
+        divisions = [
+            page_division(
+                method,
+                num_layers=layers,
+                pages_per_layer=cut.held.capacity // self._block_size,
+                block_size=self._block_size,
+                lengths=cut.held.lengths,
+                pinned=cut.pinned.count if cut.pinned else 0,
+            )
+            for cut in cuts
+        ]
+        staged = [d.staged(cut.scores) for d, cut in zip(divisions, cuts, strict=True)]
+        weights = method.allocator.weights_by_stage(staged, num_layers=layers)
+        for cut, division, stages, own in zip(cuts, divisions, staged, weights, strict=True):
+            cut.pages, cut.weights = division.divide_by(stages, own), division.weights
+
+    def _deal(self, cut: _Open) -> None:
+        """Put the cut behind the request, and find its layers' pages."""
+        request, pages = cut.due.request, cut.pages
+        assert pages is not None
+        request.advance()
+        if cut.cut.moves:
+            geometry = self._arena.geometry
+            cut.tables = deal_pages(geometry, request.survivor_blocks(), pages)
+        else:
+            held = zip(cut.held.pages, pages, strict=True)
+            cut.tables = [own[:count] for own, count in held]
+
+    def _close(self, cut: _Open, tokens: list[Tensor], laps: dict[str, float]) -> None:
+        """Tell arena, request and reporter."""
+        name, request = cut.due.request_id, cut.due.request
+        self._reporter.record(name, request, cut.cut, cut.scores, tokens, cut.weights)
+        request.follow_pinned(cut.cut, cut.pinned, tokens, cut.held.lengths)
+        self._arena.drop(name)
+        self._arena.admit(
+            name,
+            request.survivor_blocks(),
+            cut.tables,
+            num_tokens=cut.cut.position,
+            slack=cut.cut.slack,
+            growth_column=request.tail_start,
+        )
+        self._reporter.note(name, request, cut.cut, cut.tables, laps)
+
+
+def _same_method(cuts: Sequence[_Open]) -> list[list[_Open]]:
+    """Neighbours with one method."""
+    groups: list[list[_Open]] = []
+    for cut in cuts:
+        if groups and groups[-1][-1].method == cut.method:
+            groups[-1].append(cut)
+        else:
+            groups.append([cut])
+    return groups
+
+
+def _worths(cut: _Open) -> list[Tensor]:
+    """Scores of the layers, those of pinned tokens above all others."""
+    worths = [scores.tokens for scores in cut.scores]
+    if cut.pinned is None:
+        return worths
+    return [rank_first(w, p) for w, p in zip(worths, cut.pinned.places, strict=True)]
