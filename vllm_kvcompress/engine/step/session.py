@@ -238,24 +238,27 @@ class Session:
         """
         request = capture.request
         first = capture.start + capture.count - request.prompt_len
-        self._compressor.score_in_step(layer, request, self._own_keys(keys, first, request))
+        self._compressor.score_in_step(layer, request, self._own_tokens(keys, first, request))
 
-    def cut_layer(self, layer: int, row: CascadeRow, keys: Tensor | None) -> None:
+    def cut_layer(
+        self, layer: int, row: CascadeRow, keys: Tensor | None, values: Tensor | None
+    ) -> None:
         """Cut a layer of a row whose attention has just run. Mutates its cascade and arena pages.
 
         Args:
             layer: Index in the arena.
             row: The request's; its queries of this layer are taken.
             keys: As for :meth:`score`; None where reading the pages is as good.
+            values: As keys.
 
         """
-        own = None
-        if keys is not None and row.request.computed == 0:
-            own = self._own_keys(keys, row.start, row.request)
-        row.prefill.cut_layer(layer, own)
+        own: list[Tensor] = []
+        if keys is not None and values is not None and row.request.computed == 0:
+            own = [self._own_tokens(part, row.start, row.request) for part in (keys, values)]
+        row.prefill.cut_layer(layer, *(own or (None, None)))
 
-    def _own_keys(self, keys: Tensor, first: int, request: WorkerRequest) -> Tensor:
-        """Keys of one row that holds a whole prompt, [N, S, D]."""
+    def _own_tokens(self, keys: Tensor, first: int, request: WorkerRequest) -> Tensor:
+        """Keys or values of one row that holds a whole prompt, [N, S, D]."""
         own = keys[first : first + request.prompt_len]
         shape = (request.prompt_len, self._codec.num_kv_heads, self._codec.head_size)
         return own.view(shape).transpose(0, 1)
