@@ -203,8 +203,9 @@ class _Engine:
     def generate(self, requests: dict[str, WorkerRequest]) -> None:
         """Let requests come to their next decode cut."""
         for name, request in requests.items():
-            request.blocks += self._blocks(BUFFER // self._size)
-            self._arena.grow(name, request.private_blocks())
+            new = self._blocks(BUFFER // self._size)
+            request.blocks += new
+            self._arena.grow({name: new})
             request.window = self._window(request)
 
     def cascade(self, name: str, request: WorkerRequest) -> None:

@@ -53,10 +53,11 @@ class Worker(WarmedWorker):
             if cut is None:
                 break
             tail = cut.position - schedule.cut(number - 1).position if number > 1 else 0
-            new = cdiv(tail, BLOCK) + (cut.blocks if cut.moves else 0)
-            request.blocks.extend(range(len(request.blocks) + 1, len(request.blocks) + new + 1))
+            count = cdiv(tail, BLOCK) + (cut.blocks if cut.moves else 0)
+            new = range(len(request.blocks) + 1, len(request.blocks) + count + 1)
+            request.blocks.extend(new)
             if number > 1:
-                self.arena.grow("r", request.private_blocks())
+                self.arena.grow({"r": list(new)})
             rows = planner.window if request.next_is_prefill_cut else planner.decode_window
             shape = (self.shape.layers, rows, self.shape.heads, self.shape.head_size)
             window = torch.zeros(shape, dtype=self.shape.dtype) if planner.needs_queries else None
