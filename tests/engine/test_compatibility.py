@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from vllm import platforms
 from vllm.config import CUDAGraphMode, KVTransferConfig, ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -149,6 +150,12 @@ def devices(root: Path, patch: pytest.MonkeyPatch) -> Cases:
         config.quant_config = SimpleNamespace(kv_cache_scheme={"strategy": "attn_head"})
         yield "FP8 KV cache with one scale per head", refused
         config.quant_config = SimpleNamespace(kv_cache_scheme={"strategy": "tensor"})
+        with gpu.context() as amd:
+            amd.setattr(type(platforms.current_platform), "is_fp8_fnuz", lambda self: True)
+            yield (
+                "FP8 KV cache on an AMD GPU with numbers of its own",
+                partial(check_backends, config),
+            )
         become_cuda(gpu, (8, 6))
         yield "FP8 KV cache on GPUs before compute capability 8.9", partial(check_backends, config)
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL

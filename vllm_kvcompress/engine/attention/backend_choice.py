@@ -43,6 +43,11 @@ def check_backends(vllm_config: VllmConfig) -> None:
 
     """
     platform = platforms.current_platform
+    if platform.is_fp8_fnuz() and vllm_config.cache_config.cache_dtype in FP8_CACHES:
+        raise unsupported(
+            "an FP8 KV cache of AMD's own numbers (float8_e4m3fnuz) is not",
+            "set --kv-cache-dtype to bfloat16",
+        )
     if vllm_config.attention_config.backend is not None or not platform.is_cuda():
         return
     capability = platform.get_device_capability()
