@@ -1,8 +1,8 @@
 """Triton 3.9.0: the interpreter casts fp32 to float8e4nv wrongly.
 
-Expected: the nearest number, as on a GPU (cvt.rn.satfinite) and in torch. Seen: about 3 % of normally
-distributed numbers are off, 1.95 becomes 1 instead of 2. Why: ``_convert_float`` rounds the significand up
-without carrying into the exponent.
+Expected: the nearest number, as on a GPU (cvt.rn.satfinite) and in torch. Seen: about 3 % of
+normally distributed numbers are off, 1.95 becomes 1 instead of 2. Why: ``_convert_float`` rounds
+the significand up without carrying into the exponent.
 
     TRITON_INTERPRET=1 python findings/triton_interpreter_fp8_cast.py
 

@@ -1,4 +1,4 @@
-"""vLLM 0.32.0: on Blackwell FLASH_ATTN accepts layers that FlashAttention 2 then gets and cannot do.
+"""vLLM 0.32.0: on Blackwell FLASH_ATTN accepts layers that FlashAttention 2 cannot do.
 
 Expected from ``validate_configuration``: a backend that says yes serves the layer. Seen, by vLLM's
 own CUDA platform told that it is a B200 (compute capability 10.0): FLASH_ATTN takes heads of 512,
