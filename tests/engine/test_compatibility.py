@@ -31,6 +31,7 @@ from vllm.v1.kv_cache_interface import (
 from tests.support.compatibility_page import REFUSED, ROOT, UNTESTED, WORKS, Row, refusals, rows
 from tests.support.fake_cuda import become_cuda
 from tests.support.refusals import (
+    FP8_CACHE,
     GEMMA3,
     REFUSED_MODELS,
     SHAPE,
@@ -102,6 +103,7 @@ def configs(root: Path, patch: pytest.MonkeyPatch) -> Cases:
         ("tensor and pipeline parallelism", {"tensor_parallel_size": 2}),
         ("tensor and pipeline parallelism", {"pipeline_parallel_size": 2}),
         ("FP8 KV cache on the CPU", {"kv_cache_dtype": "fp8"}),
+        ("FP8 KV cache on the CPU", {"model": FP8_CACHE}),
         ("other quantized KV caches", {"kv_cache_dtype": "fp8_e5m2"}),
         (
             "FlashInfer, FlexAttention, ROCm's and all other backends",
