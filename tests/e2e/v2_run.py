@@ -182,6 +182,8 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
     from tests.e2e.harness import Engines
 
     settings = dict(job.get("settings", {}))
+    if "rounded" in job:
+        _round_to_fp8(patch, job["rounded"])
     if "backend" in job:
         _offer_gpu_attention(patch, job["backend"])
         settings["attention_backend"] = job["backend"]
@@ -189,8 +191,6 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
     launches = Launches(patch)
     if job.get("gpu_worker"):
         settings |= gpu_worker_stand_in.install(patch, job, events)
-    if "rounded" in job:
-        _round_to_fp8(patch, job["rounded"])
     method, engines = job.get("method"), Engines()
     engine = engines.get(
         method, job.get("budget"), config=job.get("config"), model=job["model"], **settings

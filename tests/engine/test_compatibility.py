@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import vllm
+from vllm import platforms
 from vllm.config import CUDAGraphMode, KVTransferConfig, ModelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -30,6 +31,7 @@ from vllm.v1.kv_cache_interface import (
 from tests.support.compatibility_page import REFUSED, ROOT, UNTESTED, WORKS, Row, refusals, rows
 from tests.support.fake_cuda import become_cuda
 from tests.support.refusals import (
+    FP8_CACHE,
     GEMMA3,
     REFUSED_MODELS,
     SHAPE,
@@ -101,6 +103,7 @@ def configs(root: Path, patch: pytest.MonkeyPatch) -> Cases:
         ("tensor and pipeline parallelism", {"tensor_parallel_size": 2}),
         ("tensor and pipeline parallelism", {"pipeline_parallel_size": 2}),
         ("FP8 KV cache on the CPU", {"kv_cache_dtype": "fp8"}),
+        ("FP8 KV cache on the CPU", {"model": FP8_CACHE}),
         ("other quantized KV caches", {"kv_cache_dtype": "fp8_e5m2"}),
         (
             "FlashInfer, FlexAttention, ROCm's and all other backends",
@@ -149,6 +152,12 @@ def devices(root: Path, patch: pytest.MonkeyPatch) -> Cases:
         config.quant_config = SimpleNamespace(kv_cache_scheme={"strategy": "attn_head"})
         yield "FP8 KV cache with one scale per head", refused
         config.quant_config = SimpleNamespace(kv_cache_scheme={"strategy": "tensor"})
+        with gpu.context() as amd:
+            amd.setattr(type(platforms.current_platform), "is_fp8_fnuz", lambda self: True)
+            yield (
+                "FP8 KV cache on an AMD GPU with numbers of its own",
+                partial(check_backends, config),
+            )
         become_cuda(gpu, (8, 6))
         yield "FP8 KV cache on GPUs before compute capability 8.9", partial(check_backends, config)
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL

@@ -101,6 +101,22 @@ GEMMA3 = {
 # vLLM makes groups as large as the rarer kind of layer.
 MOSTLY_FULL = {**GEMMA3, "layer_types": ["sliding_attention"] + ["full_attention"] * 5}
 CHUNKED = {**LLAMA, "attention_chunk_size": 128}
+# vLLM takes the cache's dtype from there only when it makes the layers.
+FP8_CACHE = {
+    **LLAMA,
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "kv_cache_scheme": {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "tensor",
+            "symmetric": True,
+            "dynamic": False,
+        },
+    },
+}
 BERT = {**BASE, "architectures": ["BertModel"], "model_type": "bert"}
 
 

@@ -83,7 +83,10 @@ PARALLEL = (
     "set --tensor-parallel-size and --pipeline-parallel-size to 1",
 )
 SHARED_CACHES = ("models whose layers share KV caches are not", DROP)
-QUANTIZED_ON_CPU = ("a quantized KV cache on the CPU is not", "drop --kv-cache-dtype")
+QUANTIZED_ON_CPU = (
+    "a quantized KV cache on the CPU is not",
+    "drop --kv-cache-dtype or set it to bfloat16",
+)
 
 
 def unsupported(what: str, change: str) -> Unsupported:
@@ -183,29 +186,26 @@ def _model_rules(model: ModelConfig) -> list[Rule]:
 
 def _cache_rules(vllm_config: VllmConfig) -> list[Rule]:
     """The KV cache and the attention that reads it."""
-    cache = vllm_config.cache_config
     attention = vllm_config.attention_config
     chosen = attention.backend
     # Layers of other kinds are not compressed, and may have what attention they like.
     for_full = attention.backend_per_kind.get("full_attention", chosen)
     on_cpu = vllm_config.parallel_config.worker_cls != GPU_WORKER
-    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None) or {}
+    dtype, scheme = cache_dtype_of(vllm_config), _scheme(vllm_config)
     backends = " or ".join(GPU_BACKENDS)
     return [
         (
-            cache.cache_dtype not in (*PLAIN_CACHES, *FP8_CACHES),
-            f"KV-cache dtype {cache.cache_dtype} is not",
+            dtype not in (*PLAIN_CACHES, *FP8_CACHES),
+            f"KV-cache dtype {dtype} is not",
             "drop --kv-cache-dtype or set it to fp8",
         ),
         (
-            cache.cache_dtype in FP8_CACHES
-            and on_cpu
-            and (chosen is None or chosen.name == "CPU_ATTN"),
+            dtype in FP8_CACHES and on_cpu and (chosen is None or chosen.name == "CPU_ATTN"),
             *QUANTIZED_ON_CPU,
         ),
         (
             # Scoring multiplies the products of a layer by one number.
-            cache.cache_dtype in FP8_CACHES and scheme.get("strategy") == "attn_head",
+            dtype in FP8_CACHES and scheme.get("strategy") == "attn_head",
             "an FP8 KV cache with one scale per head is not",
             "set --kv-cache-dtype to bfloat16",
         ),
@@ -220,6 +220,21 @@ def _cache_rules(vllm_config: VllmConfig) -> list[Rule]:
             f"set full_attention in backend_per_kind to {backends}",
         ),
     ]
+
+
+def cache_dtype_of(vllm_config: VllmConfig) -> str:
+    """Return vLLM's name of the dtype that layers will have in their cache.
+
+    Some checkpoints ask for an FP8 cache where the user does not choose; vLLM looks at that when it
+    makes the layers.
+    """
+    dtype: str = vllm_config.cache_config.cache_dtype
+    return "fp8" if dtype == "auto" and _scheme(vllm_config) else dtype
+
+
+def _scheme(vllm_config: VllmConfig) -> Mapping[str, Any]:
+    """What a checkpoint says of an FP8 cache; empty: nothing."""
+    return getattr(vllm_config.quant_config, "kv_cache_scheme", None) or {}
 
 
 def _gpu_rules(vllm_config: VllmConfig) -> list[Rule]:

@@ -246,7 +246,7 @@ HOOKS: HookTable = {
         "KVConnectorProm.observe": (OVERRIDE, "self, transfer_stats_data, engine_idx"),
     },
     # --- the choice of an attention backend ------------------------------------------------------
-    "vllm.platforms": {"current_platform": (READ, "is_cuda get_device_capability")},
+    "vllm.platforms": {"current_platform": (READ, "is_cuda is_fp8_fnuz get_device_capability")},
     "vllm.v1.attention.selector": {
         # With the attribute cache_clear.
         "_cached_get_attn_backend": (

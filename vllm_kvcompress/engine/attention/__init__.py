@@ -13,7 +13,7 @@ BACKENDS = {
 }
 """vLLM's name of a backend -> ours, imported only if vLLM chooses it."""
 
-GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+GPU_BACKENDS = tuple(name for name in BACKENDS if name != "CPU_ATTN")
 """Those of them that a GPU can have."""
 
 PLAIN_CACHES = ("auto", "bfloat16", "float16")

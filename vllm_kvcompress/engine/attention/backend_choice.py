@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from vllm_kvcompress.engine.attention import FP8_CACHES, GPU_BACKENDS
-from vllm_kvcompress.engine.checks import DROP, Unsupported, unsupported
+from vllm_kvcompress.engine.checks import DROP, Unsupported, cache_dtype_of, unsupported
 from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.settings import compression_of
 
@@ -43,6 +43,11 @@ def check_backends(vllm_config: VllmConfig) -> None:
 
     """
     platform = platforms.current_platform
+    if platform.is_fp8_fnuz() and cache_dtype_of(vllm_config) in FP8_CACHES:
+        raise unsupported(
+            "an FP8 KV cache of AMD's own numbers (float8_e4m3fnuz) is not",
+            "set --kv-cache-dtype to bfloat16",
+        )
     if vllm_config.attention_config.backend is not None or not platform.is_cuda():
         return
     capability = platform.get_device_capability()
@@ -123,7 +128,7 @@ def _of_model(vllm_config: VllmConfig) -> AttentionSelectorConfig:
     return AttentionSelectorConfig(
         head_size=model.get_head_size(),
         dtype=model.dtype,
-        kv_cache_dtype=cache.cache_dtype,
+        kv_cache_dtype=cache_dtype_of(vllm_config),
         block_size=cache.block_size if cache.user_specified_block_size else None,
         has_sliding_window=model.get_sliding_window() is not None,
     )

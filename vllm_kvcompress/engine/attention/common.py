@@ -154,7 +154,7 @@ class DeviceBuilder(ArenaBuilder):
             base = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
         else:
             # Lengths differ between layers, so no schedule can be made for all of them ahead of
-            # time: `fast_build` leaves that to the kernel, which costs no launch per layer here.
+            # time: `fast_build` leaves that to the kernel, which prepares its own in each call.
             base = super().build(0, common_attn_metadata, fast_build=True)  # type: ignore[misc]
         base.arena_step = step
         return base

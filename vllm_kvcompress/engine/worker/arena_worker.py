@@ -53,10 +53,10 @@ class ArenaWorker:
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """See vLLM's Worker; puts our backends in place before layers choose theirs."""
         register_backends()
-        choose_wrapped()
         share_compiled_models()
         # The choice is remembered per process, perhaps from an engine without compression.
         selector._cached_get_attn_backend.cache_clear()
+        choose_wrapped()
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         # What is loaded now is what this device needs: nothing is imported for the check alone.
         check_version(
