@@ -1,6 +1,5 @@
 """vLLM's CPU attention with per-layer page tables where the batch has compressed requests."""
 
-import copy
 from typing import Any
 
 import torch
@@ -13,7 +12,12 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_kvcompress.engine.attention.common import ArenaBackend, ArenaBuilder, ArenaImpl
+from vllm_kvcompress.engine.attention.common import (
+    ArenaBackend,
+    ArenaBuilder,
+    ArenaImpl,
+    shallow_copy,
+)
 from vllm_kvcompress.engine.attention.cpu_codec import CpuPageCodec
 from vllm_kvcompress.paging.arena import PageArena
 from vllm_kvcompress.paging.page_codec import PageCodec
@@ -60,19 +64,22 @@ class ArenaCPUMetadataBuilder(ArenaBuilder, CPUAttentionMetadataBuilder):
         # The kernel's schedule depends on the lengths alone, and layers may share them.
         by_lengths: dict[bytes, CPUAttentionMetadata] = {}
         lengths = tables.seq_lens.numpy()
-        own = copy.copy(common)
+        longest: list[int] = lengths.max(axis=1).tolist()
+        own = shallow_copy(common)
         own._num_computed_tokens_cache = None
-        for layer in range(len(lengths)):
+        for layer, (block_table, seq_lens, slots) in enumerate(tables.by_layer):
             key = lengths[layer].tobytes()
             if key in by_lengths:
-                metadata = copy.copy(by_lengths[key])
-                metadata.block_table = tables.block_tables[layer]
-                metadata.slot_mapping = tables.slot_mapping[layer]
+                metadata = shallow_copy(by_lengths[key])
+                metadata.block_table = block_table
+                metadata.slot_mapping = slots
             else:
-                own.block_table_tensor = tables.block_tables[layer]
-                own.seq_lens = tables.seq_lens[layer]
-                own.max_seq_len = int(lengths[layer].max())
-                own.slot_mapping = tables.slot_mapping[layer]
+                own.block_table_tensor, own.seq_lens, own.slot_mapping = (
+                    block_table,
+                    seq_lens,
+                    slots,
+                )
+                own.max_seq_len = longest[layer]
                 metadata = by_lengths[key] = super().build(common_prefix_len, own)
             layers.append(metadata)
         return layers
