@@ -26,7 +26,7 @@ HEADS, KV_HEADS, DIM, SIZE = 4, 2, 64, 32
 def builder() -> ArenaCPUMetadataBuilder:
     made = ArenaCPUMetadataBuilder.__new__(ArenaCPUMetadataBuilder)
     dtype = torch.bfloat16
-    vars(made).update(
+    made.__dict__.update(
         num_heads=HEADS,
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
