@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from benchmarks.report_data import Results
 from vllm_kvcompress.tools.bench.report import LEGEND
-from vllm_kvcompress.tools.bench.rows import COLUMNS, NOTHING, title_of
+from vllm_kvcompress.tools.bench.rows import BUDGET_COLUMNS, COLUMNS, NOTHING, title_of
 from vllm_kvcompress.tools.bench.rows import HEADINGS as BENCH_HEADINGS
 from vllm_kvcompress.tools.evaluation import tables
 from vllm_kvcompress.tools.evaluation.markdown_page import MarkdownPage
@@ -33,7 +33,8 @@ def speed(page: MarkdownPage, results: Results) -> None:
     )
     for name, rows in results.speed.items():
         page.heading(2, HEADINGS.get(name, name))
-        (_add_bench if set(COLUMNS) <= set(rows[0]) else _add)(page, rows)
+        is_bench = set(COLUMNS) - BUDGET_COLUMNS <= set(rows[0])
+        (_add_bench if is_bench else _add)(page, rows)
 
 
 def verdict(row: Mapping[str, str]) -> str:
@@ -87,6 +88,9 @@ def _add_bench(page: MarkdownPage, rows: Sequence[Mapping[str, str]]) -> None:
                 *(f"{row[name]} {row['unit']}" for name in ("plain", "compressed")),
                 f"{float(row[RATIO]):.2f}{spread}",
                 f"{float(row['byte_bound']):.2f}" if row["byte_bound"] else NOTHING,
+                f"{row['budget_plain']} {row['unit']} ({float(row['budget_ratio']):.2f})"
+                if row.get("budget_plain")
+                else NOTHING,
                 *(_both(row, name) for name in ("blocks", "running")),
                 row["verdict"] if low > 1 else f"**{row['verdict']}**",
             ]

@@ -60,6 +60,12 @@ def test_every_row_can_be_traced(prefix: Path) -> None:
         assert (row["method"], row["budget"], row["vllm"][:4]) == ("cake", str(BUDGET), "0.32")
         if case == "decode step":
             assert (row["running_plain"], row["preemptions_plain"]) == ("2", "0")
+        compressed = (case, prompt) == ("decode step", PROMPT)
+        # What is kept, and the tokens generated until then: a whole prompt's worth is measured.
+        assert bool(row["budget_plain"]) == compressed
+        if compressed:
+            assert HELD * BLOCK < int(row["budget_prompt"]) < HELD * BLOCK + 32
+            assert len(row["budget_rounds"].split()) == 2
         # By hand: beside 47.2 MB of weights, 18 and 10 blocks of 32 x 4,608 bytes.
         bound = 1.024 if (case, prompt) == ("decode step", PROMPT) else 1
         assert float(row["byte_bound"]) == bound

@@ -203,6 +203,6 @@ def test_replay_in_flight_behind_the_compressing_step_has_its_blocks(folder: Pat
 def test_the_manager_needs_our_scheduler(folder: Path) -> None:
     engine = Engine(ArenaScheduler, configure(folder), 60)
     engine.add("a", 100)
-    engine.arena._reservations = None  # as vLLM's own scheduler would leave it
+    del engine.arena.reservations  # as vLLM's own scheduler would leave it
     with pytest.raises(RuntimeError, match="only under the scheduler of vllm_kvcompress"):
         engine.schedule()

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvcompress_kernels.transfer import upload
 from tests.support.table_world import LIMITS, NUM_BLOCKS, Make, Row, World, both_builders, on_device
 from vllm_kvcompress.paging.page_tables import TableBuilder
 
@@ -174,3 +175,42 @@ def test_a_batch_beyond_the_limits_is_refused() -> None:
     rows = [world.plain(1, 1) for _ in range(LIMITS.rows + 1)]
     with pytest.raises(ValueError, match="a batch of 9 rows and 9 tokens exceeds"):
         on_device(world.arena).build(world.batch(rows))
+
+
+def test_requests_admitted_in_one_step_travel_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(3, 4, "layer")
+    builder = on_device(world.arena)
+    sent: list[int] = []
+
+    def counted(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sent.append(host.numel())
+        return upload(host, device)
+
+    monkeypatch.setattr("vllm_kvcompress.paging.device_page_tables.upload", counted)
+    rows = [world.admit(f"r{i}", 30, counts) for i, counts in enumerate(([1, 2, 3], [2, 2, 2]))]
+    for row in rows:
+        world.feed(row, 1)
+    world.check(rows, 0, builder.build(world.batch(rows)))
+    assert len(sent) == 2  # what the arena knows of both, and their slots
+    for row in rows:
+        world.feed(row, 1)
+    world.check(rows, 0, builder.build(world.batch(rows)))
+    assert len(sent) == 2
+
+
+def test_a_layers_views_are_made_once_for_batches_of_one_size() -> None:
+    world = World(3, 4, "layer")
+    builder = on_device(world.arena)
+    row = world.admit("a", 30, [1, 2, 3])
+    views = []
+    for _ in range(2):
+        world.feed(row, 1)
+        tables = builder.build(world.batch([row]))
+        world.check([row], 0, tables)
+        views.append(tables.by_layer)
+        for layer, (block_table, seq_lens, slots) in enumerate(tables.by_layer):
+            assert block_table.data_ptr() == tables.block_tables[layer].data_ptr()
+            assert torch.equal(seq_lens, tables.seq_lens[layer])
+            assert torch.equal(slots, tables.slot_mapping[layer])
+    assert views[0] is views[1]
+    assert builder.build(world.batch([row, world.plain(5, 1)])).by_layer is not views[0]

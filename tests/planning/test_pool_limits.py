@@ -116,3 +116,22 @@ def test_maximum_concurrency_is_how_many_prompts_can_be_admitted_one_after_anoth
     while free >= peak:
         admitted, free = admitted + 1, free - held
     assert int(planner.concurrency(length, pool)) == admitted
+
+
+@settings(max_examples=200)
+@given(planners(), st.integers(1, 120), st.integers(1, 240), st.booleans(), st.data())
+def test_the_number_of_blocks_stays_as_it_is_for_as_long_as_it_says(
+    planner: BlockPlanner, prompt: int, tokens: int, decode: bool, data: st.DataObject
+) -> None:
+    schedule = planner.schedule(prompt, decode)
+    assume(schedule is not None)
+    assert schedule is not None
+    prefill_blocks = data.draw(st.sampled_from([None, planner.cascade_prefill_blocks(prompt)]))
+    released = data.draw(st.integers(0, schedule.count(tokens)))
+    until = schedule.unchanged_until(tokens)
+    assert until >= tokens
+    needed = schedule.blocks_for(tokens, released, prefill_blocks)
+    for later in range(tokens, until + 1):
+        assert schedule.blocks_for(later, released, prefill_blocks) == needed
+    # And it is no less than a block's worth, but for a cut.
+    assert until - tokens < planner.block_size

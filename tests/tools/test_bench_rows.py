@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from vllm_kvcompress.tools.bench import command as bench
 from vllm_kvcompress.tools.bench.job import BOUND
 from vllm_kvcompress.tools.bench.pairs import Paired, take_turns
 from vllm_kvcompress.tools.bench.report import BenchReport
-from vllm_kvcompress.tools.bench.rows import COLUMNS, BenchRow, figure
+from vllm_kvcompress.tools.bench.rows import BUDGET_COLUMNS, COLUMNS, AtBudget, BenchRow, figure
 
 
 def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
@@ -84,14 +85,25 @@ def test_a_row_in_words() -> None:
     assert FASTER.title == "throughput, 64 x 4,096 + 128 tokens, bound pool"
     assert BenchRow("a batch", "s", Paired((1.0,), (1.0,))).title == "a batch"
     assert SLOWER.cells()[1:] == (
-        *("100.5 ms", "115 ms", "0.88 (0.83-0.92)", "1.00", "128 -> 160", "-", "does not pay"),
+        *("100.5 ms", "115 ms", "0.88 (0.83-0.92)", "1.00", "-", "128 -> 160", "-", "does not pay"),
     )
-    assert FASTER.cells()[3:] == ("2.08 (2.00-2.17)", "-", "396 -> 390", "3 -> 19", "pays")
+    assert FASTER.cells()[3:] == ("2.08 (2.00-2.17)", "-", "-", "396 -> 390", "3 -> 19", "pays")
     assert [figure(value) for value in (0.012344, 51.239, 123456.7)] == [
         "0.01234",
         "51.24",
         "123457",
     ]
+
+
+def test_plain_vllm_at_the_budgets_length_stands_beside_a_step() -> None:
+    row = replace(SLOWER, at_budget=AtBudget(1024, Paired((23.0, 24.0, 30.0), (25.0, 24.0, 30.0))))
+    assert row.cells()[5] == "24 ms (1.00)"
+    record = row.record()
+    assert [record[name] for name in ("budget_prompt", "budget_plain", "budget_ratio")] == [
+        *(1024, "24", "1.000")
+    ]
+    assert record["budget_rounds"] == "0.920 1.000 1.000"
+    assert set(record) >= BUDGET_COLUMNS
 
 
 def test_files_are_whole_after_each_row(tmp_path: Path) -> None:
@@ -115,7 +127,7 @@ def test_files_are_whole_after_each_row(tmp_path: Path) -> None:
     assert "**does not pay**" in text
     assert "| pays |" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in table} == {9}
+    assert {line.count("|") for line in table} == {10}
     assert f"* {SLOWER.title}; {FASTER.title}: a note\n* {FASTER.title}: another\n" in text
 
 

@@ -276,7 +276,7 @@ HOOKS: HookTable = {
             READ,
             (
                 "num_reqs seq_lens query_start_loc query_start_loc_cpu block_table_tensor "
-                "slot_mapping max_seq_len seq_lens_cpu_upper_bound _num_computed_tokens_cache"
+                "slot_mapping max_seq_len seq_lens_cpu_upper_bound"
             ),
         ),
     },
@@ -326,14 +326,32 @@ WORKER_HOOKS: HookTable = {
         "CPUAttentionBackend": (SUBCLASS, ""),
         "CPUAttentionBackend.get_impl_cls": (OVERRIDE, ""),
         "CPUAttentionBackend.get_builder_cls": (OVERRIDE, ""),
-        "CPUAttentionMetadata": (READ, "block_table slot_mapping"),
-        "CPUAttentionMetadataBuilder": (SUBCLASS, ""),
+        "CPUAttentionMetadata": (
+            READ,
+            (
+                "block_table slot_mapping seq_lens max_seq_len scheduler_metadata query_start_loc "
+                "causal dynamic_causal"
+            ),
+        ),
+        "CPUAttentionMetadataBuilder": (
+            SUBCLASS,
+            "num_heads num_kv_heads head_dim dtype window_size isa kv_cache_dtype",
+        ),
         "CPUAttentionMetadataBuilder.build": (OVERRIDE, _BUILD),
         "CPUAttentionBackendImpl": (SUBCLASS, "kv_cache_dtype num_heads alibi_slopes"),
         "CPUAttentionBackendImpl.forward": (OVERRIDE, _FORWARD),
         "CPUAttentionBackendImpl.do_kv_cache_update": (OVERRIDE, _UPDATE_CACHE),
     },
+    "vllm.envs": {"VLLM_CPU_ATTN_SPLIT_KV": (READ, "")},
     "vllm._custom_ops": {
+        "cpu_attn_get_scheduler_metadata": (
+            CALL,
+            (
+                "num_reqs=, num_heads=, num_kv_heads=, head_dim=, seq_lens=, dtype=, "
+                "query_start_loc=, causal=, sliding_window_size=, isa=, enable_kv_split=, "
+                "dynamic_causal=, kv_cache_dtype="
+            ),
+        ),
         "cpu_attn_reshape_and_cache": (
             CALL,
             (

@@ -107,8 +107,6 @@ class PageArena:
         geometry: The pool's shape.
 
     Attributes:
-        tables: int32 [L, slots, pages], flat page ids in token order.
-        used: int64 [L, slots], entries of ``tables`` in use, growth included.
         dealt: int64 [L, slots], entries in use at admission; what follows is growth.
         shift: int64 [L, slots], tokens held minus tokens of the text, at most 0.
         growth_column: int64 [slots], where growth blocks begin among all blocks that the request
@@ -127,8 +125,10 @@ class PageArena:
         self._staged: set[str] = set()
         self._blocks: dict[str, list[int]] = {}
         self._admissions: dict[str, _Admission] = {}
-        self.tables: NDArray[np.int32] = np.zeros((layers, 0, 0), dtype=np.int32)
-        self.used: IntArray = np.zeros((layers, 0), dtype=np.int64)
+        self._tables: NDArray[np.int32] = np.zeros((layers, 0, 0), dtype=np.int32)
+        self._used: IntArray = np.zeros((layers, 0), dtype=np.int64)
+        # Growth blocks not yet entered above, by request: on a device nobody reads them there.
+        self._grown: dict[str, list[int]] = {}
         self.dealt: IntArray = np.zeros((layers, 0), dtype=np.int64)
         self.shift: IntArray = np.zeros((layers, 0), dtype=np.int64)
         self.growth_column: IntArray = np.zeros(0, dtype=np.int64)
@@ -138,6 +138,18 @@ class PageArena:
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._slot
+
+    @property
+    def tables(self) -> NDArray[np.int32]:
+        """Flat page ids in token order, int32 [L, slots, pages]."""
+        self._enter_growth()
+        return self._tables
+
+    @property
+    def used(self) -> IntArray:
+        """Entries of :attr:`tables` in use, growth included, int64 [L, slots]."""
+        self._enter_growth()
+        return self._used
 
     def slot(self, request_id: str) -> int:
         """Return the row of a request in :attr:`tables`; KeyError if it is not here."""
@@ -196,7 +208,7 @@ class PageArena:
             )
         slot = self._fill(request_id, pages)
         size = self.geometry.block_size
-        self.shift[:, slot] = self.used[:, slot] * size - slack - num_tokens
+        self.shift[:, slot] = self._used[:, slot] * size - slack - num_tokens
         if growth_column is None:
             growth_column = cdiv(num_tokens, size) + len(blocks)
         self.growth_column[slot] = growth_column
@@ -224,13 +236,13 @@ class PageArena:
         if request_id in self._slot:
             raise ValueError(f"request {request_id} is in the arena already")
         if not self._free:
-            self._reserve(slots=max(4, 2 * self.tables.shape[1]))
+            self._reserve(slots=max(4, 2 * self._tables.shape[1]))
         slot = self._free.pop()
         self._reserve(pages=max(len(p) for p in pages))
         for layer, ids in enumerate(pages):
-            self.tables[layer, slot, : len(ids)] = ids
-            self.used[layer, slot] = len(ids)
-        self.dealt[:, slot] = self.used[:, slot]
+            self._tables[layer, slot, : len(ids)] = ids
+            self._used[layer, slot] = len(ids)
+        self.dealt[:, slot] = self._used[:, slot]
         self._admitted += 1
         self.serial[slot] = self._admitted
         self._slot[request_id] = slot
@@ -241,23 +253,28 @@ class PageArena:
     def grow(self, new_blocks: Mapping[str, Sequence[int]]) -> None:
         """Give every layer its own page of each new block. Mutates the arena.
 
+        Nothing is checked here; :meth:`check_integrity` finds blocks that others hold.
+
         Args:
             new_blocks: By request in the arena, private blocks beyond those it holds.
 
         """
-        layers = np.arange(self.geometry.num_layers)[:, None]
-        growing = [(self._slot[name], blocks) for name, blocks in new_blocks.items() if blocks]
         for name, blocks in new_blocks.items():
             self._blocks[name] += blocks
-        # All requests at once; nearly always they get one block each.
-        for turn in range(max((len(blocks) for _, blocks in growing), default=0)):
-            part = [(slot, blocks[turn]) for slot, blocks in growing if turn < len(blocks)]
-            slots, ids = np.asarray(part, dtype=np.int64).T
-            place = self.used[:, slots]
+            self._grown.setdefault(name, []).extend(blocks)
+        self.version += 1
+
+    def _enter_growth(self) -> None:
+        """Bring the tables up to date: all requests at once, which mostly get one block each."""
+        grown, self._grown = self._grown, {}
+        layers = np.arange(self.geometry.num_layers)[:, None]
+        for turn in range(max(map(len, grown.values()), default=0)):
+            part = [(self._slot[n], ids[turn]) for n, ids in grown.items() if turn < len(ids)]
+            slots, blocks = np.asarray(part, dtype=np.int64).T
+            place = self._used[:, slots]
             self._reserve(pages=int(place.max()) + 1)
-            self.tables[layers, slots, place] = self.geometry.all_pages(ids)
-            self.used[:, slots] = place + 1
-            self.version += 1
+            self._tables[layers, slots, place] = self.geometry.all_pages(blocks)
+            self._used[:, slots] = place + 1
 
     def drop(self, request_id: str) -> None:
         """Forget a request, if it is here. Mutates the arena; no page is written."""
@@ -265,11 +282,12 @@ class PageArena:
         if slot is None:
             return
         self._free.append(slot)
+        self._grown.pop(request_id, None)
         if request_id in self._staged:
             self._staged.remove(request_id)
         else:
             del self._blocks[request_id], self._admissions[request_id]
-        self.used[:, slot] = 0
+        self._used[:, slot] = 0
         self.version += 1
         self.membership += 1
 
@@ -312,17 +330,17 @@ class PageArena:
 
     def _reserve(self, *, slots: int = 0, pages: int = 0) -> None:
         """Make room for that many slots or pages a layer; contents are kept."""
-        layers, old_slots, old_pages = self.tables.shape
+        layers, old_slots, old_pages = self._tables.shape
         new_slots = max(old_slots, slots)
         new_pages = old_pages if pages <= old_pages else max(pages, 2 * old_pages)
         if (new_slots, new_pages) == (old_slots, old_pages):
             return
         tables = np.zeros((layers, new_slots, new_pages), dtype=np.int32)
-        tables[:, :old_slots, :old_pages] = self.tables
-        self.tables = tables
+        tables[:, :old_slots, :old_pages] = self._tables
+        self._tables = tables
         if new_slots > old_slots:
             grow = ((0, 0), (0, new_slots - old_slots))
-            self.used = np.pad(self.used, grow)
+            self._used = np.pad(self._used, grow)
             self.dealt = np.pad(self.dealt, grow)
             self.shift = np.pad(self.shift, grow)
             self.growth_column = np.pad(self.growth_column, grow[1])

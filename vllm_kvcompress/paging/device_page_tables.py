@@ -1,5 +1,7 @@
 """Per-layer tables in buffers on the device that never move, filled by one launch a step."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -45,6 +47,7 @@ class DeviceTableBuilder(StepTableBuilder):
         self._origin = torch.from_numpy(arena.geometry.origin.astype(np.int64)).to(device)
         self._mirror = self._allocate(slots=4, pages=16)
         self._uploaded: NDArray[np.int64] = np.zeros(4, dtype=np.int64)
+        self._viewed: tuple[tuple[int, int], LayerTables] | None = None
         self._slots_key = b""
         self._slots = torch.empty(0, dtype=torch.int32, device=device)
         # What was in the arena when the mirror was last compared with it, and in which slots.
@@ -107,12 +110,20 @@ class DeviceTableBuilder(StepTableBuilder):
 
     def _views(self, rows: int, tokens: int, max_lens: list[int] | None) -> LayerTables:
         out = self._out
-        return LayerTables(
-            block_tables=out.block_tables[:, :rows],
-            seq_lens=out.seq_lens[:, :rows],
-            slot_mapping=out.slot_mapping[:, :tokens],
-            max_lens=max_lens,
-        )
+        if self._viewed is None or self._viewed[0] != (rows, tokens):
+            tables = LayerTables(
+                block_tables=out.block_tables[:, :rows],
+                seq_lens=out.seq_lens[:, :rows],
+                slot_mapping=out.slot_mapping[:, :tokens],
+            )
+            self._viewed = (rows, tokens), tables
+        tables = self._viewed[1]
+        if max_lens is None:
+            return tables
+        # The buffers stay where they are, so a batch of the same size has the same views.
+        own = replace(tables, max_lens=max_lens)
+        own.__dict__["by_layer"] = tables.by_layer
+        return own
 
     def _max_lens(self, batch: BatchRows) -> list[int] | None:
         if batch.seq_lens_bound is None:

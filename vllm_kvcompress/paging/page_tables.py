@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -53,6 +54,12 @@ class LayerTables:
     seq_lens: Tensor
     slot_mapping: Tensor
     max_lens: list[int] | None = None
+
+    @cached_property
+    def by_layer(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Per layer its block table, lengths and slots, all views made at once."""
+        parts = (self.block_tables, self.seq_lens, self.slot_mapping)
+        return list(zip(*(part.unbind(0) for part in parts), strict=True))
 
 
 @dataclass(frozen=True)

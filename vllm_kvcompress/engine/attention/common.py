@@ -1,6 +1,5 @@
 """What the wrapped attention backends share."""
 
-import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,16 @@ from vllm_kvcompress.paging.device_page_tables import DeviceTableBuilder
 from vllm_kvcompress.paging.page_codec import PageCodec
 from vllm_kvcompress.paging.page_tables import LayerTables, StepTableBuilder, TableLimits
 from vllm_kvcompress.paging.strided_codec import StridedPageCodec
+
+
+def shallow_copy(metadata: Any) -> Any:
+    """Return a copy of an object without slots: ``copy.copy`` at a third of its time.
+
+    Every layer of every step takes one.
+    """
+    own = object.__new__(type(metadata))
+    own.__dict__.update(metadata.__dict__)
+    return own
 
 
 class ArenaBackend:
@@ -180,10 +189,8 @@ class DeviceImpl(ArenaImpl):
     on_device = True
 
     def layer_metadata(self, base: Any, tables: LayerTables) -> Any:
-        own = copy.copy(base)
-        own.block_table = tables.block_tables[self.arena_layer]
-        own.seq_lens = tables.seq_lens[self.arena_layer]
-        own.slot_mapping = tables.slot_mapping[self.arena_layer]
+        own = shallow_copy(base)
+        own.block_table, own.seq_lens, own.slot_mapping = tables.by_layer[self.arena_layer]
         if tables.max_lens is not None:
             own.max_seq_len = tables.max_lens[self.arena_layer]
         return own

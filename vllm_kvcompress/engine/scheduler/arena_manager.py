@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm.logger import init_logger
@@ -11,9 +11,10 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.request import Request
 
 from vllm_kvcompress.engine.compression_stats import BlockGauges, CompressionCounters
+from vllm_kvcompress.engine.scheduler.release_calendar import ReleaseCalendar
 from vllm_kvcompress.engine.scheduler.reservations import Reservation, Reservations
 from vllm_kvcompress.paging.arena import IntegrityError
-from vllm_kvcompress.planning.compression_schedule import NEVER, CompressionSchedule
+from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
 from vllm_kvcompress.planning.request_settings import RequestSettings, SettingsResolver
 
 _TERMS = "_kv_compression_terms"
@@ -36,19 +37,25 @@ class ArenaManager(FullAttentionManager):
 
     Attributes:
         resolver: The engine's resolver of request settings; set by :meth:`bind`.
+        reservations: What is reserved for every request; set by :meth:`bind`.
         counters: What has been counted since the scheduler last sent its figures.
 
     """
 
     resolver: SettingsResolver
+    reservations: Reservations
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._requests: Mapping[str, Request] = {}
         self._watermark = 0
-        self._reservations: Reservations | None = None
         self._chosen: dict[str, tuple[int, int]] = {}
         self.counters = CompressionCounters()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("reservations", "resolver"):
+            raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
 
     def bind(
         self,
@@ -69,15 +76,9 @@ class ArenaManager(FullAttentionManager):
         self._requests = requests
         self.resolver = resolver
         planner = resolver.default_planner
-        self._reservations = Reservations(planner, max_model_len, self.req_to_blocks)
+        self.reservations = Reservations(planner, max_model_len, self.req_to_blocks)
+        self._calendar = ReleaseCalendar(requests, self.reservations)
         self._watermark = watermark_blocks
-
-    @property
-    def reservations(self) -> Reservations:
-        """What is reserved for every request; RuntimeError under a scheduler that is not ours."""
-        if self._reservations is None:
-            raise RuntimeError("ArenaManager works only under the scheduler of vllm_kvcompress")
-        return self._reservations
 
     def schedule_of(self, request_id: str) -> CompressionSchedule | None:
         """Return when the request is cut, None if it never is."""
@@ -225,6 +226,7 @@ class ArenaManager(FullAttentionManager):
         if begins or blocks:
             self.reservations.recount(request_id)
         if begins:
+            self._calendar.add(request_id)
             # Others may share blocks with it from now on, which they will not get free.
             self.reservations.recount_sharers(request_id)
         return blocks
@@ -236,21 +238,6 @@ class ArenaManager(FullAttentionManager):
             return False
         needed = self.reservations.blocks_for(reservation, num_tokens)
         return needed > len(self.req_to_blocks[request_id])
-
-    def next_cut(self, request_id: str, num_tokens: int) -> int:
-        """Position of an admitted request's first cut beyond num_tokens; NEVER if there is none.
-
-        Args:
-            request_id: The request.
-            num_tokens: Tokens computed, never fewer than when it was last asked for.
-
-        """
-        reservation = self.reservations[request_id]
-        if num_tokens >= reservation.next_cut:
-            schedule = reservation.schedule
-            position = None if schedule is None else schedule.next_position(num_tokens)
-            reservation.next_cut = NEVER if position is None else position
-        return reservation.next_cut
 
     def quoted(self, request_id: str) -> Reservation:
         """What would be reserved for a waiting request, with the prefill chosen for it."""
@@ -279,16 +266,11 @@ class ArenaManager(FullAttentionManager):
 
     # --- release ---------------------------------------------------------------------------------
 
-    def may_release(self, running: Sequence[Request]) -> Sequence[Request]:
-        """Those of some running requests that may have something to give back."""
-        reservations = self.reservations
-        if reservations.window_groups is not None:
+    def may_release(self, running: Sequence[Request]) -> Iterable[Request]:
+        """Begin a step: those of all running requests that may have something to give back."""
+        if self.reservations.window_groups is not None:
             return running  # sliding windows do so all the time
-        return [
-            request
-            for request in running
-            if request.num_computed_tokens >= reservations[request.request_id].next_release
-        ]
+        return self._calendar.due()
 
     def remove_skipped_blocks(
         self,

@@ -113,8 +113,11 @@ class _ArenaScheduling(Scheduler):
             request, num_computed_tokens, num_new_tokens
         )
         arena, request_id = self._arena, request.request_id
-        if request_id in arena.reservations:
-            cut = arena.next_cut(request_id, num_computed_tokens)
+        reservation = arena.reservations.get(request_id)
+        if reservation is not None:
+            if num_computed_tokens + num_new_tokens <= reservation.next_cut:
+                return int(num_new_tokens)
+            cut = arena.reservations.next_cut(reservation, num_computed_tokens)
             return min(int(num_new_tokens), cut - num_computed_tokens)
         schedule = arena.schedule_of(request_id)
         if schedule is None:

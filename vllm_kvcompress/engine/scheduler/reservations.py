@@ -164,6 +164,20 @@ class Reservations(dict[str, Reservation]):
             self.held -= gone.held
             self._drop_holder(request_id)
 
+    def next_cut(self, reservation: Reservation, num_tokens: int) -> int:
+        """Position of a request's first cut beyond num_tokens; NEVER if there is none.
+
+        Args:
+            reservation: An admitted request's; what was found is noted in it.
+            num_tokens: Tokens computed, never fewer than when it was last asked for.
+
+        """
+        if num_tokens >= reservation.next_cut:
+            schedule = reservation.schedule
+            position = None if schedule is None else schedule.next_position(num_tokens)
+            reservation.next_cut = NEVER if position is None else position
+        return reservation.next_cut
+
     def recount(self, request_id: str) -> None:
         """Count anew what a request holds and will still be given. Mutates its reservation."""
         reservation, blocks = self[request_id], self._blocks[request_id]

@@ -38,9 +38,10 @@ class BatchOrder:
             Whether the batch is that step's, and no dummy.
 
         """
-        if not scheduled or not all(map(scheduled.__contains__, request_ids)):
-            return False
         ids, arena = list(request_ids), self._arena
+        # Mostly the rows stand in the order of the message.
+        if not scheduled or (ids != list(scheduled) and not scheduled.keys() >= set(ids)):
+            return False
         if ids == self._ids and arena.membership == self._membership:
             return True
         known = [(row, name) for row, name in enumerate(ids) if name in arena]

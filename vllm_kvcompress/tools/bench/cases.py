@@ -8,7 +8,7 @@ from vllm_kvcompress.tools.bench.engines import prompts_of, two_engines
 from vllm_kvcompress.tools.bench.job import DECODE, TTFT, BenchCase, BenchJob, Setup
 from vllm_kvcompress.tools.bench.measure import Decoding, Queue, first_token, run_queue
 from vllm_kvcompress.tools.bench.pairs import Paired, take_turns
-from vllm_kvcompress.tools.bench.rows import BenchRow
+from vllm_kvcompress.tools.bench.rows import AtBudget, BenchRow
 from vllm_kvcompress.tools.bench.stepped_engine import SteppedEngine
 
 Tell = Callable[[str], object]
@@ -79,12 +79,13 @@ def _decode(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> BenchRow:
     pairs = take_turns(
         job.rounds,
         batches,
-        lambda batch: statistics.median(batch.turn(job.steps)) * 1e3,
+        lambda batch: batch.step_ms(job.steps),
         tell,
     )
-    for batch in batches:
-        batch.stop()
     full, kept = plain.blocks, compressed.blocks
+    plain.stop()
+    at_budget = _at_budget(job, pair[0], case, compressed, prompts, tell)
+    compressed.stop()
     block = pair[0].block_bytes
     read = (
         f"a step reads {job.weights >> 20} MiB of weights and {full * block >> 20} or "
@@ -99,11 +100,39 @@ def _decode(job: BenchJob, pair: Pair, case: BenchCase, tell: Tell) -> BenchRow:
         pool_blocks=pair[0].pool_blocks,
         # The ratio of the bytes that a step reads.
         bound=(job.weights + full * block) / (job.weights + kept * block),
+        at_budget=at_budget,
         blocks=(full, kept),
         running=(case.requests, case.requests),
         preemptions=(0, 0),
         notes=_whole(job, case) or (read,),
     )
+
+
+def _at_budget(
+    job: BenchJob,
+    plain: SteppedEngine,
+    case: BenchCase,
+    compressed: Decoding,
+    prompts: list[list[int]],
+    tell: Tell,
+) -> AtBudget | None:
+    """Let a batch that is compressed take turns with plain vLLM at the length that it is left with.
+
+    What a step costs beside that is compression's own: no eviction can make it shorter.
+    """
+    from vllm_kvcompress.planning.block_planner import BlockPlanner
+
+    cut = BlockPlanner(job.config, job.block_size).prompt_cut(case.prompt)
+    if cut is None:
+        return None
+    length = cut.blocks * job.block_size + compressed.generated
+    short = Decoding(plain, [prompt[:length] for prompt in prompts], case.generate)
+    tell(f"reading prompts of {length} tokens")
+    short.start()
+    batches = (short, compressed)
+    pairs = take_turns(job.rounds, batches, lambda batch: batch.step_ms(job.steps), tell)
+    short.stop()
+    return AtBudget(length, Paired(tuple(p for p, _ in pairs), tuple(c for _, c in pairs)))
 
 
 def _throughput(

@@ -165,7 +165,8 @@ class BenchJob:
             for batch in self.batches:
                 chunk = min(self._step([length], batch), self.config.stream_chunk or length)
                 reading = batch * (1 + cdiv(length, chunk))
-                turns = self.rounds * (SETTLE_STEPS + self.steps)
+                # Compressed requests take turns twice: with whole prompts, and with short ones.
+                turns = 2 * self.rounds * (SETTLE_STEPS + self.steps)
                 yield BenchCase(DECODE, length, batch, reading + WARM_STEPS + turns + 8)
 
     def _step(self, lengths: Sequence[int], requests: int) -> int:

@@ -1,5 +1,6 @@
 """Running one engine step by step, and timing it."""
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,6 +75,15 @@ class Decoding:
             seconds.append(time.perf_counter() - begin)
             self.blocks = max(self.blocks, self._engine.blocks_held)
         return seconds
+
+    def step_ms(self, steps: int) -> float:
+        """Return the median of so many steps, in milliseconds."""
+        return statistics.median(self.turn(steps)) * 1e3
+
+    @property
+    def generated(self) -> int:
+        """Tokens that each request has generated at least."""
+        return min(int(request.num_output_tokens) for request in self._requests)
 
     def stop(self) -> None:
         """Abort the requests.

@@ -7,15 +7,34 @@ from vllm_kvcompress.tools.bench.pairs import Paired
 
 NOTHING = "-"
 HEADINGS = (
-    *("case", "plain", "compressed", "ratio (spread)", "byte bound", "blocks held"),
-    *("at one time", "verdict"),
+    *("case", "plain", "compressed", "ratio (spread)", "byte bound", "plain at budget (ratio)"),
+    *("blocks held", "at one time", "verdict"),
 )
 COLUMNS = (
     *("case", "pool", "prompt", "requests", "generated", "unit", "plain", "plain_spread"),
     *("compressed", "compressed_spread", "ratio", "ratio_min", "ratio_max", "ratio_rounds"),
-    *("byte_bound", "pool_blocks", "blocks_plain", "blocks_compressed", "running_plain"),
+    *("byte_bound", "budget_prompt", "budget_plain", "budget_ratio", "budget_rounds"),
+    *("pool_blocks", "blocks_plain", "blocks_compressed", "running_plain"),
     *("running_compressed", "preemptions_plain", "preemptions_compressed", "verdict", "notes"),
 )
+
+
+BUDGET_COLUMNS = frozenset(("budget_prompt", "budget_plain", "budget_ratio", "budget_rounds"))
+"""Columns that files written before there were any do not have."""
+
+
+@dataclass(frozen=True)
+class AtBudget:
+    """Plain vLLM with prompts of as many tokens as compression keeps: the bound of any eviction.
+
+    Attributes:
+        prompt: Tokens of each of these prompts.
+        paired: Its figures, and those of the compressed engine that took turns with it.
+
+    """
+
+    prompt: int
+    paired: Paired
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,7 @@ class BenchRow:
         pool: Name of the pool, or nothing.
         pool_blocks: Blocks that can be handed out in each engine.
         bound: Ratio if a step cost only the bytes that it reads; None: not known.
+        at_budget: Plain vLLM at prompts of the budget's length; None: not measured.
         blocks: Most blocks that requests held at one time, plain and compressed.
         running: Most requests past their prefill in one step, plain and compressed.
         preemptions: Preemptions over all rounds, plain and compressed.
@@ -48,6 +68,7 @@ class BenchRow:
     pool: str = ""
     pool_blocks: int | None = None
     bound: float | None = None
+    at_budget: AtBudget | None = None
     blocks: tuple[int, int] | None = None
     running: tuple[int, int] | None = None
     preemptions: tuple[int, int] | None = None
@@ -70,10 +91,17 @@ class BenchRow:
             f"{figure(compressed)} {self.unit}",
             f"{self.paired.ratio:.2f}{spread}",
             NOTHING if self.bound is None else f"{self.bound:.2f}",
+            self._budget_cell(),
             _change(self.blocks),
             _change(self.running),
             self.paired.verdict,
         )
+
+    def _budget_cell(self) -> str:
+        if self.at_budget is None:
+            return NOTHING
+        paired = self.at_budget.paired
+        return f"{figure(paired.medians[0])} {self.unit} ({paired.ratio:.2f})"
 
     def record(self) -> dict[str, Any]:
         """Values by :data:`COLUMNS`; nothing where there is none."""
@@ -98,6 +126,15 @@ class BenchRow:
             "pool_blocks": self.pool_blocks,
             "verdict": self.paired.verdict,
             "notes": "; ".join(self.notes),
+        }
+        at = self.at_budget
+        values |= {
+            "budget_prompt": None if at is None else at.prompt,
+            "budget_plain": None if at is None else figure(at.paired.medians[0]),
+            "budget_ratio": None if at is None else f"{at.paired.ratio:.3f}",
+            "budget_rounds": None
+            if at is None
+            else " ".join(f"{ratio:.3f}" for ratio in at.paired.ratios),
         }
         for name in ("blocks", "running", "preemptions"):
             both = getattr(self, name) or (None, None)
