@@ -273,6 +273,7 @@ WORKER_HOOKS: HookTable = {
         "Worker.initialize_from_config": (OVERRIDE, "self, kv_cache_config"),
         "Worker.determine_available_memory": (OVERRIDE, "self"),
         "Worker.compile_or_warm_up_model": (OVERRIDE, "self"),
+        "Worker._maybe_get_memory_pool_context": (CALL, "self, tag="),
         "Worker.execute_model": (OVERRIDE, "self, scheduler_output"),
         "Worker.sample_tokens": (OVERRIDE, "self, ..."),
     },

@@ -10,6 +10,10 @@ from kvcompress_kernels.page_tables import ArenaTables, StepTables, fill_page_ta
 from kvcompress_kernels.transfer import upload
 from vllm_kvcompress.paging.arena import PageArena
 from vllm_kvcompress.paging.page_tables import BatchRows, LayerTables, StepTableBuilder, TableLimits
+from vllm_kvcompress.paging.rounding import cdiv
+
+MIRROR_STEP = 64
+"""Pages of a layer that the device's copy of the arena's tables grows by."""
 
 
 class DeviceTableBuilder(StepTableBuilder):
@@ -135,7 +139,9 @@ class DeviceTableBuilder(StepTableBuilder):
         if num_slots > len(self._uploaded) or pages > mirror.pages.shape[2]:
             old = mirror.pages.shape
             slots_now = max(num_slots, old[1])
-            self._mirror = mirror = self._allocate(slots_now, max(pages, 2 * old[2]))
+            most = max(cdiv(pages, MIRROR_STEP) * MIRROR_STEP, old[2])
+            del mirror, self._mirror  # never two at one time
+            self._mirror = mirror = self._allocate(slots_now, most)
             self._uploaded = np.zeros(slots_now, dtype=np.int64)
         for slot in slots[self._uploaded[slots] != arena.serial[slots]]:
             width = int(arena.dealt[:, slot].max())
