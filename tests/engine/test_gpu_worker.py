@@ -132,7 +132,7 @@ def test_steps_that_nobody_planned_are_for_vllms_warm_up_alone(
 ) -> None:
     """Afterwards, or if that fails, a step of another scheduler's is refused as before."""
     worker = ArenaGPUWorker.__new__(ArenaGPUWorker)
-    worker.model_config = SimpleNamespace(max_model_len=100)  # type: ignore[assignment]
+    worker.model_config = SimpleNamespace(max_model_len=100)
     worker._session = Session.__new__(Session)
     worker._session._ledger = BlockLedger(None)  # type: ignore[arg-type]
     monkeypatch.setattr(Session, "warm_up", lambda self, max_model_len: None)
