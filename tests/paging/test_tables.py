@@ -12,8 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.table_world import LIMITS, NUM_BLOCKS, Make, Row, World, both_builders, on_device
-from vllm_kvcompress.paging.page_tables import TableBuilder
+from tests.support.table_world import (
+    LIMITS,
+    NUM_BLOCKS,
+    WIDTH,
+    Make,
+    Row,
+    World,
+    both_builders,
+    on_device,
+)
+from vllm_kvcompress.paging.device_page_tables import DeviceTableBuilder
+from vllm_kvcompress.paging.page_tables import TableBuilder, TableLimits
 
 
 @st.composite
@@ -174,3 +184,16 @@ def test_a_batch_beyond_the_limits_is_refused() -> None:
     rows = [world.plain(1, 1) for _ in range(LIMITS.rows + 1)]
     with pytest.raises(ValueError, match="a batch of 9 rows and 9 tokens exceeds"):
         on_device(world.arena).build(world.batch(rows))
+
+
+def test_every_layers_tables_begin_where_vllms_do() -> None:
+    """vLLM's Triton attention is compiled for addresses that are multiples of 16."""
+    world = World(5, 4, "layer")
+    row = world.admit("a", 40, [1, 2, 3, 2, 2])
+    world.feed(row, 1)
+    limits = TableLimits(rows=7, width=WIDTH + 1, tokens=81)
+    builder = DeviceTableBuilder(world.arena, limits, torch.device("cpu"), implementation="torch")
+    built = builder.build(world.batch([row]))
+    for layer in range(5):
+        for table in (built.block_tables, built.seq_lens, built.slot_mapping):
+            assert table[layer].data_ptr() % 16 == 0

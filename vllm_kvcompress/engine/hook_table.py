@@ -279,12 +279,13 @@ WORKER_HOOKS: HookTable = {
     },
     "vllm.v1.worker.gpu_model_runner": {"GPUModelRunner": (READ, "input_batch attn_groups")},
     "vllm.v1.worker.gpu.model_runner": {
-        "GPUModelRunner": (READ, "model_state attn_groups"),
+        "GPUModelRunner": (READ, "model_state attn_groups block_tables"),
         "GPUModelRunner.gather_batch_req_state": (WRAP, "self, ..."),
     },
     "vllm.v1.worker.gpu.model_states.default": {
         "DefaultModelState.prepare_attn": (WRAP, "self, input_batch, cudagraph_mode, ..."),
     },
+    "vllm.v1.worker.gpu.block_table": {"BlockTables": (READ, "input_block_tables")},
     "vllm.v1.worker.gpu.input_batch": {"InputBatch": (READ, "req_ids")},
     "vllm.v1.attention.backends.cpu_attn": {
         "CPUAttentionBackend": (SUBCLASS, ""),

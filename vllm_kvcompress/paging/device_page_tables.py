@@ -16,6 +16,17 @@ MIRROR_STEP = 64
 """Pages of a layer that the device's copy of the arena's tables grows by."""
 
 
+def aligned(limits: TableLimits) -> TableLimits:
+    """Return limits by which every layer's tables begin at a multiple of 16 bytes.
+
+    The runner's own tables do, and vLLM's Triton attention is compiled for that: other tables would
+    have it compiled anew while requests wait.
+    """
+    return TableLimits(
+        rows=cdiv(limits.rows, 4) * 4, width=limits.width, tokens=cdiv(limits.tokens, 2) * 2
+    )
+
+
 class DeviceTableBuilder(StepTableBuilder):
     """Builds tables on an accelerator, safe to read from a captured CUDA graph.
 
@@ -43,9 +54,8 @@ class DeviceTableBuilder(StepTableBuilder):
         self._device = device
         self._implementation = implementation
         layers = arena.geometry.num_layers
-        self._out = StepTables.allocate(
-            layers, limits.rows, limits.width, limits.tokens, device=device
-        )
+        most = aligned(limits)
+        self._out = StepTables.allocate(layers, most.rows, most.width, most.tokens, device=device)
         self._origin = torch.from_numpy(arena.geometry.origin.astype(np.int64)).to(device)
         self._mirror = self._allocate(slots=4, pages=16)
         self._uploaded: NDArray[np.int64] = np.zeros(4, dtype=np.int64)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from vllm_kvcompress.methods import Method, Need
-from vllm_kvcompress.paging.device_page_tables import MIRROR_STEP
+from vllm_kvcompress.paging.device_page_tables import MIRROR_STEP, aligned
 from vllm_kvcompress.paging.page_tables import TableLimits
 from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES
@@ -14,6 +14,9 @@ _OPEN_WINDOWS = 32
 
 The windows of further prompts take memory that vLLM reserved for activations.
 """
+
+_ROUNDED_UP = 8
+"""Entries by which vLLM makes a row longer at most, for blocks of at least 16 tokens."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,12 @@ def workspace_bytes(
 
     """
     planner = resolver.default_planner
-    limits = TableLimits(max_num_seqs, resolver.row_blocks(max_model_len), max_num_batched_tokens)
+    row = resolver.row_blocks(max_model_len)
+    limits = TableLimits(max_num_seqs, row + _ROUNDED_UP, max_num_batched_tokens)
     whole = cdiv(max_model_len, planner.block_size)
     # A layer can at most be given every page of the arena; a row of the block table has entries
     # for the prompt, the arena and two more.
-    dealt = min(whole, (limits.width - whole - 2) * shape.layers)
+    dealt = min(whole, (row - whole - 2) * shape.layers)
     staged, queries = 0, 0
     if planner.can_cascade and planner.config.prefill != "full":
         staged = cdiv(min(planner.limits.one_step_tokens, max_model_len), planner.block_size)
@@ -96,7 +100,8 @@ def table_bytes(shape: ModelShape, limits: TableLimits, mirrored_pages: int = 0)
             it is dealt, or with a cascade prefill those of the longest prompt. 0: no copy.
 
     """
-    held = 4 * limits.rows * (limits.width + 1) + 8 * limits.tokens
+    most = aligned(limits)
+    held = 4 * most.rows * (most.width + 1) + 8 * most.tokens
     if mirrored_pages:
         slots = max(4, 1 << (limits.rows - 1).bit_length())  # the arena doubles them
         pages = cdiv(mirrored_pages, MIRROR_STEP) * MIRROR_STEP

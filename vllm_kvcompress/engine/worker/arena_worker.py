@@ -82,6 +82,9 @@ class ArenaWorker:
         width = group.kv_cache_spec.max_num_blocks_per_req(
             config, config.model_config.max_model_len
         )
+        if own := getattr(self.model_runner, "block_tables", None):  # V2
+            # As wide as the runner's, which vLLM rounds up: kernels are compiled for that.
+            width = own.input_block_tables[index].shape[1]
         if geometry.block_size != planner.block_size:
             raise ValueError(
                 f"the attention kernel splits blocks of {planner.block_size} into "
