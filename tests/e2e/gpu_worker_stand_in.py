@@ -211,10 +211,11 @@ def _stub_graphs(patch: pytest.MonkeyPatch) -> None:
 
 
 def memory_of(engine: Any) -> dict[str, int]:
-    """Bytes that vLLM has measured, proposed as the size of the pool, and we have set aside."""
+    """Bytes that vLLM has measured and proposes as the pool's, and that we have set aside."""
     worker = engine.core.model_executor.driver_worker.worker
     return {
         "consumed": int(worker.total_consumed),
+        "graphs": int(worker.cudagraph_memory_estimate),
         "requested": int(worker.requested_memory),
         "set_aside": sum(worker._workspace()) if engine.compressed else 0,
         "proposed": worker.proposed,
