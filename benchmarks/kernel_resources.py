@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,18 +96,21 @@ class _NoGPU:
         return 0
 
 
-def compiled(shape: AttentionShape, target: int) -> Iterator[Resources]:
+def compiled(shape: AttentionShape, target: int, only: Collection[str] = ()) -> Iterator[Resources]:
     """Compile what a server's warm-up launches, each kernel once per variant.
 
     Args:
         shape: The model's attention.
         target: Compute capability.
+        only: Names of kernels; empty: all.
 
     """
     run = JITFunction.run
     found: dict[str, tuple[Any, Any]] = {}
 
     def compile_it(kernel: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        if only and kernel.fn.__name__ not in only:
+            return
         if "OPERAND" in kwargs:  # on the CPU it is what the interpreter takes
             operand = scoring_triton._operand(args[0].dtype, args[1].dtype)
             kwargs = {**kwargs, "OPERAND": operand}
@@ -189,7 +192,8 @@ def main() -> None:
         for target in given.targets:
             # FP8 numbers are converted from sm_89 on.
             possible = target >= 89 or shape.cache_dtype == "auto"
-            rows = list(compiled(shape, target)) if possible else []
+            only = BY_SHAPE if given.check else ()
+            rows = list(compiled(shape, target, only)) if possible else []
             found.setdefault(model, {})[target] = rows
             print(f"{model}, sm_{target}: {len(rows)} variants", file=sys.stderr)
     print("\n".join(page(found)))

@@ -15,6 +15,8 @@ import gc
 import os
 import pkgutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +38,7 @@ from vllm.v1.worker.utils import request_memory
 
 from vllm_kvcompress.engine import checks
 from vllm_kvcompress.engine.worker.gpu_worker import ArenaGPUWorker
+from vllm_kvcompress.paging.device_page_tables import DeviceTableBuilder
 
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 MEMORY = 8 << 30
@@ -207,6 +210,18 @@ def _stub_graphs(patch: pytest.MonkeyPatch) -> None:
     _Graph.replays = 0
 
 
+def memory_of(engine: Any) -> dict[str, int]:
+    """Bytes that vLLM has measured and proposes as the pool's, and that we have set aside."""
+    worker = engine.core.model_executor.driver_worker.worker
+    return {
+        "consumed": int(worker.total_consumed),
+        "graphs": int(worker.cudagraph_memory_estimate),
+        "requested": int(worker.requested_memory),
+        "set_aside": sum(worker._workspace()) if engine.compressed else 0,
+        "proposed": worker.proposed,
+    }
+
+
 def replays() -> int:
     """How often graphs were replayed since :func:`install`."""
     return _Graph.replays
@@ -227,6 +242,27 @@ def _watch(patch: pytest.MonkeyPatch, events: list[str]) -> None:
     )
     for path in steps:
         _note_calls(patch, path, events)
+
+    def note_proposal(owner: Any, number: int) -> None:
+        owner.proposed = number
+
+    patch.setattr(gpu_worker, "maybe_save_startup_plan", note_proposal)
+    pools = ["none"]
+
+    @contextmanager
+    def pool(self: Any, tag: str) -> Iterator[None]:
+        pools.append(tag)
+        yield
+        pools.pop()
+
+    patch.setattr(Worker, "_maybe_get_memory_pool_context", pool)
+    make = DeviceTableBuilder.__init__
+
+    def make_tables(*args: Any, **kwargs: Any) -> None:
+        events.append(f"tables in the pool {pools[-1]}")
+        make(*args, **kwargs)
+
+    patch.setattr(DeviceTableBuilder, "__init__", make_tables)
     # The process goes on when the engine has ended.
     patch.setattr(jit_monitor, "_active", False)
     patch.setattr(gpu_sync_debug, "_sync_check_enabled", False)

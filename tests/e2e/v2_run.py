@@ -157,12 +157,28 @@ class Launches:
         self.keys: set[str] = set()
         self.late: list[str] = []
         self._seen: set[str] = set()
+        self._warming_up = False
         # vLLM's monitor puts its hook there.
         patch.setattr(knobs.runtime, "jit_post_compile_hook", None)
         self._knobs = knobs.runtime
         record_launches(patch, self._note)
 
-    def _note(self, key: str) -> None:
+    def warm_up(self, original: Any) -> Any:
+        """Wrap our warm-up: interpreting what it has launched before shows nothing new."""
+        import torch
+
+        def warm_up(*args: Any, **kwargs: Any) -> None:
+            self._warming_up = True
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "empty", torch.zeros)
+                patch.setattr(torch, "empty_like", torch.zeros_like)
+                patch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+                original(*args, **kwargs)
+            self._warming_up = False
+
+        return warm_up
+
+    def _note(self, key: str) -> bool:
         new = key not in self._seen
         self._seen.add(key)
         ours = key.startswith("kvcompress_kernels.")
@@ -172,6 +188,7 @@ class Launches:
             self.late.append(key)
             if ours:
                 self._knobs.jit_post_compile_hook(fn=SimpleNamespace(name=key))
+        return new or not self._warming_up
 
 
 def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
@@ -180,6 +197,7 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
 
     from tests.e2e import gpu_worker_stand_in
     from tests.e2e.harness import Engines
+    from vllm_kvcompress.engine.step.session import Session
 
     settings = dict(job.get("settings", {}))
     if "rounded" in job:
@@ -189,6 +207,7 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
         settings["attention_backend"] = job["backend"]
     events: list[str] = []
     launches = Launches(patch)
+    patch.setattr(Session, "warm_up", launches.warm_up(Session.warm_up))
     if job.get("gpu_worker"):
         settings |= gpu_worker_stand_in.install(patch, job, events)
     method, engines = job.get("method"), Engines()
@@ -207,7 +226,9 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
     kept = engine.record_kept() if method else []
     rounds, logprobs = [], []
     for _ in range(job.get("rounds", 1)):
-        outputs = engine.complete(job["prompts"], job["max_tokens"], logprobs=0)
+        outputs = engine.complete(
+            job["prompts"], job["max_tokens"], logprobs=0, extra_args=job.get("extra")
+        )
         rounds.append([list(o.token_ids) for o in outputs])
         logprobs.append([o.cumulative_logprob for o in outputs])
     engine.check()
@@ -221,6 +242,7 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
         "replayed": gpu_worker_stand_in.replays() if events else replayed.get("steps", 0),
         "events": events,
         "left_behind": left,
+        "memory": gpu_worker_stand_in.memory_of(engine) if events else {},
         "warm": warm,
         "launched": sorted(launches.keys),
         "late": launches.late,

@@ -167,8 +167,9 @@ def test_tokens_in_pieces_are_refused() -> None:
 
 def test_memory_set_aside_is_what_the_buffers_take() -> None:
     shape = ModelShape(layers=3, heads=4, kv_heads=HEADS, head_size=DIM, itemsize=2)
-    limits = TableLimits(rows=5, width=17, tokens=64)
-    tables = StepTables.allocate(3, 5, 17, 64, device=torch.device("cpu"))
+    limits = TableLimits(rows=5, width=17, tokens=63)
+    # Rounded up, so that every layer's begin at a multiple of 16 bytes.
+    tables = StepTables.allocate(3, 8, 17, 64, device=torch.device("cpu"))
     buffers = (tables.block_tables, tables.seq_lens, tables.slot_mapping)
     assert table_bytes(shape, limits) == sum(b.numel() * b.element_size() for b in buffers)
     small = transient_bytes(shape, max_model_len=1000, window=8, most_kept=100)

@@ -13,8 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompress_kernels.transfer import upload
-from tests.support.table_world import LIMITS, NUM_BLOCKS, Make, Row, World, both_builders, on_device
-from vllm_kvcompress.paging.page_tables import TableBuilder
+from tests.support.table_world import (
+    LIMITS,
+    NUM_BLOCKS,
+    WIDTH,
+    Make,
+    Row,
+    World,
+    both_builders,
+    on_device,
+)
+from vllm_kvcompress.paging.device_page_tables import DeviceTableBuilder
+from vllm_kvcompress.paging.page_tables import TableBuilder, TableLimits
 
 
 @st.composite
@@ -214,3 +224,16 @@ def test_a_layers_views_are_made_once_for_batches_of_one_size() -> None:
             assert torch.equal(slots, tables.slot_mapping[layer])
     assert views[0] is views[1]
     assert builder.build(world.batch([row, world.plain(5, 1)])).by_layer is not views[0]
+
+
+def test_every_layers_tables_begin_where_vllms_do() -> None:
+    """vLLM's Triton attention is compiled for addresses that are multiples of 16."""
+    world = World(5, 4, "layer")
+    row = world.admit("a", 40, [1, 2, 3, 2, 2])
+    world.feed(row, 1)
+    limits = TableLimits(rows=7, width=WIDTH + 1, tokens=81)
+    builder = DeviceTableBuilder(world.arena, limits, torch.device("cpu"), implementation="torch")
+    built = builder.build(world.batch([row]))
+    for layer in range(5):
+        for table in (built.block_tables, built.seq_lens, built.slot_mapping):
+            assert table[layer].data_ptr() % 16 == 0

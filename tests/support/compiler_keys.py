@@ -49,12 +49,12 @@ def key_of(kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return f"{kernel.fn.__module__}.{kernel.fn.__name__} {' '.join(special)} {options}"
 
 
-def record_launches(patch: pytest.MonkeyPatch, seen: Callable[[str], Any]) -> None:
+def record_launches(patch: pytest.MonkeyPatch, seen: Callable[[str], bool]) -> None:
     """Call ``seen`` with the key of every launch of an interpreted kernel, before it runs.
 
     Args:
         patch: Ends it.
-        seen: Takes the key.
+        seen: Takes the key, and says whether the kernel shall run.
 
     """
     from triton.runtime.interpreter import InterpretedFunction
@@ -62,8 +62,9 @@ def record_launches(patch: pytest.MonkeyPatch, seen: Callable[[str], Any]) -> No
     run = InterpretedFunction.run
 
     def recording(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        seen(key_of(kernel, args, kwargs))
-        return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+        if seen(key_of(kernel, args, kwargs)):
+            return run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
+        return None
 
     patch.setattr(InterpretedFunction, "run", recording)
 

@@ -305,6 +305,7 @@ WORKER_HOOKS: HookTable = {
         "Worker.initialize_from_config": (OVERRIDE, "self, kv_cache_config"),
         "Worker.determine_available_memory": (OVERRIDE, "self"),
         "Worker.compile_or_warm_up_model": (OVERRIDE, "self"),
+        "Worker._maybe_get_memory_pool_context": (CALL, "self, tag="),
         "Worker.execute_model": (OVERRIDE, "self, scheduler_output"),
         "Worker.sample_tokens": (OVERRIDE, "self, ..."),
     },
@@ -315,12 +316,13 @@ WORKER_HOOKS: HookTable = {
     },
     "vllm.v1.worker.gpu_model_runner": {"GPUModelRunner": (READ, "input_batch attn_groups")},
     "vllm.v1.worker.gpu.model_runner": {
-        "GPUModelRunner": (READ, "model_state attn_groups"),
+        "GPUModelRunner": (READ, "model_state attn_groups block_tables"),
         "GPUModelRunner.gather_batch_req_state": (WRAP, "self, ..."),
     },
     "vllm.v1.worker.gpu.model_states.default": {
         "DefaultModelState.prepare_attn": (WRAP, "self, input_batch, cudagraph_mode, ..."),
     },
+    "vllm.v1.worker.gpu.block_table": {"BlockTables": (READ, "input_block_tables")},
     "vllm.v1.worker.gpu.input_batch": {"InputBatch": (READ, "req_ids")},
     "vllm.v1.attention.backends.cpu_attn": {
         "CPUAttentionBackend": (SUBCLASS, ""),

@@ -12,6 +12,21 @@ from kvcompress_kernels.page_tables import ArenaTables, StepTables, fill_page_ta
 from kvcompress_kernels.transfer import upload
 from vllm_kvcompress.paging.arena import PageArena
 from vllm_kvcompress.paging.page_tables import BatchRows, LayerTables, StepTableBuilder, TableLimits
+from vllm_kvcompress.paging.rounding import cdiv
+
+MIRROR_STEP = 64
+"""Pages of a layer that the device's copy of the arena's tables grows by."""
+
+
+def aligned(limits: TableLimits) -> TableLimits:
+    """Return limits by which every layer's tables begin at a multiple of 16 bytes.
+
+    The runner's own tables do, and vLLM's Triton attention is compiled for that: other tables would
+    have it compiled anew while requests wait.
+    """
+    return TableLimits(
+        rows=cdiv(limits.rows, 4) * 4, width=limits.width, tokens=cdiv(limits.tokens, 2) * 2
+    )
 
 
 class DeviceTableBuilder(StepTableBuilder):
@@ -41,9 +56,8 @@ class DeviceTableBuilder(StepTableBuilder):
         self._device = device
         self._implementation = implementation
         layers = arena.geometry.num_layers
-        self._out = StepTables.allocate(
-            layers, limits.rows, limits.width, limits.tokens, device=device
-        )
+        most = aligned(limits)
+        self._out = StepTables.allocate(layers, most.rows, most.width, most.tokens, device=device)
         self._origin = torch.from_numpy(arena.geometry.origin.astype(np.int64)).to(device)
         self._mirror = self._allocate(slots=4, pages=16)
         self._uploaded: NDArray[np.int64] = np.zeros(4, dtype=np.int64)
@@ -158,7 +172,9 @@ class DeviceTableBuilder(StepTableBuilder):
         if num_slots > len(self._uploaded) or pages > self._mirror.pages.shape[2]:
             old = self._mirror.pages.shape
             slots_now = max(num_slots, old[1])
-            self._mirror = self._allocate(slots_now, max(pages, 2 * old[2]))
+            most = max(cdiv(pages, MIRROR_STEP) * MIRROR_STEP, old[2])
+            del self._mirror  # never two at one time
+            self._mirror = self._allocate(slots_now, most)
             self._uploaded = np.zeros(slots_now, dtype=np.int64)
         new = slots[self._uploaded[slots] != arena.serial[slots]]
         if len(new):

@@ -4,10 +4,12 @@ A kernel is compiled for what is constant in it. What requests may choose withou
 the width of a pooling) is no constant of a kernel of ours; what they choose from a few values is.
 """
 
+import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from itertools import product
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from vllm_kvcompress.methods import Method, available, get_method, get_spec
 from vllm_kvcompress.methods.method import MethodSpec
@@ -83,11 +85,17 @@ def _choices(config: KVCompressionConfig, spec: MethodSpec) -> Mapping[str, tupl
 def _words_and_switches(spec: MethodSpec) -> Mapping[str, tuple[Any, ...]]:
     found: dict[str, tuple[Any, ...]] = {}
     for part in (spec.scorer, spec.allocator):
-        hints = get_type_hints(part)
         for field in fields(part):
-            kind = hints[field.name]
-            if get_origin(kind) is Literal:
-                found[field.name] = get_args(kind)
-            elif kind is bool:
+            if isinstance(field.default, bool):
                 found[field.name] = (False, True)
+            elif words := _words(field.type):
+                found[field.name] = words
     return found
+
+
+def _words(annotation: Any) -> tuple[Any, ...]:
+    """What a ``Literal`` offers, also where a module's annotations are text; else nothing."""
+    if not isinstance(annotation, str):
+        return get_args(annotation) if get_origin(annotation) is Literal else ()
+    text = re.fullmatch(r"(?:\w+\.)?Literal\[(.*)\]", annotation, re.DOTALL)
+    return tuple(ast.literal_eval(f"({text[1]},)")) if text else ()

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from vllm_kvcompress.methods import Method, Need
+from vllm_kvcompress.paging.device_page_tables import MIRROR_STEP, aligned
 from vllm_kvcompress.paging.page_tables import TableLimits
 from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES, SHARED_BYTES
@@ -12,6 +14,9 @@ _OPEN_WINDOWS = 32
 
 The windows of further prompts take memory that vLLM reserved for activations.
 """
+
+_ROUNDED_UP = 8
+"""Entries by which vLLM makes a row longer at most, for blocks of at least 16 tokens."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,12 @@ def workspace_bytes(
 
     """
     planner = resolver.default_planner
-    limits = TableLimits(max_num_seqs, resolver.row_blocks(max_model_len), max_num_batched_tokens)
+    row = resolver.row_blocks(max_model_len)
+    limits = TableLimits(max_num_seqs, row + _ROUNDED_UP, max_num_batched_tokens)
+    whole = cdiv(max_model_len, planner.block_size)
+    # A layer can at most be given every page of the arena; a row of the block table has entries
+    # for the prompt, the arena and two more.
+    dealt = min(whole, (row - whole - 2) * shape.layers)
     staged, queries = 0, 0
     if planner.can_cascade and planner.config.prefill != "full":
         staged = cdiv(min(planner.limits.one_step_tokens, max_model_len), planner.block_size)
@@ -65,33 +75,43 @@ def workspace_bytes(
         query = shape.layers * shape.heads * shape.head_size * shape.itemsize
         # And one for those that nobody needs.
         queries = (max_num_seqs * resolver.largest_decode_window + 1) * query
-    cut = planner.prompt_cut(max_model_len)
-    # A layer can at most be given every page of the arena.
-    most = cut.blocks * planner.block_size * shape.layers if cut else 0
     transient = transient_bytes(
         shape,
         max_model_len=max_model_len,
         window=resolver.largest_window,
-        most_kept=min(most, max_model_len),
+        most_kept=min(dealt * planner.block_size, max_model_len),
+        in_torch=any(map(_attends_in_torch, resolver.possible_methods())),
     )
-    return table_bytes(shape, limits, staged) + queries, transient
+    return table_bytes(shape, limits, max(staged, dealt)) + queries, transient
 
 
-def table_bytes(shape: ModelShape, limits: TableLimits, staged_pages: int = 0) -> int:
+def _attends_in_torch(method: Method) -> bool:
+    """Whether a method computes the window's attention itself and not in our kernels."""
+    return Need.WINDOW_QUERIES in method.needs and not method.uses_window_statistics
+
+
+def table_bytes(shape: ModelShape, limits: TableLimits, mirrored_pages: int = 0) -> int:
     """Return the bytes of all layers' page tables, lengths and slot mappings, always held.
 
     Args:
         shape: Sizes of the worker's part of the model.
         limits: The largest batch.
-        staged_pages: Pages of the longest prompt with a cascade prefill; the device's copy of the
-            arena's tables must have room for them.
+        mirrored_pages: Most pages of a layer in the device's copy of the arena's tables: those that
+            it is dealt, or with a cascade prefill those of the longest prompt. 0: no copy.
 
     """
-    entries = limits.rows * (limits.width + 1 + staged_pages)
-    return shape.layers * (4 * entries + 8 * limits.tokens)
+    most = aligned(limits)
+    held = 4 * most.rows * (most.width + 1) + 8 * most.tokens
+    if mirrored_pages:
+        slots = max(4, 1 << (limits.rows - 1).bit_length())  # the arena doubles them
+        pages = cdiv(mirrored_pages, MIRROR_STEP) * MIRROR_STEP
+        held += 4 * slots * (pages + 2)
+    return shape.layers * held
 
 
-def transient_bytes(shape: ModelShape, *, max_model_len: int, window: int, most_kept: int) -> int:
+def transient_bytes(
+    shape: ModelShape, *, max_model_len: int, window: int, most_kept: int, in_torch: bool = False
+) -> int:
     """Return the bytes held while one prompt of max_model_len tokens is compressed.
 
     Args:
@@ -99,10 +119,18 @@ def transient_bytes(shape: ModelShape, *, max_model_len: int, window: int, most_
         max_model_len: Tokens of the longest prompt.
         window: Tokens of the observation window, whose queries are collected.
         most_kept: Largest number of tokens that one layer keeps.
+        in_torch: Whether some method computes the window's attention in torch, as ``faithful``
+            ones do: one layer at a time, with its keys repeated for every query head and the
+            probabilities of all queries, in fp32 at times.
 
     """
     one_layer = 2 * 4 * shape.heads * max_model_len
     statistics = max(OBSERVED_BYTES, one_layer)
+    if in_torch:
+        vectors = (2 * shape.kv_heads + shape.heads) * shape.head_size * shape.itemsize
+        attention = shape.heads * window * (2 * shape.itemsize + 8)
+        per_head = 2 * 4 * shape.layers * shape.heads  # what dynamickv keeps of every layer
+        statistics = max(statistics, max_model_len * (vectors + attention + per_head))
     # Scores of all layers of the longest prompt and what a method keeps beside them, or scores of
     # several prompts.
     scores = max(SHARED_BYTES, 2 * 4 * shape.layers * shape.kv_heads * max_model_len)

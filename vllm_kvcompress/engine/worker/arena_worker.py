@@ -46,6 +46,7 @@ class ArenaWorker:
     backends: Sequence[str] = ()
     vllm_config: Any
     model_runner: Any
+    _maybe_get_memory_pool_context: Any
     _session: Session
     _rows: Sequence[str] = ()
     _warms_up = False
@@ -74,6 +75,11 @@ class ArenaWorker:
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """See vLLM's Worker; then lays the arena over the cache."""
         super().initialize_from_config(kv_cache_config)  # type: ignore[misc]
+        # Tables are runtime state as vLLM's are: kept on the host while the engine sleeps.
+        with self._maybe_get_memory_pool_context(tag="runtime"):
+            self._lay_arena(kv_cache_config)
+
+    def _lay_arena(self, kv_cache_config: KVCacheConfig) -> None:
         config = self.vllm_config
         index = arena_group(kv_cache_config, layers_of(config))
         group = kv_cache_config.kv_cache_groups[index]
@@ -86,6 +92,9 @@ class ArenaWorker:
         width = group.kv_cache_spec.max_num_blocks_per_req(
             config, config.model_config.max_model_len
         )
+        if own := getattr(self.model_runner, "block_tables", None):  # V2
+            # As wide as the runner's, which vLLM rounds up: kernels are compiled for that.
+            width = own.input_block_tables[index].shape[1]
         if geometry.block_size != planner.block_size:
             raise ValueError(
                 f"the attention kernel splits blocks of {planner.block_size} into "
@@ -122,18 +131,11 @@ class ArenaWorker:
         _announce(planner, config.model_config.max_model_len, kv_cache_config.num_blocks)
         _announce_others(config, planner.block_size)
 
-    def compile_or_warm_up_model(self) -> Any:
-        """See vLLM's Worker, which may run steps that no scheduler has planned."""
-        self._warms_up = True
-        try:
-            return super().compile_or_warm_up_model()  # type: ignore[misc]
-        finally:
-            self._warms_up = False
-
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """See vLLM's Worker; compresses the prompts that this step completed."""
         if self._warms_up and not is_planned(scheduler_output):
-            # The session learns of nothing, so attention takes plain vLLM's path.
+            # vLLM's own step: the session learns nothing of it, so attention takes plain vLLM's
+            # path, and nothing is left of its requests.
             return super().execute_model(scheduler_output)  # type: ignore[misc]
         self._session.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]

@@ -44,10 +44,15 @@ class ArenaGPUWorker(ArenaWorker, Worker):
         """See vLLM's Worker; compiles our kernels before it watches for late compilations.
 
         It is also before graphs are captured: vLLM then empties torch's cache, so what our longest
-        prompt took is free again when the graphs' memory is measured.
+        prompt took is free again when the graphs' memory is measured. vLLM's own warm-up runs steps
+        that no scheduler has planned; only it may.
         """
         self._session.warm_up(self.model_config.max_model_len)
-        return super().compile_or_warm_up_model()
+        self._warms_up = True
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            self._warms_up = False
 
     def _workspace(self) -> tuple[int, int]:
         config, model = self.vllm_config, self.model_config
