@@ -4,13 +4,15 @@
 
 A prompt's layers are cut as in the engine: scored one after another from keys at hand and then cut
 at once (full), or cut one after another (cascade). Each checkout runs in a process of its own, and
-they take turns. Between layers other memory is read and written, as by the model's other
-operations, without being timed.
+they take turns; the figures are medians. Between layers other memory is read and written, as by the
+model's other operations, without being timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import datetime
 import inspect
 import os
 import statistics
@@ -18,7 +20,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from vllm_kvcompress.tools.bench.machine import processor
 
 PHASES = ("all", "score", "allocate", "select", "move")
 KINDS = ("full", "cascade")
@@ -50,6 +54,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=512)
     parser.add_argument("--method", default="cake")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="appended to")
     parser.add_argument("--serve", action="store_true", help="measure in this process when told to")
     args = parser.parse_args()
     if args.serve:
@@ -67,13 +72,29 @@ def main() -> None:
                     found.setdefault((kind, phase, name), []).append(times.get(phase, 0.0))
     for worker in workers.values():
         worker.communicate()
-    for kind in KINDS:
-        for phase in PHASES:
-            ms = {name: 1e3 * statistics.median(found[kind, phase, name]) for name in workers}
-            line = f"{kind:8}{phase:10}" + "".join(f"{n}{t:9.2f} ms  " for n, t in ms.items())
-            if args.other is not None and ms["other"]:
-                line += f"ratio {ms['this'] / ms['other']:.3f}"
-            print(line)
+    rows = []
+    for kind, phase in ((kind, phase) for kind in KINDS for phase in PHASES):
+        medians = [1e3 * statistics.median(found[kind, phase, name]) for name in workers]
+        row = {
+            "date": datetime.date.today().isoformat(),
+            "device": processor(),
+            "model": args.model,
+            "method": args.method,
+            "what": f"{kind} cut, {args.tokens} tokens, budget {args.budget}: {phase}",
+            "threads": os.environ.get("OMP_NUM_THREADS", ""),
+            **{f"{name} ms": f"{ms:.2f}" for name, ms in zip(workers, medians, strict=True)},
+        }
+        if args.other is not None and medians[0]:
+            row["times as fast"] = f"{medians[1] / medians[0]:.2f}"
+        rows.append(row)
+        print("  ".join(list(row.values())[4:]))
+    if args.csv is not None:
+        new = not args.csv.exists()
+        with args.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
 
 
 def start(checkout: Path) -> subprocess.Popen[str]:
@@ -153,14 +174,14 @@ class Prompt:
         for layer in range(layers):
             self.store(layer, self.arena.geometry.pages(layer, range(1, self.own + 1)))
 
-    def store(self, layer: int, pages: object) -> None:
+    def store(self, layer: int, pages: Any) -> None:
         """Write a layer's keys and values to pages."""
         import torch
 
         keys, values = (x[layer].transpose(0, 1) for x in (self.keys, self.values))
         self.codec.write(torch.as_tensor(pages), keys, values)
 
-    def request(self, prefill_blocks: int | None) -> object:
+    def request(self, prefill_blocks: int | None) -> Any:
         """A prompt that has run up to its end."""
         from vllm_kvcompress.eviction.request import WorkerRequest
 

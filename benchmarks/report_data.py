@@ -15,7 +15,7 @@ from vllm_kvcompress.tools.evaluation.results_frame import check_frame, make_fra
 
 QUALITY = "quality"
 ABLATION = "ablation"
-SPEED = ("engine", "capacity", "bench")
+SPEED = ("engine", "capacity", "cpu-cuts", "bench")
 
 
 @dataclass(frozen=True)

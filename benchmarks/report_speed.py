@@ -16,6 +16,7 @@ RATIO, SPREAD, ROUNDS = "ratio", "spread", "ratio_rounds"
 HEADINGS = {
     "engine": "One engine: decode steps and time to first token",
     "capacity": "How many requests fit, and the throughput that follows",
+    "cpu-cuts": "What a cut alone costs on the CPU, against an earlier build in the same run",
 }
 
 FASTER, SLOWER, NOISE = "pays", "does not pay", "within the spread"

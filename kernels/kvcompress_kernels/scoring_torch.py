@@ -107,6 +107,9 @@ class _Blocks:
         # columns, and sum over history columns of exp(logit - largest) * (logit - largest).
         self._top, self._sum, self._before, self._dot = fresh(4, number, rows).zero_()
         self._factor = self._top  # set by the first sweep
+        # Which of the tokens after the first query are hidden from each.
+        later = torch.arange(1, count, device=like.device)
+        self._hidden = later > torch.arange(count, device=like.device)[:, None]
 
     def _exponentials(self, index: int, q: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Logits less the row's maximum in the block, which is stored, and their exponentials."""
@@ -115,20 +118,28 @@ class _Blocks:
         torch.mm(q, keys[start:stop].float().T, out=logits)
         if self._soft_cap > 0.0:
             logits.div_(self._soft_cap).tanh_().mul_(self._soft_cap)
-        first = self._tokens - self._count  # position of the first query
-        if stop > first + 1:
-            at = torch.arange(start, stop, device=logits.device)
-            own = torch.arange(first, self._tokens, device=logits.device)
-            hidden = (at[None, :] > own[:, None]).repeat(self._group, 1)
-            logits.masked_fill_(hidden, -math.inf)
+        self._fill_hidden(logits, index, -math.inf)
         torch.amax(logits, 1, keepdim=True, out=top)
         top.clamp_min_(_LOWEST)  # a row that sees nothing here: exp(-inf - lowest) is 0
         logits.sub_(top)
+        self._fill_hidden(logits, index, 0.0)  # lest the smallest be there
         # A look at the smallest costs less than the other two, but on a GPU one would wait for it.
         if logits.device.type == "cpu" and float(logits.amin()) >= _FAR_BELOW:
-            return logits, torch.exp(logits, out=kept)
-        torch.exp(logits.clamp_min_(_FAR_BELOW), out=kept)
-        return logits, torch.threshold_(kept, _EXP_FAR_BELOW, 0.0)
+            torch.exp(logits, out=kept)
+        else:
+            torch.exp(logits.clamp_min_(_FAR_BELOW), out=kept)
+            torch.threshold_(kept, _EXP_FAR_BELOW, 0.0)
+        self._fill_hidden(kept, index, 0.0)
+        return logits, kept
+
+    def _fill_hidden(self, block: Tensor, index: int, value: float) -> None:
+        """Overwrite what belongs to tokens after a row's query. Mutates the block."""
+        start, stop = self._spans[index]
+        hidden_from = self._tokens - self._count + 1
+        first = max(start, hidden_from)
+        if first < stop:  # no look at the other columns: a mask of a whole block takes long
+            tail = block.view(self._group, self._count, stop - start)[:, :, first - start :]
+            tail.masked_fill_(self._hidden[:, first - hidden_from : stop - hidden_from], value)
 
     def first(self, q: Tensor, keys: Tensor, sink: Tensor | None) -> Tensor:
         """Normalise: set the factor of every block and row; return the entropy (fp64)."""

@@ -45,9 +45,18 @@ def pool_tokens(scores: Tensor, kernel: int, mode: Literal["avg", "max"]) -> Ten
     scores = scores.float()
     if kernel == 1:
         return scores.clone()
-    rows = scores.reshape(-1, 1, scores.shape[-1])
-    pool = F.avg_pool1d if mode == "avg" else F.max_pool1d
-    return pool(rows, kernel, stride=1, padding=kernel // 2).reshape(scores.shape)
+    # Shifted rows, one after another: what torch's own pooling adds in the same order, but for
+    # single tokens.
+    tokens, margin = scores.shape[-1], kernel // 2
+    wide = F.pad(scores, (margin, margin), value=0.0 if mode == "avg" else -math.inf)
+    first, *others = (wide[..., shift : shift + tokens] for shift in range(kernel))
+    pooled = first.clone()
+    for shifted in others:
+        if mode == "avg":
+            pooled += shifted
+        else:
+            torch.maximum(pooled, shifted, out=pooled)
+    return pooled.div_(kernel) if mode == "avg" else pooled
 
 
 def grouped(scores: Tensor, num_kv_heads: int) -> Tensor:

@@ -155,6 +155,56 @@ def test_a_layer_is_rewritten_over_its_own_pages_or_moved(case: Case, target: li
     assert torch.equal(cache[others], before[others])
 
 
+def test_several_layers_move_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    case: Case = (_get_attn_isa(torch.bfloat16, 32, 64), torch.bfloat16, 32, 64)
+    cache = poisoned(case)
+    codec = make(case, cache)
+    sources = [np.array([5, 0]), np.array([3]), np.array([6, 1])]
+    written = [tokens(case, 32 * len(own), seed) for seed, own in enumerate(sources)]
+    for own, keys in zip(sources, written, strict=True):
+        store(case, cache, torch.from_numpy(own), keys, keys)
+    kept = [torch.stack([torch.randperm(keys.shape[1])[:20]] * HEADS) for keys in written]
+    targets = [np.array([2]), np.array([4]), np.array([0])]
+    calls = []
+    monkeypatch.setattr(
+        ops, "cpu_attn_reshape_and_cache", lambda *a, **k: calls.append(real_store(*a, **k))
+    )
+    codec.move(sources, kept, targets)
+    assert len(calls) == 1
+    for keys, chosen, own in zip(written, kept, targets, strict=True):
+        for head in range(HEADS):
+            assert torch.equal(codec.read_keys(own, 20)[head], keys[head, chosen[head]])
+
+
+@few_cases
+@pytest.mark.parametrize("at_hand", ["no", "yes", "within queries, keys and values"])
+def test_what_a_cascade_holds_ends_as_if_it_had_been_moved(case: Case, at_hand: str) -> None:
+    size, dim = case[2], case[3]
+    keys, values = tokens(case, 3 * size, 2), tokens(case, 3 * size, 3)
+    source, target = np.array([5, 0, 3]), np.array([6, 2])
+    found = []
+    for cascade in (False, True):
+        cache = poisoned(case)
+        codec = make(case, cache)
+        store(case, cache, torch.from_numpy(source), keys, values)
+        kept = torch.stack(
+            [torch.randperm(3 * size, generator=torch.Generator().manual_seed(n))[: 2 * size]
+             for n in range(HEADS)]
+        )  # fmt: skip
+        if not cascade:
+            codec.move([source], [kept.sort().values], [target])
+        else:
+            given: list[Tensor] = [] if at_hand == "no" else [keys, values]
+            if at_hand.startswith("within"):
+                wide = torch.cat([keys, keys, values], dim=0).transpose(0, 1).contiguous()
+                parts = wide.view(3 * size, -1).split(HEADS * dim, dim=1)[1:]
+                given = [part.view(3 * size, HEADS, dim).transpose(0, 1) for part in parts]
+            codec.hold(source, kept, target, *given)
+            codec.settle([target], [kept.argsort()])
+        found.append(cache)
+    assert torch.equal(*found)
+
+
 def test_a_view_of_a_block_outermost_pool_serves_too() -> None:
     # Pages need not be neighbours: only each one's inside has to be contiguous.
     case: Case = (_get_attn_isa(torch.float32, 32, 32), torch.float32, 32, 32)

@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -63,6 +64,31 @@ def test_pooling_keeps_its_input_and_gives_fp32():
 def test_pooling_refuses(kernel, mode, message):
     with pytest.raises(ValueError, match=message):
         pool_tokens(torch.zeros(2, 8), kernel, mode)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+@pytest.mark.parametrize("tokens", [8, 9, 100, 4064])
+def test_pooling_is_torchs_own_to_the_last_bit(kernel, tokens):
+    scores = torch.rand(3, tokens, generator=torch.Generator().manual_seed(kernel)) ** 3
+    size = {"stride": 1, "padding": kernel // 2}
+    average = F.avg_pool1d(scores[:, None], kernel, **size)[:, 0]
+    largest = F.max_pool1d(scores[:, None], kernel, **size)[:, 0]
+    assert torch.equal(pool_tokens(scores, kernel, "avg"), average)
+    assert torch.equal(pool_tokens(scores, kernel, "max"), largest)
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 40))
+def test_worst_first_is_a_stable_sort(data, heads, tokens):
+    some = st.sampled_from([-math.inf, -1.5, -0.0, 0.0, 1e-40, 2.0, math.inf, math.nan])
+    worth = torch.tensor(
+        data.draw(st.lists(some, min_size=heads * tokens, max_size=heads * tokens))
+    )
+    worth = worth.view(heads, tokens)
+    ids = torch.randperm(10**6, generator=torch.Generator().manual_seed(tokens))[: heads * tokens]
+    ids = ids.view(heads, tokens).sort().values
+    best_first = worth.argsort(dim=1, descending=True, stable=True)
+    found = selection_torch.worst_first(ids, worth)
+    assert torch.equal(found, ids.gather(1, best_first).flip(1))
 
 
 def test_neighbouring_query_heads_share_a_kv_head():

@@ -99,10 +99,13 @@ def _webster(weights: Floats, caps: Ints, floors: Ints, seats: int) -> Ints:
         return np.maximum(held, floors)
 
     low, high = -2.0, 64.0 - float(shift.min())  # everybody at the floor; everybody at the cap
-    while high - low > _BRACKET:
+    missing = seats
+    # The last few seats take less time singly, and go to the same layers.
+    while high - low > _BRACKET and missing > len(weights):
         middle = 0.5 * (low + high)
-        if filled(middle).sum() <= seats:
-            low = middle
+        given = int(filled(middle).sum())
+        if given <= seats:
+            low, missing = middle, seats - given
         else:
             high = middle
     # One bracket lower, so that rounding cannot have put a seat here that does not belong.

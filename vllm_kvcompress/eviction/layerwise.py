@@ -139,8 +139,8 @@ class LayerwiseEviction:
         pages = self._pages()
         if pages is None:
             return []
-        for layer in range(len(self.tables)):
-            self._shrink(layer, int(pages[layer]))
+        for layer, left in enumerate(pages[: len(self.tables)].tolist()):
+            self._shrink(layer, left)
         placements = []
         for waiting in self._waiting:
             layer = len(self.tables)

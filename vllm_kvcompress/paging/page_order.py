@@ -26,6 +26,9 @@ class PageOrder:
         distance: The elements of every page and head begin at a multiple of so many.
         itemsize: Bytes of an element.
 
+    Attributes:
+        is_regular: Whether many elements of a token are fetched at once.
+
     """
 
     def __init__(self, place: Tensor, distance: int, itemsize: int) -> None:
@@ -36,9 +39,10 @@ class PageOrder:
         self._itemsize = itemsize
         alike = torch.equal(place, self._first[:, None] + self._offsets)
         self._levels = _levels(self._offsets.tolist()) if alike else []
+        self.is_regular = bool(self._levels)
         self._unit = 1
         self._fetch = self._fetch_elements
-        if not self._levels:
+        if not self.is_regular:
             return
         count, step = self._levels[0]
         width = count * step
