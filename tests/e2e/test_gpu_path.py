@@ -26,11 +26,14 @@ TOKENS = {"TRITON_ATTN": 6, "FLASH_ATTN": 14}
 LAYERS = {"TRITON_ATTN": 2, "FLASH_ATTN": 4}
 KERNELS = {
     "cake": {
-        *("row_sums", "combine", "columns", "_token_scores_kernel", "_select_kernel"),
-        *("_move_tokens", "_fill"),
+        *("row_sums", "combine", "columns", "_totals", "_token_scores_kernel", "_select_kernel"),
+        *("_move_tokens", "_pack_tokens", "_fill"),
     }
 }
-KERNELS["dynamickv"] = {*KERNELS["cake"], "_layer_histogram_kernel", "_layer_threshold_kernel"}
+KERNELS["dynamickv"] = {
+    *KERNELS["cake"],
+    *("_background_kernel", "_layer_histogram_kernel", "_layer_threshold_kernel"),
+}
 
 Run = Callable[..., dict[str, Any]]
 
