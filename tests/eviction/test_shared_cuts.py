@@ -39,24 +39,25 @@ class World:
 
     implementation: Implementation
     config: dict[str, Any]
+    layers: int = LAYERS
     cache: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        limits = EngineLimits(num_layers=LAYERS, one_step_tokens=512)
+        limits = EngineLimits(num_layers=self.layers, one_step_tokens=512)
         settings = {"budget": BUDGET, "decode_budget": BUDGET, "decode_buffer": BUFFER}
         policy = {"allow": {"method": True, "params": True, "keep": True}}
         config = KVCompressionConfig.parse({**settings, **policy, **self.config})
         self.resolver = SettingsResolver(config, SIZE, limits)
         self.random = torch.Generator().manual_seed(1)
-        size = (LAYERS * BLOCKS, KV_HEADS, SIZE, 2 * DIM)
+        size = (self.layers * BLOCKS, KV_HEADS, SIZE, 2 * DIM)
         self.cache = torch.randn(size, generator=self.random)
-        origin = np.arange(LAYERS, dtype=np.int64) * BLOCKS
+        origin = np.arange(self.layers, dtype=np.int64) * BLOCKS
         self.arena = PageArena(PageGeometry(origin, 1, BLOCKS, SIZE))
         self.reporter = CutReporter(False, SIZE)
         self.reporter.records = []
         codec = StridedPageCodec(self.cache, "auto", torch.float32, self.implementation)
         params = AttentionParams(2.0 * DIM**-0.5, 0.0, None)
-        self.compressor = Compressor(self.arena, codec, [params] * LAYERS, self.reporter)
+        self.compressor = Compressor(self.arena, codec, [params] * self.layers, self.reporter)
         self.next_block = 1
 
     def blocks(self, number: int) -> list[int]:
@@ -76,7 +77,7 @@ class World:
         planner = request.settings.planner
         if not planner.needs_queries:
             return None
-        return torch.randn(LAYERS, planner.window, HEADS, DIM, generator=self.random)
+        return torch.randn(self.layers, planner.window, HEADS, DIM, generator=self.random)
 
     def generate(self, name: str, request: WorkerRequest) -> None:
         """Let a request come to its next decode cut."""
@@ -104,18 +105,24 @@ def outcome(world: World, requests: dict[str, WorkerRequest]) -> tuple[Any, ...]
     return tables, kept, dict(report.tokens_kept), report.layer_tokens_kept
 
 
-def run(implementation: Implementation, together: bool, methods: tuple[str, ...]) -> Any:
+def run(
+    implementation: Implementation,
+    together: bool,
+    methods: tuple[str, ...],
+    lengths: tuple[int, ...] = (100, 133, 81, 161),
+    layers: int = LAYERS,
+) -> Any:
     """Cuts of prompts of several lengths, then decode cuts of them beside another prompt's."""
-    world = World(implementation, {"method": methods[0]})
+    world = World(implementation, {"method": methods[0]}, layers)
     requests = {}
-    for number, tokens in enumerate((100, 133, 81, 161)):
+    for number, tokens in enumerate(lengths):
         method = methods[number % len(methods)]
         extra = {"kv_compression": method, "kv_compression_config": PARAMS.get(method, {})}
         if number == 1:
             extra["kv_compression_keep"] = [0, 3, 40, 44]
         requests[f"{method}-{number}"] = world.request(tokens, extra)
     world.cut(requests, together)
-    for _ in range(2):
+    for _ in lengths[1:3]:
         for name, request in requests.items():
             world.generate(name, request)
         requests[f"late-{len(requests)}"] = world.request(90)
@@ -145,22 +152,24 @@ def test_together_as_one_by_one(
 @pytest.mark.parametrize("method", ["cake", "dynamickv"])
 def test_the_kernels_of_a_gpu_keep_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    expected = run("torch", False, (method,))
+    sizes: Any = {"lengths": (100, 67), "layers": 3}
+    expected = run("torch", False, (method,), **sizes)
     for module in (parts, selection, dynamickv, winners):
         monkeypatch.setattr(module, "use_triton", lambda tensor, wanted: wanted != "torch")
-    found = run("triton", True, (method,))
+    found = run("triton", True, (method,), **sizes)
     assert found[:-1] == expected[:-1]
     assert torch.equal(found[-1], expected[-1])
 
 
 def test_what_a_request_keeps_does_not_depend_on_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scalars included: a budget must not hang on what else ends in the step."""
-    pytest.importorskip("triton")
+    scoring_triton = pytest.importorskip("kvcompress_kernels.scoring_triton")
     for module in (parts, selection, dynamickv, winners):
         monkeypatch.setattr(module, "use_triton", lambda tensor, wanted: wanted != "torch")
+    monkeypatch.setattr(scoring_triton, "_MIN_SHARE", 64)
 
     def stats(lengths: tuple[int, ...]) -> Any:
-        world = World("triton", {"method": "cake"})
+        world = World("triton", {"method": "cake"}, layers=2)
         requests = {f"r{n}": world.request(tokens) for n, tokens in enumerate(lengths)}
         world.cut(requests, True)
         assert world.reporter.records is not None

@@ -12,7 +12,7 @@ from kvcompress_kernels.page_tables import StepTables
 from kvcompress_kernels.scoring import window_statistics
 from vllm_kvcompress.paging.attention_layer import AttentionParams, attention_params
 from vllm_kvcompress.paging.page_tables import TableLimits
-from vllm_kvcompress.paging.strided_codec import StridedPageCodec
+from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES, SHARED_BYTES, StridedPageCodec
 from vllm_kvcompress.planning.workspace_memory import ModelShape, table_bytes, transient_bytes
 
 PAGES, HEADS, SIZE, DIM, WINDOW = 12, 2, 16, 32, 8
@@ -116,8 +116,8 @@ def test_statistics_of_several_layers_are_those_of_each() -> None:
     facts = [FACTS, AttentionParams(scale=0.5, soft_cap=0.0, sinks=None)]
     # After cuts that left them different numbers of pages, layers differ in length.
     lengths = [41, 29]
-    found = codec.observe(windows, sources, lengths, facts)
-    assert found is not None
+    statistics = codec.observe(windows, codec.open(sources, lengths), facts)
+    found = [statistics.job(layer) for layer in range(2)]
     for layer, (source, fact) in enumerate(zip(sources, facts, strict=True)):
         expected = window_statistics(
             windows[layer].transpose(0, 1),
@@ -173,5 +173,9 @@ def test_memory_set_aside_is_what_the_buffers_take() -> None:
     assert table_bytes(shape, limits) == sum(b.numel() * b.element_size() for b in buffers)
     small = transient_bytes(shape, max_model_len=1000, window=8, most_kept=100)
     large = transient_bytes(shape, max_model_len=9000, window=8, most_kept=100)
-    # Scores of every layer and KV head, twice.
-    assert large - small == 2 * 4 * 3 * HEADS * 8000
+    # Scores of several prompts take as much as those of a long one, which count twice.
+    assert large == small
+    larger = transient_bytes(shape, max_model_len=2 * 10**7, window=8, most_kept=100)
+    statistics = 2 * 4 * shape.heads * 2 * 10**7 - OBSERVED_BYTES
+    scores = 2 * 4 * 3 * HEADS * 2 * 10**7 - SHARED_BYTES
+    assert larger - small == statistics + scores
