@@ -60,7 +60,7 @@ class Counts:
         return self.aten + self.triton
 
 
-class LaunchCounter(TorchDispatchMode):
+class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what operations on the meta device would have a GPU do.
 
     Attributes:
@@ -69,7 +69,7 @@ class LaunchCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: Counter[str] = Counter()
         self._random = torch.Generator().manual_seed(0)
 
@@ -203,8 +203,9 @@ class _Engine:
     def generate(self, requests: dict[str, WorkerRequest]) -> None:
         """Let requests come to their next decode cut."""
         for name, request in requests.items():
-            request.blocks += self._blocks(BUFFER // self._size)
-            self._arena.grow(name, request.private_blocks())
+            new = self._blocks(BUFFER // self._size)
+            request.blocks += new
+            self._arena.grow({name: new})
             request.window = self._window(request)
 
     def cascade(self, name: str, request: WorkerRequest) -> None:

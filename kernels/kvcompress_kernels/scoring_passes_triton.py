@@ -12,8 +12,13 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 # log2 of a probability that is 0 in fp32 whatever it is multiplied with; keeps 0 * (-inf) out.
 _FAR_BELOW = tl.constexpr(-1.0e4)
 
-_VARYING = ["stride_table", "jobs", "splits", "width"]
-_UNALIGNED = ["table", "job_data", "scales", "sinks"]
+# Differs between requests (ROWS is the window), so that nothing is compiled for its value. Queries
+# and cache are always aligned.
+_VARYING = ["stride_job", "stride_table", "jobs", "splits", "width", "ROWS"]
+_UNALIGNED = [
+    *("table", "job_data", "scales", "sinks", "sums_out", "sums_in"),
+    *("top_out", "log_out", "entropy_out", "top_in", "log_in", "mean_out", "var_out", "shift_out"),
+]
 
 
 @triton.jit
@@ -90,7 +95,7 @@ def _query_tile(
     stride_row,
     chunk,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS,
     DIM: tl.constexpr,
     OPERAND: tl.constexpr,
     TILE_HEADS: tl.constexpr,
@@ -102,6 +107,8 @@ def _query_tile(
     member = chunk * TILE_HEADS + line // TILE_ROWS
     row = line % TILE_ROWS
     dims = tl.arange(0, TILE_DIM)
+    if DIM % 16 == 0:
+        stride_job = tl.multiple_of(stride_job, 16)  # whole vectors, or the loads are narrow
     base = queries + job.to(tl.int64) * stride_job
     at = base + (head * GROUP + member) * stride_head + row * stride_row
     there = (member < GROUP) & (row < ROWS)
@@ -145,7 +152,7 @@ def row_sums(
     soft_cap,
     sums_out,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -236,7 +243,7 @@ def combine(
     splits,
     heads,
     jobs,
-    ROWS: tl.constexpr,
+    ROWS,
     CAPPED: tl.constexpr,
     SINKS: tl.constexpr,
     TILE: tl.constexpr,
@@ -308,7 +315,7 @@ def columns(
     shift_out,
     width,
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS,
     PAGE: tl.constexpr,
     DIM: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -350,8 +357,8 @@ def columns(
     row = tl.arange(0, TILE_ROWS)
     member = chunk * TILE_HEADS + tl.arange(0, TILE_HEADS)
     outs = (job.to(tl.int64) * heads + head * GROUP + member) * width
-    per_query: tl.constexpr = 1.0 / ROWS
-    per_degree: tl.constexpr = 1.0 / (ROWS - 1) if ROWS > 1 else 1.0
+    per_query = tl.div_rn(1.0, ROWS.to(tl.float32))
+    per_degree = tl.div_rn(1.0, tl.maximum(ROWS - 1, 1).to(tl.float32))
     shift = tl.zeros([TILE_TOKENS, TILE_HEADS], tl.float32)
     pages = _pages(table, start, stop, PAGE, TILE_TOKENS)
     for at in tl.range(start, stop, TILE_TOKENS):

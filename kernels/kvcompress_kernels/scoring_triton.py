@@ -36,6 +36,10 @@ from kvcompress_kernels.transfer import Parcel, Sent, on_device
 # Tokens per program of a pass at least, so that loading the queries stays a small part.
 _MIN_SHARE = 512
 _COMBINE_ROWS = 64
+# Shared memory that is not tiles: sums across warps, and what the compiler rounds up.
+_SPARE = 2048
+# Devices with more shared memory than this multiply by warp groups (Hopper and later).
+_WARP_GROUPS = 200 << 10
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -63,17 +67,40 @@ def _tiles(group: int, rows: int, dim: int, itemsize: int, shared: int) -> _Tile
     neighbouring ids, which find the keys in the L2 cache: one program of 256 rows would have a
     multiprocessor to itself and nothing to overlap with. fp32 has no exact product on the tensor
     cores; its tiles are small because the operands are held in registers.
+
+    Larger heads take tiles that fit: fewer rows, down to 64, then fewer keys, then fewer rows
+    again. Where warp groups multiply, that is from Hopper on, a stage is given up before keys are.
+
+    Raises:
+        ValueError: The queries of one head do not fit.
+
     """
-    padded = triton.next_power_of_2(rows)
-    tokens, most = (16, 32) if itemsize > 2 else (64, 128)
-    line = dim * itemsize
-    while most > 64 and (most + 3 * tokens) * line > shared:
-        most //= 2
-    heads = max(1, min(triton.next_power_of_2(group), most // padded))
-    padded = max(padded, 16 // heads)  # a dot product takes at least 16 rows
-    stages = (shared // 2 - heads * padded * line) // (tokens * line)
-    warps = 8 if heads * padded >= 128 or itemsize > 2 else 4
-    return _Tiles(heads, padded, tokens, warps, stages=min(max(stages, 3), 4))
+    padded, line = triton.next_power_of_2(rows), dim * itemsize
+    tokens, most, least = (16, 32, 3) if itemsize > 2 else (64, 128, 3)
+    while True:
+        heads = max(1, min(triton.next_power_of_2(group), most // padded))
+        tile_rows = max(padded, 16 // heads)  # a dot product takes at least 16 rows
+        room = shared - _SPARE - heads * tile_rows * line
+        if least * tokens * line <= room:
+            break
+        if most > 64:
+            most //= 2
+        elif least > 2 and shared > _WARP_GROUPS:
+            least = 2
+        elif tokens > 32 or (tokens > 16 and most <= 32):
+            tokens //= 2
+        elif most > 16:
+            most //= 2
+        elif least > 1:
+            least -= 1
+        else:
+            raise ValueError(
+                f"a window of {rows} queries of {dim} x {itemsize} bytes does not fit this GPU's "
+                f"{shared >> 10} KiB of shared memory; lower the window"
+            )
+    stages = (shared // 2 - heads * tile_rows * line) // (tokens * line)
+    warps = 8 if heads * tile_rows >= 128 or itemsize > 2 else 4
+    return _Tiles(heads, tile_rows, tokens, warps, stages=min(max(stages, least), 4))
 
 
 def paged_window_statistics(

@@ -74,6 +74,27 @@ def _above_and_tied(
     return np.logical_not(scores <= limit), scores == limit
 
 
+def worst_first(ids: Tensor, worth: Tensor) -> Tensor:
+    """Sort tokens by worth; among equals the lower id is worth more, and NaN is worth most.
+
+    On the CPU one sort of integers, which NumPy does some ten times faster than a stable one.
+
+    Args:
+        ids: int64 [N, T], ascending token ids below 2 ** 31.
+        worth: Their worth, fp32 [N, T].
+
+    Returns:
+        int64 [N, T], the same ids.
+
+    """
+    if worth.device.type != "cpu":
+        best_first = worth.argsort(dim=1, descending=True, stable=True)
+        return ids.gather(1, best_first).flip(1)
+    ranks = (_ordered_bits(worth).to(torch.int64) << 32).sub_(ids).numpy()
+    ranks.sort(axis=1)
+    return torch.from_numpy(-ranks & 0xFFFFFFFF)
+
+
 def winners_numpy(scores: Sequence[npt.NDArray[Any]], k: int) -> npt.NDArray[np.int64]:
     every = np.concatenate(scores)
     split = every.size - k

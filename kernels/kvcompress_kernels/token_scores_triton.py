@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @triton.jit
-def _pooled(scores, lanes, KERNEL: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr):
+def _pooled(scores, lanes, KERNEL, AVERAGE: tl.constexpr, BLOCK: tl.constexpr):
     """Sum or maximum of KERNEL neighbouring lanes; void in the outer KERNEL // 2 lanes."""
     result = scores
     for side in tl.static_range(2):
@@ -30,8 +30,11 @@ def _pooled(scores, lanes, KERNEL: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: t
     return result
 
 
+# Requests may choose the width of the pooling, so it is no constant.
 @triton.jit(
-    do_not_specialize=["tokens", "mean_job", "mean_head", "var_job", "var_head", "gamma"],
+    do_not_specialize=[
+        *("tokens", "mean_job", "mean_head", "var_job", "var_head", "gamma", "KERNEL"),
+    ],
     do_not_specialize_on_alignment=["mean", "var", "out", "lengths"],
 )
 def _token_scores_kernel(
@@ -46,7 +49,7 @@ def _token_scores_kernel(
     var_head,
     gamma,
     GROUP: tl.constexpr,
-    KERNEL: tl.constexpr,
+    KERNEL,
     AVERAGE: tl.constexpr,
     REDUCE_MEAN: tl.constexpr,
     HAS_VAR: tl.constexpr,
@@ -57,7 +60,7 @@ def _token_scores_kernel(
     job = tl.program_id(2)
     lanes = tl.arange(0, BLOCK)
     # Tiles overlap by the halo: KERNEL // 2 lanes at either end only lend their scores.
-    half: tl.constexpr = KERNEL // 2
+    half = KERNEL // 2
     at = tl.program_id(0) * (BLOCK - 2 * half) - half + lanes
     length = tokens
     if HAS_LENGTHS:
@@ -82,7 +85,7 @@ def _token_scores_kernel(
             reduced = tl.maximum(reduced, score, propagate_nan=tl.PropagateNan.ALL)
     if heads_first:
         reduced = _pooled(reduced, lanes, KERNEL, AVERAGE, BLOCK)
-    divisor: tl.constexpr = (KERNEL if AVERAGE else 1) * (GROUP if REDUCE_MEAN else 1)
+    divisor = (KERNEL if AVERAGE else 1) * (GROUP if REDUCE_MEAN else 1)
     own = (lanes >= half) & (lanes < BLOCK - half) & (at < length)
     row = job.to(tl.int64) * tl.num_programs(1) + kv_head
     tl.store(out + row * tokens + at, reduced / divisor, mask=own)

@@ -6,8 +6,9 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 NUM_TOKENS = 4096
 """Vocabulary of such a model: multiplying with a whole one takes longer than a few layers do."""
@@ -48,6 +49,41 @@ def first_layers(source: Path, num_layers: int, cut_tokenizer: bool = True) -> P
                         tensors[name] = weights.get_tensor(name)
         elif not (target / file.name).exists() and not file.name.endswith(".index.json"):
             shutil.copy(file, target)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+@cache
+def with_fp8_cache(source: Path, scales: tuple[tuple[float, ...], ...]) -> Path:
+    """Return a folder with the same model, calibrated for an FP8 cache; made once per process.
+
+    Args:
+        source: Folder of a model in one safetensors file.
+        scales: Of queries, keys and values, a number for each layer.
+
+    """
+    target = Path(_FOLDER.name) / f"{source.name}-fp8-{hash(scales)}"
+    shutil.copytree(source, target)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    scheme = {
+        "num_bits": 8,
+        "type": "float",
+        "strategy": "tensor",
+        "symmetric": True,
+        "dynamic": False,
+    }
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "kv_cache_scheme": scheme,
+    }
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = load_file(target / "model.safetensors")
+    for kind, numbers in zip("qkv", scales, strict=True):
+        for layer, number in enumerate(numbers):
+            name = f"model.layers.{layer}.self_attn.{kind}_scale"
+            tensors[name] = torch.tensor([number])
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
 

@@ -48,7 +48,9 @@ class Interpreted:
                     stderr=self._log,
                     text=True,
                 )
-            self._done[line] = self._ask(self._process, line, limit)
+            self._done[line] = result = self._ask(self._process, line, limit)
+            runner = "gpu.model_runner.GPU" if job.get("gpu_worker") else "cpu.model_runner.CPU"
+            assert result["runner"] == f"vllm.v1.worker.{runner}ModelRunner"
         return self._done[line]
 
     def _ask(self, process: "subprocess.Popen[str]", line: str, limit: float) -> dict[str, Any]:
@@ -68,5 +70,4 @@ class Interpreted:
             self._log.seek(0)
             raise AssertionError(f"ended with {code}: {self._log.read()[-4000:]}")
         result: dict[str, Any] = json.loads(answer.removeprefix("RESULT "))
-        assert result["runner"] == "vllm.v1.worker.cpu.model_runner.CPUModelRunner"
         return result

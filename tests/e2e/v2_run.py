@@ -9,9 +9,11 @@ vLLM is imported, so the tests start this file as a process of its own (``interp
 with stand-ins for its kernels (see ``flash_stand_in.py``). ``"graphs": [1, 2, 4]`` captures decode
 steps of these sizes in FULL mode, with a stand-in for CUDA's graphs that runs the captured call
 again: whatever was a number at capture stays that number, and only what lies in buffers can change,
-as in a real one.
+as in a real one. ``"rounded": [q, k, v]`` computes with the numbers that an FP8 cache with these
+scales of each layer would have.
 """
 
+import functools
 import json
 import os
 import sys
@@ -20,7 +22,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.interpreted_kernels import prepare_once_a_launch
+from tests.support.compiler_keys import launch_on_cpu, record_launches
+from tests.support.interpreted_kernels import cast_to_fp8_as_a_gpu_does, prepare_once_a_launch
 
 
 class _Driver:
@@ -35,12 +38,12 @@ def _offer_gpu_attention(patch: pytest.MonkeyPatch, name: str) -> None:
     """Let the CPU platform choose a GPU's attention backend."""
     import torch
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends import triton_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 
-    from kvcompress_kernels import selection
     from tests.e2e import flash_stand_in
-    from vllm_kvcompress.methods import parts
+    from vllm_kvcompress import methods  # noqa: F401 - they are to be seen below
 
     def backend(*_: Any, **__: Any) -> str:
         return str(AttentionBackendEnum[name].get_path())
@@ -49,14 +52,47 @@ def _offer_gpu_attention(patch: pytest.MonkeyPatch, name: str) -> None:
         return True
 
     patch.setattr(CpuPlatform, "get_attn_backend_cls", staticmethod(backend))
-    # Methods leave the choice of kernels to the tensors' device.
-    for module in (selection, parts):
-        patch.setattr(module, "use_triton", lambda tensor, wanted: wanted != "torch")
+    launch_on_cpu(patch)
     if name == "FLASH_ATTN":
         flash_stand_in.install(patch)
     # The launchers of the Triton backend ask for the GPU's generation.
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     patch.setattr(triton_reshape_and_cache_flash, "_is_supported_kv_cache_dtype", always)
+    # An FP8 cache comes with FP8 queries on CUDA.
+    make = triton_attn.TritonAttentionImpl.__init__
+
+    @functools.wraps(make)
+    def make_for_cuda(impl: Any, *args: Any, **kwargs: Any) -> None:
+        make(impl, *args, **kwargs)
+        impl.supports_quant_query_input = True
+
+    patch.setattr(triton_attn.TritonAttentionImpl, "__init__", make_for_cuda)
+
+
+def _round_to_fp8(patch: pytest.MonkeyPatch, scales: list[list[float]]) -> None:
+    """Hand attention the numbers that FP8 queries, keys and values would stand for.
+
+    Args:
+        patch: Undoes it.
+        scales: Of queries, keys and values, a number for each layer.
+
+    """
+    import torch
+    from vllm.model_executor.layers.attention import Attention
+
+    from tests.e2e.flash_stand_in import quantized
+
+    forward = Attention.forward
+
+    def forward_rounded(attention: Any, *operands: Any, **kwargs: Any) -> Any:
+        layer = int(attention.layer_name.split(".")[2])
+        rounded = [
+            quantized(operand, torch.tensor(numbers[layer])).float() * numbers[layer]
+            for operand, numbers in zip(operands[:3], scales, strict=True)
+        ]
+        return forward(attention, *rounded, *operands[3:], **kwargs)
+
+    patch.setattr(Attention, "forward", forward_rounded)
 
 
 def _capture(patch: pytest.MonkeyPatch, runner: Any, sizes: list[int]) -> Any:
@@ -106,50 +142,68 @@ def _capture(patch: pytest.MonkeyPatch, runner: Any, sizes: list[int]) -> Any:
     return replayed
 
 
-def _record_launches(patch: pytest.MonkeyPatch) -> set[str]:
-    """Return a set that gets every variant of our kernels that runs from now on.
+class Launches:
+    """The compiler's keys of all launches; a new one of ours may be an error, as on a GPU.
 
-    A variant is what a compiler would have to make anew: constants and the tensors' types.
+    Attributes:
+        keys: Of our kernels.
+        late: Of all kernels, those first seen after vLLM's monitor had been armed.
+
     """
-    import torch
-    from triton.runtime.interpreter import InterpretedFunction
 
-    run = InterpretedFunction.run
-    variants: set[str] = set()
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        from triton import knobs
 
-    def recording(kernel: Any, *args: Any, **kwargs: Any) -> Any:
-        if kernel.fn.__module__.startswith("kvcompress_kernels"):
-            constants = sorted((k, v) for k, v in kwargs.items() if k.isupper() or k == "num_warps")
-            types = [str(a.dtype) for a in args if isinstance(a, torch.Tensor)]
-            variants.add(f"{kernel.fn.__name__} {constants} {types}")
-        return run(kernel, *args, **kwargs)
+        self.keys: set[str] = set()
+        self.late: list[str] = []
+        self._seen: set[str] = set()
+        # vLLM's monitor puts its hook there.
+        patch.setattr(knobs.runtime, "jit_post_compile_hook", None)
+        self._knobs = knobs.runtime
+        record_launches(patch, self._note)
 
-    patch.setattr(InterpretedFunction, "run", recording)
-    return variants
+    def _note(self, key: str) -> None:
+        new = key not in self._seen
+        self._seen.add(key)
+        ours = key.startswith("kvcompress_kernels.")
+        if ours:
+            self.keys.add(key)
+        if new and self._knobs.jit_post_compile_hook is not None:
+            self.late.append(key)
+            if ours:
+                self._knobs.jit_post_compile_hook(fn=SimpleNamespace(name=key))
 
 
 def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
     """Run one engine; see the module's docstring for the job's fields."""
     import torch
 
+    from tests.e2e import gpu_worker_stand_in
     from tests.e2e.harness import Engines
 
     settings = dict(job.get("settings", {}))
     if "backend" in job:
         _offer_gpu_attention(patch, job["backend"])
         settings["attention_backend"] = job["backend"]
+    events: list[str] = []
+    launches = Launches(patch)
+    if job.get("gpu_worker"):
+        settings |= gpu_worker_stand_in.install(patch, job, events)
+    if "rounded" in job:
+        _round_to_fp8(patch, job["rounded"])
     method, engines = job.get("method"), Engines()
     engine = engines.get(
         method, job.get("budget"), config=job.get("config"), model=job["model"], **settings
     )
     runner = engine.core.model_executor.driver_worker.worker.model_runner
-    replayed = _capture(patch, runner, job["graphs"]) if "graphs" in job else {}
-    launched = _record_launches(patch)
+    replayed: dict[str, int] = {}
+    if "graphs" in job and not events:
+        replayed = _capture(patch, runner, job["graphs"])
     if job.get("warm_up"):
         before = engine.session.flat_cache.clone()
         engine.session.warm_up(runner.max_model_len)
         assert torch.equal(engine.session.flat_cache, before)
-    warm = sorted(launched)
+    warm, left = sorted(launches.keys), _left_behind(engine, runner)
     kept = engine.record_kept() if method else []
     rounds, logprobs = [], []
     for _ in range(job.get("rounds", 1)):
@@ -164,14 +218,26 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
         "kept": kept,
         "runner": f"{type(runner).__module__}.{type(runner).__name__}",
         "attention": type(impl).__name__,
-        "replayed": replayed.get("steps", 0),
+        "replayed": gpu_worker_stand_in.replays() if events else replayed.get("steps", 0),
+        "events": events,
+        "left_behind": left,
         "warm": warm,
-        "launched": sorted(launched),
+        "launched": sorted(launches.keys),
+        "late": launches.late,
         "stats": engine.stats,
     }
     del engine, runner, impl
     engines.close()
     return result
+
+
+def _left_behind(engine: Any, runner: Any) -> list[str]:
+    """Requests that somebody in the worker knows of, before there is any."""
+    known = list(runner.req_states.req_id_to_index)
+    if engine.compressed:
+        known += [name for name, _ in engine.session._ledger]
+        known += engine.session._scheduled
+    return known
 
 
 def main() -> None:
@@ -182,6 +248,7 @@ def main() -> None:
 
     triton.backends.backends["cpu"] = SimpleNamespace(driver=_Driver, compiler=None)
     prepare_once_a_launch()
+    cast_to_fp8_as_a_gpu_does()
     for line in sys.stdin:
         with pytest.MonkeyPatch.context() as patch:
             result = run(patch, json.loads(line))

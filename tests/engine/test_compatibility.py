@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from tests.support.compatibility_page import REFUSED, ROOT, UNTESTED, WORKS, Row, refusals, rows
+from tests.support.fake_cuda import become_cuda
 from tests.support.refusals import (
     GEMMA3,
     REFUSED_MODELS,
@@ -39,6 +40,7 @@ from tests.support.refusals import (
     start,
 )
 from vllm_kvcompress.engine import checks
+from vllm_kvcompress.engine.attention.backend_choice import check_backends
 from vllm_kvcompress.engine.attention.cpu_attn import ArenaCPUImpl
 from vllm_kvcompress.engine.requests import check_request
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
@@ -137,6 +139,18 @@ def devices(root: Path, patch: pytest.MonkeyPatch) -> Cases:
         config.attention_config.backend = AttentionBackendEnum.FLASHINFER
         yield "FlashInfer, FlexAttention, ROCm's and all other backends", refused
         config.attention_config.backend = None
+        config.attention_config.backend_per_kind = {
+            "sliding_window": AttentionBackendEnum.FLASHINFER,
+            "full_attention": AttentionBackendEnum.FLASHINFER,
+        }
+        yield "the same for full-attention layers alone", refused
+        config.attention_config.backend_per_kind.pop("full_attention")
+        config.cache_config.cache_dtype = "fp8"
+        config.quant_config = SimpleNamespace(kv_cache_scheme={"strategy": "attn_head"})
+        yield "FP8 KV cache with one scale per head", refused
+        config.quant_config = SimpleNamespace(kv_cache_scheme={"strategy": "tensor"})
+        become_cuda(gpu, (8, 6))
+        yield "FP8 KV cache on GPUs before compute capability 8.9", partial(check_backends, config)
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
         yield "FULL graphs of mixed batches", refused
         config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL_AND_PIECEWISE
@@ -175,6 +189,14 @@ def layers() -> Cases:
     yield (
         "layers with different KV heads, head sizes or dtypes",
         refused_layer(ArenaSpec(**larger)),
+    )
+    reader = Layer()
+    setattr(reader, "kv_sharing_target_layer_name", "layers.0")  # noqa: B010
+    yield (
+        "layers that share KV caches (Gemma 3n)",
+        lambda: checks.check_specs(
+            {"layers.0": same}, {"layers.0": Layer(), "layers.1": reader}, ArenaCPUImpl
+        ),
     )
     alone: dict[str, KVCacheSpec] = {"layers.0": SlidingWindowSpec(**SHAPE, sliding_window=128)}
     yield (

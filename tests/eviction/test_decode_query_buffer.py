@@ -122,3 +122,12 @@ def test_queries_with_heads_and_dims_merged_are_taken_too() -> None:
     queries = queries_of(0, 6)
     take(query_buffer, [("a", 2, range(WINDOW))], queries.flatten(2))
     assert torch.equal(query_buffer.windows("a"), queries[:, 2:])
+
+
+@both_ways
+def test_quantized_queries_keep_their_numbers(fixed: bool) -> None:
+    """As CUDA's attention hands them over with an FP8 cache."""
+    query_buffer = make(fixed)
+    queries = queries_of(0, WINDOW).to(torch.float8_e4m3fn)
+    take(query_buffer, [("a", 0, range(WINDOW))], queries)
+    assert torch.equal(query_buffer.windows("a"), queries.float())

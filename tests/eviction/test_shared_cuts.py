@@ -81,8 +81,9 @@ class World:
 
     def generate(self, name: str, request: WorkerRequest) -> None:
         """Let a request come to its next decode cut."""
-        request.blocks += self.blocks(BUFFER // SIZE)
-        self.arena.grow(name, request.private_blocks())
+        new = self.blocks(BUFFER // SIZE)
+        request.blocks += new
+        self.arena.grow({name: new})
         request.window = self.window(request)
 
     def cut(self, requests: dict[str, WorkerRequest], together: bool) -> None:
@@ -117,7 +118,8 @@ def run(
     requests = {}
     for number, tokens in enumerate(lengths):
         method = methods[number % len(methods)]
-        extra = {"kv_compression": method, "kv_compression_config": PARAMS.get(method, {})}
+        config = PARAMS.get(method, {})
+        extra: dict[str, Any] = {"kv_compression": method, "kv_compression_config": config}
         if number == 1:
             extra["kv_compression_keep"] = [0, 3, 40, 44]
         requests[f"{method}-{number}"] = world.request(tokens, extra)

@@ -1,8 +1,12 @@
 """Arrays that are sent together arrive as they were."""
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from torch import Tensor
 
 from kvcompress_kernels import transfer
 from kvcompress_kernels.transfer import Parcel
@@ -12,9 +16,14 @@ def test_what_waits_in_a_parcel_goes_in_one_copy(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent, upload = [], transfer.upload
-    monkeypatch.setattr(transfer, "upload", lambda *args: sent.append(args) or upload(*args))
+
+    def counted(host: Tensor, where: torch.device) -> Tensor:
+        sent.append(host)
+        return upload(host, where)
+
+    monkeypatch.setattr(transfer, "upload", counted)
     parcel = Parcel(device)
-    arrays = [
+    arrays: list[npt.NDArray[Any]] = [
         np.arange(5, dtype=np.int32),
         np.arange(6, dtype=np.int64).reshape(3, 2).T,
         np.zeros((0, 4), dtype=np.int32),

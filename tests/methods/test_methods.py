@@ -15,6 +15,7 @@ from kvcompress_kernels.scoring import PagedStatistics
 from kvcompress_kernels.selection import top_tokens
 from tests.support.budgets import page_budgets, token_budgets
 from tests.support.layers import random_layer, score_random
+from vllm_kvcompress.eviction.layer_budgets import page_division
 from vllm_kvcompress.methods import (
     Cake,
     DynamicKV,
@@ -25,6 +26,7 @@ from vllm_kvcompress.methods import (
     Scatter,
     Uniform,
     available,
+    dynamickv,
     get_method,
     to_numbers,
     window_votes,
@@ -303,7 +305,12 @@ def test_numbers_that_lie_side_by_side_are_fetched_as_they_lie(monkeypatch):
     values = [first[2], second[0], first[0], first[2], second[1], wide[0], wide[40], first[3]]
     waiting = [LayerScores(torch.zeros(1, 5), {"value": value}) for value in values]
     stacked, stack = [], torch.stack
-    monkeypatch.setattr(torch, "stack", lambda given: stacked.append(len(given)) or stack(given))
+
+    def counted(given):
+        stacked.append(len(given))
+        return stack(given)
+
+    monkeypatch.setattr(torch, "stack", counted)
     found = [s.stat("value") for s in to_numbers(waiting)]
     assert found == [float(value) for value in values]
     assert stacked == [2], "only the two that lie far apart"
@@ -334,6 +341,26 @@ def test_layers_observed_together_are_scored_together_and_apart():
         again = window_votes(layer, kernel=3, gamma=2.0, times=8)
         assert (again >= 0.0).all()
         assert window_scalars(layer) == window_scalars(alone)
+
+
+def test_a_layer_is_compared_with_its_background_once(monkeypatch):
+    """However many divisions look at it, in a one-shot cut and layer by layer."""
+    method = DynamicKV(every=2, window=8)
+    compared, compare = [], dynamickv.out_of_background
+
+    def counted(tokens, share):
+        compared.append(tokens)
+        return compare(tokens, share)
+
+    monkeypatch.setattr(dynamickv, "out_of_background", counted)
+    sizes = {"pages_per_layer": 5, "block_size": 8, "lengths": 100}
+    whole = page_budgets(method, score_random(method), **sizes)
+    assert len(compared) == 6
+    division = page_division(method, num_layers=6, **sizes)
+    for scores in score_random(method):
+        division.add(scores)
+    assert len(compared) == 12
+    assert division.held.tolist() == whole.tolist()
 
 
 # ----------------------------------------------------------------------- from scores to tokens

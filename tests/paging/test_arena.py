@@ -118,7 +118,7 @@ class ArenaMachine(RuleBasedStateMachine):
     def grow(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.blocks)))
         new = [self.free.pop() for _ in range(data.draw(st.integers(1, min(3, len(self.free)))))]
-        self.arena.grow(name, self.blocks[name] + new)
+        self.arena.grow({name: new})
         self.blocks[name] += new
         for layer, table in enumerate(self.tables[name]):
             table += [int(self.geometry.origin[layer]) + b * self.geometry.step for b in new]
@@ -239,11 +239,24 @@ def test_a_request_is_staged_once_and_admitted_after_it_was_dropped() -> None:
     assert arena.dealt_pages("b").tolist() == [2] * LAYERS
 
 
-def test_growing_from_other_blocks_is_refused() -> None:
-    arena = arena_with({"a": [3, 4]})
-    with pytest.raises(ValueError, match="its blocks changed"):
-        arena.grow("a", [4, 3, 5])
-    assert [len(ids) for ids in arena.layer_pages("a")] == [2] * LAYERS
+def test_requests_grow_together_as_they_do_alone() -> None:
+    together, alone = (arena_with({"a": [3, 4], "b": [5, 6], "c": [7]}) for _ in range(2))
+    new = {"a": [8], "b": [], "c": [9, 10, 11]}
+    together.grow(new)
+    for name, blocks in new.items():
+        for block in blocks:
+            alone.grow({name: [block]})
+    for name in new:
+        pages, expected = together.layer_pages(name), alone.layer_pages(name)
+        assert [ids.tolist() for ids in pages] == [ids.tolist() for ids in expected]
+    together.check_integrity({"a": [3, 4, 8], "b": [5, 6], "c": [7, 9, 10, 11]})
+
+
+def test_growing_by_a_block_of_another_request_is_found() -> None:
+    arena = arena_with({"a": [3, 4], "b": [5, 6]})
+    arena.grow({"a": [5]})
+    with pytest.raises(IntegrityError, match="block 5 is held by"):
+        arena.check_integrity()
 
 
 def double_page(arena: PageArena) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,14 +32,29 @@ class Row:
 
 
 def rows() -> list[Row]:
-    lines = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").splitlines()
-    cells = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in lines
-        if line.startswith("|") and not line.startswith(("| feature |", "| --- |"))
-    ]
+    cells = [row for head, row in _cells() if head[0] == "feature"]
     assert all(len(row) == 3 for row in cells), [row for row in cells if len(row) != 3]
     return [Row(*row) for row in cells]
+
+
+def backend_table() -> list[list[str]]:
+    """The table of attention backends by GPU, its head first."""
+    found = [(head, row) for head, row in _cells() if head[0] == "layer"]
+    return [found[0][0], *(row for _, row in found)] if found else []
+
+
+def _cells() -> Iterator[tuple[list[str], list[str]]]:
+    """The cells of each line of a table, after those of the table's head."""
+    head: list[str] = []
+    for line in (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("|"):
+            head = []
+        elif not line.startswith("| --- |"):
+            row = [cell.strip() for cell in line.strip("|").split("|")]
+            if head:
+                yield head, row
+            else:
+                head = row
 
 
 def refusals() -> dict[str, str]:

@@ -33,6 +33,7 @@ def import_interpreted() -> None:
         for name in KERNELS:
             importlib.import_module(f"kvcompress_kernels.{name}_triton")
         prepare_once_a_launch()
+        cast_to_fp8_as_a_gpu_does()
     finally:
         if before is None:
             del os.environ["TRITON_INTERPRET"]
@@ -68,3 +69,32 @@ def prepare_once_a_launch() -> None:
 
     interpreter._patch_lang = prepare_once
     interpreter.GridExecutor.__call__ = launch_anew
+
+
+def cast_to_fp8_as_a_gpu_does() -> None:
+    """Let Triton's interpreter round to FP8 correctly, and saturate. Written against Triton 3.9.
+
+    Its own cast drops the carry of a significand that rounds up (1.95 becomes 1, not 2), is wrong
+    below the smallest normal number, and turns what is too large into anything.
+    """
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+    kinds = {
+        tl.float32: (np.int32, torch.float32),
+        tl.float16: (np.int16, torch.float16),
+        tl.bfloat16: (np.int16, torch.bfloat16),
+    }
+
+    def convert_float(numbers: Any, given: Any, wanted: Any, rounding_mode: Any) -> Any:
+        if wanted != tl.float8e4nv or given not in kinds:
+            return convert(numbers, given, wanted, rounding_mode)
+        bits, dtype = kinds[given]
+        exact = torch.from_numpy(np.array(numbers).view(bits)).view(dtype).float()
+        most = torch.finfo(torch.float8_e4m3fn).max
+        return exact.clamp(-most, most).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    interpreter._convert_float = convert_float

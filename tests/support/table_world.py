@@ -121,7 +121,7 @@ class World:
             assert row.name is not None
             (block,) = self.take(1)
             row.blocks.append(block)
-            self.arena.grow(row.name, row.blocks)
+            self.arena.grow({row.name: [block]})
             for layer, pages in enumerate(row.pages):
                 pages.append(self.page(layer, block))
 

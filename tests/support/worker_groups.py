@@ -19,7 +19,7 @@ GROUPS = (
         "tests/e2e/test_compatibility.py",
     ),
     # One process with Triton's interpreter.
-    ("tests/e2e/test_gpu_path.py", "tests/e2e/test_v2.py"),
+    ("tests/e2e/test_gpu_path.py", "tests/e2e/test_gpu_start.py", "tests/e2e/test_v2.py"),
     # Two servers; the one that does its worst to them comes last.
     (
         "tests/e2e/test_server.py",

@@ -1,13 +1,13 @@
 """What is refused at start: each reason is one sentence that says what to change."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import vllm
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
-from vllm_kvcompress.engine.attention import BACKENDS, FP8_CACHES, PLAIN_CACHES
+from vllm_kvcompress.engine.attention import BACKENDS, FP8_CACHES, GPU_BACKENDS, PLAIN_CACHES
 from vllm_kvcompress.engine.hook_table import HOOKS
 from vllm_kvcompress.engine.hooks import HookTable, differences
 from vllm_kvcompress.engine.model_layers import layer_types, layers_of, layers_of_model
@@ -82,6 +82,7 @@ PARALLEL = (
     "tensor or pipeline parallelism is not yet",
     "set --tensor-parallel-size and --pipeline-parallel-size to 1",
 )
+SHARED_CACHES = ("models whose layers share KV caches are not", DROP)
 QUANTIZED_ON_CPU = ("a quantized KV cache on the CPU is not", "drop --kv-cache-dtype")
 
 
@@ -158,8 +159,7 @@ def _model_rules(model: ModelConfig) -> list[Rule]:
         (model.is_mm_prefix_lm, "models whose images see later tokens are not", DROP),
         (
             bool(getattr(model.hf_text_config, "num_kv_shared_layers", 0)),
-            "models whose layers share KV caches are not",
-            DROP,
+            *SHARED_CACHES,
         ),
         (
             model.attention_chunk_size is not None,
@@ -184,9 +184,13 @@ def _model_rules(model: ModelConfig) -> list[Rule]:
 def _cache_rules(vllm_config: VllmConfig) -> list[Rule]:
     """The KV cache and the attention that reads it."""
     cache = vllm_config.cache_config
-    chosen = vllm_config.attention_config.backend
+    attention = vllm_config.attention_config
+    chosen = attention.backend
+    # Layers of other kinds are not compressed, and may have what attention they like.
+    for_full = attention.backend_per_kind.get("full_attention", chosen)
     on_cpu = vllm_config.parallel_config.worker_cls != GPU_WORKER
-    backends = " or ".join(sorted(set(BACKENDS) - {"CPU_ATTN"}))
+    scheme = getattr(vllm_config.quant_config, "kv_cache_scheme", None) or {}
+    backends = " or ".join(GPU_BACKENDS)
     return [
         (
             cache.cache_dtype not in (*PLAIN_CACHES, *FP8_CACHES),
@@ -200,9 +204,20 @@ def _cache_rules(vllm_config: VllmConfig) -> list[Rule]:
             *QUANTIZED_ON_CPU,
         ),
         (
+            # Scoring multiplies the products of a layer by one number.
+            cache.cache_dtype in FP8_CACHES and scheme.get("strategy") == "attn_head",
+            "an FP8 KV cache with one scale per head is not",
+            "set --kv-cache-dtype to bfloat16",
+        ),
+        (
             chosen is not None and chosen.name not in BACKENDS,
             f"attention backend {chosen.name if chosen else ''} is not",
             f"set --attention-backend to {backends}",
+        ),
+        (
+            for_full is not None and for_full.name not in BACKENDS,
+            f"attention backend {for_full.name if for_full else ''} of full attention is not",
+            f"set full_attention in backend_per_kind to {backends}",
         ),
     ]
 
@@ -230,14 +245,18 @@ def _gpu_rules(vllm_config: VllmConfig) -> list[Rule]:
 
 
 def check_specs(
-    specs: Mapping[str, KVCacheSpec], layers: Mapping[str, Any], impl_cls: type[Any]
+    specs: Mapping[str, KVCacheSpec],
+    layers: Mapping[str, Any],
+    impl_cls: type[Any],
+    backends: Sequence[str] = (),
 ) -> None:
     """Refuse models whose full-attention layers cannot share one arena.
 
     Args:
         specs: KV-cache spec by layer.
-        layers: The attention layers, by the same names.
+        layers: The model's attention layers by name; some may have no spec of their own.
         impl_cls: The attention implementation that every compressed layer must have.
+        backends: Attention backends that a user can choose from on this device.
 
     Raises:
         Unsupported: Names the first layer that does not fit.
@@ -245,6 +264,8 @@ def check_specs(
     """
     from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 
+    if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
+        raise unsupported(*SHARED_CACHES)
     first = next((name for name, spec in specs.items() if isinstance(spec, ArenaSpec)), None)
     for name, spec in specs.items():
         if type(spec) is SlidingWindowSpec and first is not None:
@@ -254,7 +275,7 @@ def check_specs(
                     "which is not supported with --kv-compression; drop the flag for this model"
                 )
             continue
-        _check_impl(name, layers[name], impl_cls)
+        _check_impl(name, layers[name], impl_cls, backends)
         if not isinstance(spec, ArenaSpec) or spec.sliding_window or spec.attention_chunk_size:
             raise Unsupported(
                 f"layer {name} does not attend to the whole context ({type(spec).__name__}), "
@@ -283,13 +304,15 @@ def _page(spec: KVCacheSpec) -> tuple[int, int]:
     return spec.page_size_bytes, spec.block_size
 
 
-def _check_impl(name: str, layer: Any, impl_cls: type[Any]) -> None:
+def _check_impl(name: str, layer: Any, impl_cls: type[Any], backends: Sequence[str]) -> None:
     """Refuse a layer whose attention is not ours or looks at positions that eviction changes."""
     impl: Any = getattr(layer, "impl", None)
     if not isinstance(impl, impl_cls):
+        # On CUDA a model asks for such attention; elsewhere a platform may prefer it.
+        choice = f"set --attention-backend to {' or '.join(backends)}, or " if backends else ""
         raise Unsupported(
             f"layer {name} uses attention {type(impl).__name__}, which is not supported with "
-            f"--kv-compression; set --attention-backend to one of {', '.join(BACKENDS)}"
+            f"--kv-compression; {choice}{DROP}"
         )
     if impl.kv_cache_dtype not in impl.cache_dtypes:
         raise Unsupported(

@@ -31,7 +31,7 @@ HOOKS: HookTable = {
             (
                 "additional_config model_config cache_config parallel_config scheduler_config "
                 "attention_config compilation_config kv_transfer_config speculative_config "
-                "use_v2_model_runner max_in_flight_tokens max_concurrent_batches"
+                "use_v2_model_runner max_in_flight_tokens max_concurrent_batches quant_config"
             ),
         ),
         "ModelConfig": (
@@ -47,7 +47,13 @@ HOOKS: HookTable = {
         "ModelConfig.get_num_attention_heads": (CALL, "self, parallel_config"),
         "ModelConfig.get_num_kv_heads": (CALL, "self, parallel_config"),
         "ModelConfig.get_head_size": (CALL, "self"),
-        "CacheConfig": (READ, "block_size cache_dtype num_gpu_blocks kv_cache_memory_bytes"),
+        "CacheConfig": (
+            READ,
+            (
+                "block_size user_specified_block_size cache_dtype num_gpu_blocks "
+                "kv_cache_memory_bytes"
+            ),
+        ),
         "ParallelConfig": (
             READ,
             (
@@ -63,7 +69,7 @@ HOOKS: HookTable = {
                 "disable_hybrid_kv_cache_manager"
             ),
         ),
-        "AttentionConfig": (READ, "backend"),
+        "AttentionConfig": (READ, "backend backend_per_kind"),
         "CompilationConfig": (READ, "cudagraph_mode static_forward_context"),
         "CUDAGraphMode": (READ, "FULL"),
         "set_current_vllm_config": (CALL, "vllm_config"),
@@ -240,13 +246,32 @@ HOOKS: HookTable = {
         "KVConnectorProm.observe": (OVERRIDE, "self, transfer_stats_data, engine_idx"),
     },
     # --- the choice of an attention backend ------------------------------------------------------
-    "vllm.v1.attention.selector": {"_cached_get_attn_backend": (READ, "cache_clear")},
+    "vllm.platforms": {"current_platform": (READ, "is_cuda get_device_capability")},
+    "vllm.v1.attention.selector": {
+        # With the attribute cache_clear.
+        "_cached_get_attn_backend": (
+            WRAP,
+            "backend, attn_selector_config, num_heads, ...",
+        ),
+        "AttentionSelectorConfig": (
+            READ,
+            "head_size dtype kv_cache_dtype block_size has_sink has_sliding_window",
+        ),
+    },
     "vllm.v1.attention.backends.registry": {
-        "AttentionBackendEnum": (READ, "CPU_ATTN FLASH_ATTN TRITON_ATTN"),
+        "AttentionBackendEnum": (READ, "CPU_ATTN FLASH_ATTN TRITON_ATTN get_class"),
         "register_backend": (CALL, "backend, class_path"),
     },
     "vllm.v1.attention.backend": {
         "AttentionBackend.customize_spec": (OVERRIDE, "spec"),
+        "AttentionBackend.get_impl_cls": (CALL, ""),
+        "AttentionBackend.validate_configuration": (
+            CALL,
+            (
+                "device_capability=, head_size=, dtype=, kv_cache_dtype=, block_size=, use_mla=, "
+                "has_sink=, use_sparse=, use_mm_prefix=, use_per_head_quant_scales=, attn_type="
+            ),
+        ),
         "CommonAttentionMetadata": (
             READ,
             (
@@ -259,9 +284,22 @@ HOOKS: HookTable = {
 """What the process that reads the flags can check: it imports nearly all of it anyway."""
 
 WORKER_HOOKS: HookTable = {
+    "vllm.platforms.cuda": {
+        "CudaPlatformBase.get_valid_backends": (
+            CALL,
+            "device_capability=, attn_selector_config=, num_heads=",
+        ),
+        "_BackendCandidate": (READ, "backend priority"),
+    },
     "vllm.v1.worker.cpu_worker": {"CPUWorker": (SUBCLASS, "vllm_config model_runner")},
     "vllm.v1.worker.gpu_worker": {
-        "Worker": (SUBCLASS, "vllm_config model_config cache_config model_runner"),
+        "Worker": (
+            SUBCLASS,
+            (
+                "vllm_config model_config cache_config model_runner peak_activation_memory "
+                "available_kv_cache_memory_bytes"
+            ),
+        ),
         "Worker.load_model": (OVERRIDE, "self, ..."),
         "Worker.get_kv_cache_spec": (OVERRIDE, "self"),
         "Worker.initialize_from_config": (OVERRIDE, "self, kv_cache_config"),
@@ -269,6 +307,11 @@ WORKER_HOOKS: HookTable = {
         "Worker.compile_or_warm_up_model": (OVERRIDE, "self"),
         "Worker.execute_model": (OVERRIDE, "self, scheduler_output"),
         "Worker.sample_tokens": (OVERRIDE, "self, ..."),
+    },
+    "vllm.compilation.caching": {"aot_compile_hash_factors": (WRAP, "vllm_config")},
+    "vllm.compilation.backends": {
+        "VllmBackend": (READ, "vllm_config"),
+        "VllmBackend.__call__": (WRAP, "self, ..."),
     },
     "vllm.v1.worker.gpu_model_runner": {"GPUModelRunner": (READ, "input_batch attn_groups")},
     "vllm.v1.worker.gpu.model_runner": {
@@ -313,7 +356,10 @@ WORKER_HOOKS: HookTable = {
             OVERRIDE,
             "self, common_attn_metadata",
         ),
-        "FlashAttentionImpl": (SUBCLASS, "kv_cache_dtype num_heads alibi_slopes"),
+        "FlashAttentionImpl": (
+            SUBCLASS,
+            "kv_cache_dtype num_heads alibi_slopes vllm_flash_attn_version",
+        ),
         "FlashAttentionImpl.forward": (OVERRIDE, _FORWARD),
         "FlashAttentionImpl.do_kv_cache_update": (CALL, _UPDATE_CACHE),
     },

@@ -76,12 +76,14 @@ def switch_on(vllm_config: Any) -> None:
 
     """
     # Imported here: a vLLM without some hook must still serve those who did not ask.
+    from vllm_kvcompress.engine.attention.backend_choice import check_backends
     from vllm_kvcompress.engine.checks import WORKERS, check_config
     from vllm_kvcompress.engine.metrics import register_metrics
     from vllm_kvcompress.engine.requests import guard_requests
     from vllm_kvcompress.engine.settings import resolver_of
 
     check_config(vllm_config)
+    check_backends(vllm_config)
     if vllm_config.cache_config.block_size:
         resolver_of(vllm_config, vllm_config.cache_config.block_size)
     vllm_config.parallel_config.worker_cls = WORKERS[vllm_config.parallel_config.worker_cls]

@@ -65,12 +65,13 @@ class CascadePrefill:
         """Per layer the flat ids of the pages where its tokens are while it runs, int64 [n]."""
         return self._eviction.sources
 
-    def cut_layer(self, layer: int, keys: Tensor | None) -> None:
+    def cut_layer(self, layer: int, keys: Tensor | None, values: Tensor | None = None) -> None:
         """Cut a layer whose attention has just run. Mutates this and the arena's pages.
 
         Args:
             layer: Index in the arena; layers come in order. The window's queries of it are taken.
             keys: All the prompt's keys after RoPE, [N, S, D]; None: read them from the pages.
+            values: As keys.
 
         """
         timer = PhaseTimer(self._seconds)
@@ -89,12 +90,9 @@ class CascadePrefill:
             self._scores.append(scores)
         placements = self._eviction.take(scores)
         timer.lap("select")
-        if placements:
-            self._codec.move(
-                [self.sources[p.layer] for p in placements],
-                [p.tokens for p in placements],
-                [p.pages for p in placements],
-            )
+        for place in placements:
+            at_hand = (keys, values) if place.layer == layer else (None, None)
+            self._codec.hold(self.sources[place.layer], place.tokens, place.pages, *at_hand)
         timer.lap("move")
 
     def finish(self) -> None:
@@ -110,9 +108,9 @@ class CascadePrefill:
                 f"request {self._request_id}: not all layers of its cascade were cut"
             )
         timer = PhaseTimer(self._seconds)
-        for layer, pages in enumerate(eviction.tables):
-            # As if compressed after the step: the same numbers are added in the same order.
-            self._codec.rewrite(pages, eviction.in_order(layer), pages)
+        # As if compressed after the step: the same numbers are added in the same order.
+        orders = [eviction.in_order(layer) for layer in range(len(eviction.tables))]
+        self._codec.settle(eviction.tables, orders)
         timer.lap("move")
         recorded = len(self._scores) == len(self._lengths)
         # Nobody else asks, and it is work.

@@ -6,7 +6,7 @@ by layer inside the step instead (:mod:`.cascade_prefill`).
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from vllm_kvcompress.paging.arena import IntArray, PageArena, deal_pages
 from vllm_kvcompress.paging.attention_layer import AttentionParams
 from vllm_kvcompress.paging.page_codec import PageCodec
 from vllm_kvcompress.paging.rounding import cdiv
-from vllm_kvcompress.planning.block_planner import BlockPlanner
 from vllm_kvcompress.planning.compression_schedule import Cut
+
+_SOME_LENGTH = 2048
+"""Tokens of a prompt for which kernels take their larger tiles."""
 
 
 class Compressor:
@@ -229,41 +231,57 @@ class Compressor:
 
     def warm_up(
         self,
-        planner: BlockPlanner,
+        methods: Iterable[Method],
         query_shape: Sequence[int],
         dtype: torch.dtype,
         max_model_len: int,
     ) -> None:
-        """Choose tokens of the shortest and the longest prompt there can be, and keep none.
+        """Choose tokens of prompts of several lengths by each method, and keep none.
 
         What is compiled on first use is compiled by it, and too little memory beside the pool
-        shows at the start. Both prompts lie in the null block; nothing is mutated.
+        shows at the start: the first method gets the longest prompt there can be. All prompts lie
+        in the null block; nothing is mutated.
 
         Args:
-            planner: Plans requests that set nothing.
+            methods: What requests can have (:mod:`~vllm_kvcompress.planning.possible_methods`).
             query_shape: [H, D] of the queries.
             dtype: Dtype of the queries.
             max_model_len: Tokens of the longest prompt.
 
         """
-        cuts = (planner.prompt_cut(n) for n in range(planner.window + 1, max_model_len + 1))
-        shortest = next((cut for cut in cuts if cut), None)
-        if planner.keeps_all or shortest is None:
-            return
-        shape = (self._num_layers, planner.window, *query_shape)
-        window = torch.zeros(*shape, dtype=dtype, device=self._codec.device)
-        for cut in (shortest, planner.prompt_cut(max_model_len)):
-            if cut is None:
-                continue
-            pages = self._arena.geometry.all_pages([0] * cdiv(cut.position, self._block_size))
-            lengths = [cut.position] * self._num_layers
-            held = HeldTokens(list(pages), lengths, cut.blocks * self._block_size, window)
-            select_survivors(
-                planner.method,
-                to_numbers(self._scorer(planner.method).score_all(held)),
-                capacity=held.capacity,
-                block_size=self._block_size,
-                lengths=lengths,
-                lap=PhaseTimer({}).lap,
-            )
+        for number, method in enumerate(methods):
+            # The fewest tokens that a layer can keep are its window and a block.
+            kept = (cdiv(method.window, self._block_size) + 1) * self._block_size
+            longest = min(max_model_len, max(_SOME_LENGTH, kept + 1) if number else max_model_len)
+            for first in sorted({min(kept + 1, longest), longest}):
+                if first <= kept:
+                    continue  # too short to be cut
+                shape = (self._num_layers, method.window, *query_shape)
+                window = torch.zeros(*shape, dtype=dtype, device=self._codec.device)
+                self._choose(method, window, [first] * self._num_layers, kept)
+                if first == kept + 1 < longest:  # layers as an earlier cut leaves them
+                    unequal = [first + layer % 2 for layer in range(self._num_layers)]
+                    even = np.full(self._num_layers, kept // self._block_size)
+                    self._choose(method, window, unequal, kept, even)
         self._codec.warm_up()
+
+    def _choose(
+        self,
+        method: Method,
+        window: Tensor,
+        lengths: list[int],
+        kept: int,
+        pages_kept: IntArray | None = None,
+    ) -> None:
+        """Choose tokens of a request in the null block."""
+        pages = self._arena.geometry.all_pages([0] * cdiv(max(lengths), self._block_size))
+        held = HeldTokens(list(pages), lengths, kept, window)
+        select_survivors(
+            method,
+            to_numbers(self._scorer(method).score_all(held)),
+            capacity=held.capacity,
+            block_size=self._block_size,
+            lengths=lengths,
+            lap=PhaseTimer({}).lap,
+            pages=pages_kept,
+        )

@@ -84,9 +84,13 @@ class DecodeQueryBuffer:
         return bool(tokens)
 
     def take(self, layer: int, query: Tensor) -> None:
-        """Copy one layer's needed queries out of a step's, [T, H, D]. Mutates the buffer."""
+        """Copy one layer's needed queries out of a step's, [T, H, D]. Mutates the buffer.
+
+        Those of an FP8 cache may be FP8 themselves; the buffer holds the same numbers, their scale
+        is part of :class:`AttentionParams`.
+        """
         rows = self._queries[layer]
-        query = query.view(len(query), *rows.shape[1:])
+        query = query.view(len(query), *rows.shape[1:]).to(rows.dtype)
         if self._in_place:
             rows.index_copy_(0, self._places[: len(query)], query)
         else:

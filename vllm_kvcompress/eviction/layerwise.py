@@ -165,6 +165,8 @@ class LayerwiseEviction:
         """Where a layer's tokens lie now, in their final storage order: int64 [N, T]."""
         kept = self.kept[layer]
         if not self._method.scorer.stores_by_worth:
+            if kept.device.type == "cpu":  # NumPy's sort is some ten times as fast
+                return torch.from_numpy(kept.numpy().argsort(axis=-1))
             return kept.argsort(dim=-1)
         places = torch.arange(kept.shape[1], device=kept.device).expand(len(kept), -1)
         history = kept.shape[1] - self._method.window
@@ -185,6 +187,8 @@ class LayerwiseEviction:
 
     def _shrink(self, layer: int, pages: int) -> None:
         given = len(self.tables[layer]) - pages
+        if not given:
+            return
         if given < 0:
             raise RuntimeError(f"layer {layer} would grow from {pages - given} to {pages} pages")
         self._free.extend(self.tables[layer][:given].tolist())

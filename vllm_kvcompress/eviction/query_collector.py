@@ -109,6 +109,12 @@ class QueryCollector:
             return self.buffer
         return None
 
+    def select_none(self) -> DecodeQueryBuffer | None:
+        """The same for a batch of dummies, whose tokens nobody needs."""
+        if self.buffer is not None:
+            self.buffer.select(())
+        return self.buffer
+
     def windows(self, request_id: str, request: WorkerRequest) -> Tensor | None:
         """Return the queries that the cut now due looks at, [L, w, H, D]; None if it needs none."""
         planner = request.settings.planner

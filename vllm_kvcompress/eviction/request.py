@@ -7,7 +7,7 @@ from torch import Tensor
 
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, PinnedTokens
 from vllm_kvcompress.methods import LayerScores, Method
-from vllm_kvcompress.planning.compression_schedule import CompressionSchedule, Cut
+from vllm_kvcompress.planning.compression_schedule import NEVER, CompressionSchedule, Cut
 from vllm_kvcompress.planning.request_settings import RequestSettings
 
 
@@ -20,12 +20,14 @@ class WorkerRequest:
         settings: Its method, budget and the like.
         schedule: When it is cut; None if it never is.
         blocks: All block ids it was ever sent since its prefill began.
-        computed: Tokens computed before this step.
-        scheduled: Tokens of this step.
+        computed: Tokens computed before this step; up to date in steps that go beyond
+            ``quiet_until``.
+        scheduled: Tokens of this step; up to date where ``computed`` is.
         prefill_blocks: In a cascade, blocks in place of the prompt's own; None otherwise.
         cuts_made: Cuts behind it.
         survivors_start: Where in ``blocks`` the survivors' blocks begin.
         tail_start: Where in ``blocks`` those of the tokens after the last cut begin.
+        quiet_until: Steps up to this many tokens hold no query of a window and no cut.
         window: Queries of the last tokens before a cut of the prompt, [L, w, H, D], while they
             are collected.
         scores: Layers already scored, in a prompt that runs in one step.
@@ -44,6 +46,7 @@ class WorkerRequest:
     cuts_made: int = 0
     survivors_start: int = 0
     tail_start: int = 0
+    quiet_until: int = field(init=False, default=0)
     window: Tensor | None = field(default=None, repr=False)
     scores: dict[int, LayerScores] = field(default_factory=dict, repr=False)
     score_seconds: float = 0.0
@@ -51,6 +54,7 @@ class WorkerRequest:
 
     def __post_init__(self) -> None:
         self._forget_pinned()
+        self._look_ahead()
 
     @property
     def method(self) -> Method:
@@ -97,6 +101,7 @@ class WorkerRequest:
             start += self.schedule.survivor_blocks(self.cuts_made)
         self.tail_start = start
         self.forget_window()
+        self._look_ahead()
 
     def pinned_places(
         self, cut: Cut, lengths: Sequence[int], num_kv_heads: int
@@ -143,12 +148,22 @@ class WorkerRequest:
         self.cuts_made = self.survivors_start = self.tail_start = 0
         self.forget_window()
         self._forget_pinned()
+        self._look_ahead()
 
     def forget_window(self) -> None:
         """Let go of what was collected for scoring. Mutates the request."""
         self.window = None
         self.scores = {}
         self.score_seconds = 0.0
+
+    def _look_ahead(self) -> None:
+        cut = self.next_cut
+        if cut is None:
+            self.quiet_until = NEVER
+            return
+        planner = self.settings.planner
+        window = planner.window if self.next_is_prefill_cut else planner.decode_window
+        self.quiet_until = cut.position - max(window, 1)
 
     def _forget_pinned(self) -> None:
         ranges = self.settings.pinned_ranges

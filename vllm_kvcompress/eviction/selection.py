@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcompress_kernels.selection_torch import worst_first
 from vllm_kvcompress.eviction.apportionment import Floats
 from vllm_kvcompress.eviction.layer_budgets import page_division
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, rank_first
@@ -164,6 +165,5 @@ def by_worth(chosen: Tensor, worth: Tensor) -> Tensor:
         [N, T], same dtype: ascending score; among equals the lower number counts as better.
 
     """
-    values = worth.gather(1, chosen.to(torch.int64))
-    best_first = values.argsort(dim=1, descending=True, stable=True)
-    return chosen.gather(1, best_first).flip(1)
+    ids = chosen.to(torch.int64)
+    return worst_first(ids, worth.gather(1, ids)).to(chosen.dtype)

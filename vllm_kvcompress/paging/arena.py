@@ -47,7 +47,7 @@ class PageGeometry:
         """Flat page ids of one layer in the given blocks, int64 [len(blocks)]."""
         return np.asarray(self.origin[layer] + np.asarray(blocks, dtype=np.int64) * self.step)
 
-    def all_pages(self, blocks: Sequence[int]) -> IntArray:
+    def all_pages(self, blocks: Sequence[int] | IntArray) -> IntArray:
         """Flat page ids of every layer, int64 [L, len(blocks)]."""
         ids = np.asarray(blocks, dtype=np.int64)
         return np.asarray(self.origin[:, None] + ids[None, :] * self.step)
@@ -115,6 +115,7 @@ class PageArena:
             was ever given, prompt blocks first.
         serial: int64 [slots], number of the admission that filled the slot, from 1 on.
         version: Changes whenever any of these does.
+        membership: Changes whenever a request comes or goes.
 
     """
 
@@ -132,7 +133,7 @@ class PageArena:
         self.shift: IntArray = np.zeros((layers, 0), dtype=np.int64)
         self.growth_column: IntArray = np.zeros(0, dtype=np.int64)
         self.serial: IntArray = np.zeros(0, dtype=np.int64)
-        self.version = 0
+        self.version = self.membership = 0
         self._admitted = 0
 
     def __contains__(self, request_id: str) -> bool:
@@ -234,31 +235,29 @@ class PageArena:
         self.serial[slot] = self._admitted
         self._slot[request_id] = slot
         self.version += 1
+        self.membership += 1
         return slot
 
-    def grow(self, request_id: str, blocks: Sequence[int]) -> None:
+    def grow(self, new_blocks: Mapping[str, Sequence[int]]) -> None:
         """Give every layer its own page of each new block. Mutates the arena.
 
         Args:
-            request_id: A request in the arena.
-            blocks: All its private blocks, the ones held so far first.
-
-        Raises:
-            ValueError: The blocks held so far are not the first ones.
+            new_blocks: By request in the arena, private blocks beyond those it holds.
 
         """
-        held = self._blocks[request_id]
-        if list(blocks[: len(held)]) != held:
-            raise ValueError(f"request {request_id}: its blocks changed from {held} to {blocks}")
-        new = list(blocks[len(held) :])
-        slot = self._slot[request_id]
-        layers = np.arange(self.geometry.num_layers)
-        self._reserve(pages=int(self.used[:, slot].max()) + len(new))
-        for ids in self.geometry.all_pages(new).T:
-            self.tables[layers, slot, self.used[:, slot]] = ids
-            self.used[:, slot] += 1
-        held.extend(new)
-        self.version += 1
+        layers = np.arange(self.geometry.num_layers)[:, None]
+        growing = [(self._slot[name], blocks) for name, blocks in new_blocks.items() if blocks]
+        for name, blocks in new_blocks.items():
+            self._blocks[name] += blocks
+        # All requests at once; nearly always they get one block each.
+        for turn in range(max((len(blocks) for _, blocks in growing), default=0)):
+            part = [(slot, blocks[turn]) for slot, blocks in growing if turn < len(blocks)]
+            slots, ids = np.asarray(part, dtype=np.int64).T
+            place = self.used[:, slots]
+            self._reserve(pages=int(place.max()) + 1)
+            self.tables[layers, slots, place] = self.geometry.all_pages(ids)
+            self.used[:, slots] = place + 1
+            self.version += 1
 
     def drop(self, request_id: str) -> None:
         """Forget a request, if it is here. Mutates the arena; no page is written."""
@@ -272,6 +271,7 @@ class PageArena:
             del self._blocks[request_id], self._admissions[request_id]
         self.used[:, slot] = 0
         self.version += 1
+        self.membership += 1
 
     def check_integrity(self, blocks_of: Mapping[str, Sequence[int]] | None = None) -> None:
         """Verify that every page is used once and belongs to its request's own blocks.

@@ -47,6 +47,9 @@ class DeviceTableBuilder(StepTableBuilder):
         self._uploaded: NDArray[np.int64] = np.zeros(4, dtype=np.int64)
         self._slots_key = b""
         self._slots = torch.empty(0, dtype=torch.int32, device=device)
+        # What was in the arena when the mirror was last compared with it, and in which slots.
+        self._mirrored: tuple[int, bytes] = (-1, b"")
+        self._shift: NDArray[np.int64] = np.zeros((layers, 0), dtype=np.int64)
 
     def build(self, batch: BatchRows) -> LayerTables:
         """See the base class; ``batch`` may have no compressed row, its tensors are on the device.
@@ -114,11 +117,15 @@ class DeviceTableBuilder(StepTableBuilder):
     def _max_lens(self, batch: BatchRows) -> list[int] | None:
         if batch.seq_lens_bound is None:
             return None
-        layers = self._arena.geometry.num_layers
-        lens = np.repeat(batch.seq_lens_bound.astype(np.int64)[None], layers, axis=0)
-        lens[:, batch.rows] += self._arena.shift[:, batch.slots]
-        highest: list[int] = np.maximum(lens.max(axis=1), 1).tolist()
-        return highest
+        lengths = batch.seq_lens_bound.astype(np.int64)
+        highest = np.ones(len(self._shift), dtype=np.int64)
+        if len(batch.rows):
+            highest = np.maximum(highest, (lengths[batch.rows] + self._shift).max(axis=1))
+        if len(batch.rows) < len(lengths):
+            plain = np.delete(lengths, batch.rows)
+            highest = np.maximum(highest, plain.max())
+        result: list[int] = highest.tolist()
+        return result
 
     def _slot_of_row(self, batch: BatchRows, rows: int) -> Tensor:
         slots = np.full(rows, -1, dtype=np.int32)
@@ -130,22 +137,42 @@ class DeviceTableBuilder(StepTableBuilder):
 
     def _upload(self, slots: NDArray[np.int64]) -> None:
         """Bring requests admitted since the last step into the mirror."""
-        arena, mirror = self._arena, self._mirror
+        arena = self._arena
+        seen = (arena.membership, slots.tobytes())
+        if seen == self._mirrored:
+            return
+        self._mirrored = seen
+        self._shift = arena.shift[:, slots]
         num_slots, pages = arena.serial.shape[0], int(arena.dealt.max(initial=1))
-        if num_slots > len(self._uploaded) or pages > mirror.pages.shape[2]:
-            old = mirror.pages.shape
+        if num_slots > len(self._uploaded) or pages > self._mirror.pages.shape[2]:
+            old = self._mirror.pages.shape
             slots_now = max(num_slots, old[1])
-            self._mirror = mirror = self._allocate(slots_now, max(pages, 2 * old[2]))
+            self._mirror = self._allocate(slots_now, max(pages, 2 * old[2]))
             self._uploaded = np.zeros(slots_now, dtype=np.int64)
-        for slot in slots[self._uploaded[slots] != arena.serial[slots]]:
-            width = int(arena.dealt[:, slot].max())
-            mirror.pages[:, slot, :width] = self._send(arena.tables[:, slot, :width])
-            mirror.used[:, slot] = self._send(arena.dealt[:, slot].astype(np.int32))
-            mirror.shift[:, slot] = self._send(arena.shift[:, slot].astype(np.int32))
-            mirror.growth[slot : slot + 1] = self._send(
-                arena.growth_column[slot : slot + 1].astype(np.int32)
-            )
-            self._uploaded[slot] = arena.serial[slot]
+        new = slots[self._uploaded[slots] != arena.serial[slots]]
+        if len(new):
+            self._send_requests(new)
+            self._uploaded[new] = arena.serial[new]
+
+    def _send_requests(self, slots: NDArray[np.int64]) -> None:
+        """Copy what the arena knows of some slots into the mirror, in one upload."""
+        arena, mirror = self._arena, self._mirror
+        layers, count = arena.geometry.num_layers, len(slots)
+        width = int(arena.dealt[:, slots].max())
+        parts = (
+            slots,
+            arena.growth_column[slots],
+            arena.dealt[:, slots],
+            arena.shift[:, slots],
+            arena.tables[:, slots, :width],
+        )
+        packed = np.concatenate([part.astype(np.int32).reshape(-1) for part in parts])
+        sent = torch.split(self._send(packed), [part.size for part in parts])
+        index = sent[0].long()
+        mirror.growth[index] = sent[1]
+        mirror.used[:, index] = sent[2].view(layers, count)
+        mirror.shift[:, index] = sent[3].view(layers, count)
+        mirror.pages[:, index, :width] = sent[4].view(layers, count, width)
 
     def _allocate(self, slots: int, pages: int) -> ArenaTables:
         geometry, device = self._arena.geometry, self._device

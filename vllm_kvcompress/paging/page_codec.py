@@ -84,6 +84,40 @@ class PageCodec(ABC):
 
         """
 
+    def hold(
+        self,
+        source: IntArray,
+        kept: Tensor,
+        target: IntArray,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> None:
+        """Copy survivors of one layer of a cascade. Mutates just the target pages.
+
+        Until :meth:`settle`, nothing but this codec reads those pages.
+
+        Args:
+            source: Flat page ids of the prompt in token order.
+            kept: int [N, len(target) * block_size], token numbers, each head its own.
+            target: Flat page ids that take them; none is a source.
+            keys: All keys of the layer after RoPE, [N, S, D], where they are at hand.
+            values: As keys.
+
+        """
+        self.move([source], [kept], [target])
+
+    def settle(self, pages: Sequence[IntArray], orders: Sequence[Tensor]) -> None:
+        """Make what several layers :meth:`hold` readable for attention. Mutates just their pages.
+
+        Args:
+            pages: Per layer its flat page ids.
+            orders: Per layer where its tokens lie in them, in the order in which they shall lie,
+                int [N, len(pages) * block_size].
+
+        """
+        for own, order in zip(pages, orders, strict=True):
+            self.rewrite(own, order, own)
+
     @abstractmethod
     def copy(self, source: IntArray, target: IntArray) -> None:
         """Copy whole pages. Mutates the target pages, none of which is a source."""

@@ -195,11 +195,12 @@ class StridedPageCodec(PageCodec):
         return max(1, OBSERVED_BYTES // (2 * 4 * num_heads * num_tokens))
 
     def warm_up(self) -> None:
-        """See the base class; launches a move and a packing of no tokens."""
+        """See the base class; moves no token, and copies the null block's first page to itself."""
         page = self._send([np.zeros(1, dtype=np.int64)])
         nothing = page.new_zeros(1, self.num_kv_heads, 1, dtype=torch.int32)
         move_tokens(self._cache, page, nothing, [0], page, implementation=self._implementation)
         pack_tokens(self._cache, page, nothing, [0], implementation=self._implementation)
+        copy_pages(self._cache, page[0], page[0], implementation=self._implementation)
 
     def _send(self, pages: Sequence[IntArray]) -> Tensor:
         return upload(torch.from_numpy(_table(pages)), self.device)

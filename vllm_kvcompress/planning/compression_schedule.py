@@ -14,10 +14,14 @@ Everything follows from the prompt's length and the settings, so scheduler and w
 message to agree. All positions are in tokens of the text.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_kvcompress.paging.rounding import cdiv
+
+NEVER = sys.maxsize
+"""A number of tokens that no request reaches."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,21 @@ class CompressionSchedule:
             if number < count and self.cut(number + 1).moves:
                 held += self.survivor_blocks(number + 1)
         return held
+
+    def unchanged_until(self, num_tokens: int) -> int:
+        """Most tokens for which :meth:`blocks_for` surely returns what it does for num_tokens.
+
+        Args:
+            num_tokens: Prompt and generated tokens.
+
+        """
+        number = self.count(num_tokens)
+        start = self.cut(number) if number else Cut(0, 0)
+        free_from = start.position + start.slack
+        end = free_from + cdiv(max(num_tokens - free_from, 0), self.block_size) * self.block_size
+        if self.has_cut(number + 1):
+            end = min(end, self.cut(number + 1).position - 1)
+        return end
 
     def releasable(self, released: int, prefill_blocks: int | None = None) -> range:
         """Places in the request's list of the blocks that go once the next cut is processed.

@@ -7,17 +7,18 @@ again, with the same result.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from vllm_kvcompress.methods import ROLES, available, get_method, get_spec
+from vllm_kvcompress.methods import ROLES, Method, available, get_method, get_spec
 from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
 from vllm_kvcompress.planning.config import KVCompressionConfig, check_budget
 from vllm_kvcompress.planning.pinned_ranges import Ranges, count_before, parse_ranges, shown
+from vllm_kvcompress.planning.possible_methods import possible_methods
 from vllm_kvcompress.planning.request_policy import OFF
 
 METHOD_KEY = "kv_compression"
@@ -116,6 +117,10 @@ class SettingsResolver:
         settings = RequestSettings(planner, self._keep(asked, prompt_len), self._decode(asked))
         self._check_room(settings, prompt_len)
         return settings
+
+    def possible_methods(self) -> Iterator[Method]:
+        """Yield methods that together do all that requests' methods do."""
+        return possible_methods(self.default_planner.config, self.largest_window)
 
     @property
     def largest_window(self) -> int:

@@ -13,6 +13,9 @@ BACKENDS = {
 }
 """vLLM's name of a backend -> ours, imported only if vLLM chooses it."""
 
+GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+"""Those of them that a GPU can have."""
+
 PLAIN_CACHES = ("auto", "bfloat16", "float16")
 FP8_CACHES = ("fp8", "fp8_e4m3")
 """vLLM's names of the dtypes of caches that can be moved: as they are, and as bytes."""

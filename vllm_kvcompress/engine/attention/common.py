@@ -85,8 +85,8 @@ class ArenaImpl:
         """See vLLM's AttentionImpl; on the flat view where the layer has tables of its own."""
         session = self.session
         step: StepInputs | None = getattr(attn_metadata, "arena_step", None)
-        # Where a prompt's keys are at hand, reading them back out of the CPU's pages costs more.
-        keys = None if self.on_device else key
+        # Where a prompt's tokens are at hand, reading them back out of the CPU's pages costs more.
+        keys, values = (None, None) if self.on_device else (key, value)
         if step is not None and session is not None:
             for capture in step.captures:
                 capture.take(self.arena_layer, query)
@@ -104,7 +104,7 @@ class ArenaImpl:
         )
         if step is not None and session is not None:
             for row in step.cascades:
-                session.cut_layer(self.arena_layer, row, keys)
+                session.cut_layer(self.arena_layer, row, keys, values)
         return result
 
     def layer_metadata(self, base: Any, tables: LayerTables) -> Any:

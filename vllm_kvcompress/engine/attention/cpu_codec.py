@@ -6,17 +6,25 @@ through vLLM's own operator and read back. Survivors are written through the sam
 packs them itself.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from vllm import _custom_ops as ops
 
 from vllm_kvcompress.paging.arena import IntArray
 from vllm_kvcompress.paging.page_codec import PageCodec
+from vllm_kvcompress.paging.page_order import INTEGERS, PageOrder
 
 _DIGIT_BASE = 8
 """Digits 0..7 are exact in every cache dtype, FP8 E5M2 included."""
+
+_BYTES_AT_ONCE = 2 << 20
+"""Keys of survivors that are moved together: layers share calls, and caches hold what they move."""
 
 
 class CpuPageCodec(PageCodec):
@@ -43,29 +51,41 @@ class CpuPageCodec(PageCodec):
         self.device = kv_cache.device
         self._dtype = dtype
         self._cache = kv_cache.view(pages, heads, 2 * block_size, self.head_size)
+        page_step, head_step = self._cache.stride()[:2]
+        self._page_step, self._head_steps = page_step, torch.arange(heads) * head_step
+        # Pages need not be neighbours: tokens are fetched from all that lies between them.
+        extent = (pages - 1) * page_step + self._cache[0].numel()
+        self._memory = self._cache.as_strided((extent,), (1,))
+        half = block_size * self.head_size
+        halves = self._cache.as_strided((pages, heads, 2, half), (page_step, head_step, half, 1))
+        self._halves = [_numbers(halves[:, :, part]) for part in (0, 1)]
         scratch = torch.zeros_like(self._cache[:1])
-        self._key_order = self._probe(scratch, part=0)
-        self._value_order = self._probe(scratch, part=1)
+        distance = math.gcd(page_step, head_step, half)
+        self._orders = [
+            PageOrder(self._probe(scratch, part), distance, scratch.dtype.itemsize)
+            for part in (0, 1)
+        ]
+        plain = torch.arange(half).view(block_size, self.head_size)
+        self._held_order = PageOrder(plain, distance, scratch.dtype.itemsize)
 
     def read_keys(self, pages: IntArray, num_tokens: int) -> Tensor:
-        heads = self._cache.shape[1]
-        ids = torch.as_tensor(pages)
-        picked = self._cache[:, :, : self.block_size].index_select(0, ids)
-        flat = picked.reshape(len(ids), heads, self.block_size * self.head_size)
-        bits = flat.view(_bits(flat.dtype)).index_select(2, self._key_order)
-        tokens = bits.view(flat.dtype).view(len(ids), heads, self.block_size, self.head_size)
-        tokens = tokens.transpose(0, 1).reshape(heads, -1, self.head_size)[:, :num_tokens]
-        return tokens.to(self._dtype)
+        tokens = torch.arange(num_tokens)[:, None].expand(-1, self.num_kv_heads)
+        keys = self._fetch(torch.as_tensor(pages), tokens, self._head_steps, part=0)
+        return keys.transpose(0, 1).to(self._dtype)
 
     def move(
         self, sources: Sequence[IntArray], kept: Sequence[Tensor], targets: Sequence[IntArray]
     ) -> None:
-        for source, tokens, target in zip(sources, kept, targets, strict=True):
-            self.rewrite(source, tokens, target)
+        for group in self._groups(kept):
+            pages, tokens = self._join(sources[group], kept[group])
+            keys, values = (
+                self._fetch(pages, tokens.T, self._head_steps, part).to(self._dtype)
+                for part in (0, 1)
+            )
+            self._store(self._cache, keys, values, self._slots(targets[group], kept[group]))
 
     def rewrite(self, source: IntArray, kept: Tensor, target: IntArray) -> None:
-        keys, values = self.gather(torch.as_tensor(source), kept)
-        self.write(torch.as_tensor(target), keys, values)
+        self.move([source], [kept], [target])  # which has fetched all before it writes any
 
     def gather(self, pages: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of some tokens, each head its own, both [N, T, D].
@@ -75,7 +95,9 @@ class CpuPageCodec(PageCodec):
             tokens: int64 [N, T], token numbers within those pages.
 
         """
-        return self._gather(pages, tokens, part=0), self._gather(pages, tokens, part=1)
+        heads = self._head_steps[:, None]
+        keys, values = (self._fetch(pages, tokens, heads, part) for part in (0, 1))
+        return keys.to(self._dtype), values.to(self._dtype)
 
     def write(self, pages: Tensor, keys: Tensor, values: Tensor) -> None:
         """Fill pages from their first slot on. Mutates just these pages.
@@ -86,27 +108,94 @@ class CpuPageCodec(PageCodec):
             values: As keys.
 
         """
-        tokens = torch.arange(keys.shape[1])
-        slots = pages[tokens // self.block_size] * self.block_size + tokens % self.block_size
+        slots = self._slots([pages.numpy()], [keys[..., 0]])
         self._store(self._cache, keys.transpose(0, 1), values.transpose(0, 1), slots)
 
     def copy(self, source: IntArray, target: IntArray) -> None:
         self._cache[torch.as_tensor(target)] = self._cache[torch.as_tensor(source)]
 
-    def _gather(self, pages: Tensor, tokens: Tensor, part: int) -> Tensor:
-        order = self._value_order if part else self._key_order
-        size = self.block_size * self.head_size
-        page_stride, head_stride = self._cache.stride()[:2]
-        # Pages need not be neighbours: elements are picked from all that lies between them.
-        extent = (self._cache.shape[0] - 1) * page_stride + self._cache[0].numel()
-        elements = self._cache.as_strided((extent,), (1,)).view(_bits(self._cache.dtype))
-        head = torch.arange(self._cache.shape[1]).unsqueeze(1) * head_stride
-        first = pages[tokens // self.block_size] * page_stride + head + part * size
-        place = order.view(self.block_size, self.head_size)[tokens % self.block_size]
-        picked = elements[first.unsqueeze(-1) + place]
-        return picked.view(self._cache.dtype).to(self._dtype)
+    # --- in a cascade ----------------------------------------------------------------------------
+
+    def hold(
+        self,
+        source: IntArray,
+        kept: Tensor,
+        target: IntArray,
+        keys: Tensor | None = None,
+        values: Tensor | None = None,
+    ) -> None:
+        """See the base class; held tokens lie in plain rows, which no operator has to pack."""
+        heads, size = self.num_kv_heads, self.block_size
+        tokens = kept.to(torch.int64).view(heads, len(target), size).transpose(0, 1)
+        pages = torch.as_tensor(source)
+        for part, given in enumerate((keys, values)):
+            if given is None:
+                rows = self._fetch(pages, tokens, self._head_steps[:, None], part)
+            else:
+                rows = _pick(given.to(self._cache.dtype), tokens)
+            # NumPy copies whole pages, where torch copies element by element.
+            self._halves[part][target] = _numbers(rows.view(len(target), heads, -1))
+
+    def settle(self, pages: Sequence[IntArray], orders: Sequence[Tensor]) -> None:
+        for group in self._groups(orders):
+            ids, tokens = self._join(pages[group], orders[group])
+            keys, values = (
+                self._fetch(ids, tokens.T, self._head_steps, part, held=True).to(self._dtype)
+                for part in (0, 1)
+            )
+            self._store(self._cache, keys, values, self._slots(pages[group], orders[group]))
+
+    # --- parts -----------------------------------------------------------------------------------
+
+    def _groups(self, kept: Sequence[Tensor]) -> Iterator[slice]:
+        """Neighbouring layers that are moved together."""
+        most = _BYTES_AT_ONCE // (self.num_kv_heads * self.head_size * self._dtype.itemsize)
+        first = total = 0
+        for layer, tokens in enumerate(kept):
+            if layer > first and total + tokens.shape[1] > most:
+                yield slice(first, layer)
+                first, total = layer, 0
+            total += tokens.shape[1]
+        yield slice(first, len(kept))
+
+    def _join(self, pages: Sequence[IntArray], kept: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Page ids [n] and token numbers [N, T] of several layers as if they were one, int64."""
+        before = np.cumsum([0, *map(len, pages)]) * self.block_size
+        tokens = [t + int(n) for t, n in zip(kept, before, strict=False)]
+        return torch.from_numpy(np.concatenate(pages)), torch.cat(tokens, dim=1).to(torch.int64)
+
+    def _slots(self, pages: Sequence[IntArray], kept: Sequence[Tensor]) -> Tensor:
+        """The first slots of some layers' pages, as many as each has tokens [N, T], int64 [T]."""
+        inside = np.arange(self.block_size)
+        slots = [
+            (own[:, None] * self.block_size + inside).reshape(-1)[: tokens.shape[1]]
+            for own, tokens in zip(pages, kept, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(slots))
+
+    def _fetch(
+        self, pages: Tensor, tokens: Tensor, heads: Tensor, part: int, *, held: bool = False
+    ) -> Tensor:
+        """Fetch keys (part 0) or values (part 1) of some tokens.
+
+        Args:
+            pages: int64 [n], flat page ids in token order.
+            tokens: int64 [...], token numbers within those pages.
+            heads: Where each token's head begins in its page, to be broadcast with them.
+            part: 0 or 1.
+            held: Whether :meth:`hold` has put them there.
+
+        Returns:
+            [..., D], contiguous, in the cache's dtype.
+
+        """
+        begin = pages[tokens // self.block_size] * self._page_step + heads
+        begin += part * self.block_size * self.head_size
+        order = self._held_order if held else self._orders[part]
+        return order.take(self._memory, begin, tokens % self.block_size)
 
     def _store(self, cache: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Write keys and values [T, N, D] through vLLM's operator. Mutates the cache."""
         key_cache, value_cache = cache.chunk(2, dim=2)
         ops.cpu_attn_reshape_and_cache(
             keys.contiguous(),
@@ -121,7 +210,7 @@ class CpuPageCodec(PageCodec):
         )
 
     def _probe(self, scratch: Tensor, part: int) -> Tensor:
-        """Return int64 [block_size * D]: where each (token, dim) of a page lies."""
+        """Return where each token's elements lie in half a page, int64 [block_size, D]."""
         heads, size = scratch.shape[1], self.block_size * self.head_size
         number = torch.arange(size)
         found = torch.zeros(size, dtype=torch.int64)
@@ -140,9 +229,31 @@ class CpuPageCodec(PageCodec):
                 f"cannot read back KV pages written by the CPU attention kernel ({self._isa}); "
                 "report this with the CPU model and dtype, and run without --kv-compression"
             )
-        return order
+        return order.view(self.block_size, self.head_size)
 
 
-def _bits(dtype: torch.dtype) -> torch.dtype:
-    """Return the integer type of the same width: not every float type can be gathered."""
-    return {1: torch.uint8, 2: torch.int16, 4: torch.int32}[dtype.itemsize]
+def _pick(given: Tensor, tokens: Tensor) -> Tensor:
+    """Pick rows of keys or values at hand.
+
+    Args:
+        given: [N, S, D], of any strides.
+        tokens: Token numbers, int64 [P, N, T].
+
+    Returns:
+        [P, N, T, D], contiguous.
+
+    """
+    dim = given.shape[2]
+    if given.stride(2) != 1 or given.stride(0) % dim or given.stride(1) % dim:
+        given = given.contiguous()
+    head, token = given.stride(0) // dim, given.stride(1) // dim
+    reach = (len(given) - 1) * head + (given.shape[1] - 1) * token + 1
+    rows = tokens * token + torch.arange(len(given))[:, None] * head
+    found = given.as_strided((reach, dim), (dim, 1)).index_select(0, rows.flatten())
+    return found.view(*tokens.shape, dim)
+
+
+def _numbers(memory: Tensor) -> NDArray[Any]:
+    """The same memory in NumPy, as integers: it does not know all types."""
+    array: NDArray[Any] = memory.view(INTEGERS[memory.dtype.itemsize]).numpy()
+    return array

@@ -13,8 +13,7 @@ from vllm.v1.request import Request
 from vllm_kvcompress.engine.compression_stats import BlockGauges, CompressionCounters
 from vllm_kvcompress.engine.scheduler.reservations import Reservation, Reservations
 from vllm_kvcompress.paging.arena import IntegrityError
-from vllm_kvcompress.paging.rounding import cdiv
-from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
+from vllm_kvcompress.planning.compression_schedule import NEVER, CompressionSchedule
 from vllm_kvcompress.planning.request_settings import RequestSettings, SettingsResolver
 
 _TERMS = "_kv_compression_terms"
@@ -98,13 +97,16 @@ class ArenaManager(FullAttentionManager):
         """Count blocks as they are now."""
         free = self.block_pool.get_num_free_blocks()
         held = self.block_pool.num_gpu_blocks - 1 - free  # less the null block
-        tokens = [self._requests[name].num_computed_tokens for name in self.reservations]
+        requests, size = self._requests, self.block_size
         return BlockGauges(
             held=held,
             reserved=held + self.reservations.outstanding(),
             free=free,
-            running_held=sum(len(self.req_to_blocks[name]) for name in self.reservations),
-            running_plain=sum(cdiv(count, self.block_size) for count in tokens),
+            running_held=self.reservations.held,
+            # Of every running request in every step, so without a call each.
+            running_plain=sum(
+                -(-requests[name].num_computed_tokens // size) for name in self.reservations
+            ),
         )
 
     # --- admission -------------------------------------------------------------------------------
@@ -185,6 +187,8 @@ class ArenaManager(FullAttentionManager):
         """See the base class; also counts what is reserved for this request and for others."""
         later = 0
         if (reservation := self.reservations.get(request_id)) is not None:
+            if num_tokens <= reservation.covered:
+                return 0
             blocks = self.reservations.blocks_for(reservation, num_tokens)
         else:
             reservation = self.quoted(request_id)
@@ -208,23 +212,45 @@ class ArenaManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """See the base class; the step that makes a cut gets the blocks for its survivors."""
-        begins = request_id not in self.reservations
-        if begins:
-            self._admit(request_id)
-        needed = self.reservations.blocks_for(self.reservations[request_id], num_tokens)
+        reservation = self.reservations.get(request_id)
+        if reservation is not None and num_tokens <= reservation.covered:
+            return []
+        begins = reservation is None
+        if reservation is None:
+            reservation = self._admit(request_id)
+        needed = self.reservations.blocks_for(reservation, num_tokens)
         slots = needed * self.block_size
         blocks = list(super().allocate_new_blocks(request_id, slots, slots))
+        reservation.covered = self.reservations.covered(reservation, num_tokens)
+        if begins or blocks:
+            self.reservations.recount(request_id)
         if begins:
             # Others may share blocks with it from now on, which they will not get free.
-            self.reservations.recount_all()
-        elif blocks:
-            self.reservations.recount(request_id)
+            self.reservations.recount_sharers(request_id)
         return blocks
 
     def needs_block(self, request_id: str, num_tokens: int) -> bool:
         """Whether an admitted request needs another block for its first num_tokens tokens."""
-        needed = self.reservations.blocks_for(self.reservations[request_id], num_tokens)
+        reservation = self.reservations[request_id]
+        if num_tokens <= reservation.covered:
+            return False
+        needed = self.reservations.blocks_for(reservation, num_tokens)
         return needed > len(self.req_to_blocks[request_id])
+
+    def next_cut(self, request_id: str, num_tokens: int) -> int:
+        """Position of an admitted request's first cut beyond num_tokens; NEVER if there is none.
+
+        Args:
+            request_id: The request.
+            num_tokens: Tokens computed, never fewer than when it was last asked for.
+
+        """
+        reservation = self.reservations[request_id]
+        if num_tokens >= reservation.next_cut:
+            schedule = reservation.schedule
+            position = None if schedule is None else schedule.next_position(num_tokens)
+            reservation.next_cut = NEVER if position is None else position
+        return reservation.next_cut
 
     def quoted(self, request_id: str) -> Reservation:
         """What would be reserved for a waiting request, with the prefill chosen for it."""
@@ -232,7 +258,7 @@ class ArenaManager(FullAttentionManager):
         schedule = self.schedule_of(request_id)
         return self.reservations.quote(self._requests[request_id], schedule, prefill_blocks, cached)
 
-    def _admit(self, request_id: str) -> None:
+    def _admit(self, request_id: str) -> Reservation:
         reservation = self.quoted(request_id)
         self._chosen.pop(request_id, None)
         self.reservations[request_id] = reservation
@@ -244,13 +270,25 @@ class ArenaManager(FullAttentionManager):
             requests = counters.compressed_requests if compressed else counters.other_requests
             requests[planner.method.name] += 1
         if not compressed:
-            return
+            return reservation
         path = "full" if reservation.prefill_blocks is None else "cascade"
         if planner.streams(prompt_len):
             path = "streaming"
         self.counters.prefills[path] += 1
+        return reservation
 
     # --- release ---------------------------------------------------------------------------------
+
+    def may_release(self, running: Sequence[Request]) -> Sequence[Request]:
+        """Those of some running requests that may have something to give back."""
+        reservations = self.reservations
+        if reservations.window_groups is not None:
+            return running  # sliding windows do so all the time
+        return [
+            request
+            for request in running
+            if request.num_computed_tokens >= reservations[request.request_id].next_release
+        ]
 
     def remove_skipped_blocks(
         self,
@@ -260,7 +298,7 @@ class ArenaManager(FullAttentionManager):
     ) -> None:
         """Give back what cuts made releasable, once no step in flight can still read it."""
         reservation = self.reservations.get(request_id)
-        if reservation is None:
+        if reservation is None or processed_computed_tokens < reservation.next_release:
             return
         released = reservation.released
         while (
@@ -307,12 +345,11 @@ class ArenaManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Hash what plain vLLM would have computed: tokens before the first cut, not workspace."""
-        schedule = self.schedule_of(request.request_id)
-        if schedule is not None:
-            reservation = self.reservations[request.request_id]
-            if reservation.released or reservation.prefill_blocks is not None:
-                return
-            num_tokens = min(num_tokens, schedule.first)
+        reservation = self.reservations[request.request_id]
+        if reservation.released or reservation.prefill_blocks is not None:
+            return
+        if reservation.schedule is not None:
+            num_tokens = min(num_tokens, reservation.schedule.first)
         super().cache_blocks(
             request,
             num_tokens,
@@ -322,7 +359,7 @@ class ArenaManager(FullAttentionManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request (finished or preempted) and hand its blocks over."""
-        self.reservations.pop(request_id, None)
+        self.reservations.remove(request_id)
         self._chosen.pop(request_id, None)
         return list(super().pop_blocks_for_free(request_id))
 
@@ -370,6 +407,7 @@ class ArenaManager(FullAttentionManager):
         free = self.block_pool.get_num_free_blocks()
         if held + free > total:
             raise IntegrityError(f"{held} held + {free} free exceed the pool")
+        self.reservations.check_sums()
         if held + self.reservations.outstanding() > total:
             raise IntegrityError(
                 f"{held} held + {self.reservations.outstanding()} reserved exceed the pool"

@@ -59,7 +59,7 @@ class _ArenaScheduling(Scheduler):
         """See the base class; verifies the blocks first when asked to."""
         if self._resolver.default_planner.config.check_integrity:
             self._arena.check_integrity()
-        for request in self.running:
+        for request in self._arena.may_release(self.running):
             # Else a request could be preempted for want of blocks that another is about to return.
             done = max(request.num_computed_tokens - request.num_in_flight_tokens, 0)
             self.kv_cache_manager.remove_skipped_blocks(request.request_id, done)
@@ -112,20 +112,21 @@ class _ArenaScheduling(Scheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        schedule = self._arena.schedule_of(request.request_id)
+        arena, request_id = self._arena, request.request_id
+        if request_id in arena.reservations:
+            cut = arena.next_cut(request_id, num_computed_tokens)
+            return min(int(num_new_tokens), cut - num_computed_tokens)
+        schedule = arena.schedule_of(request_id)
         if schedule is None:
             return int(num_new_tokens)
-        if (cut := schedule.next_position(num_computed_tokens)) is not None:
-            num_new_tokens = min(num_new_tokens, cut - num_computed_tokens)
-        if request.request_id not in self._arena.reservations:
-            name, hits = self._hits
-            num_new_tokens = self._arena.choose_prefill(
-                request,
-                hits if name == request.request_id else (),
-                num_computed_tokens,
-                num_new_tokens,
+        if (position := schedule.next_position(num_computed_tokens)) is not None:
+            num_new_tokens = min(num_new_tokens, position - num_computed_tokens)
+        name, hits = self._hits
+        return int(
+            arena.choose_prefill(
+                request, hits if name == request_id else (), num_computed_tokens, num_new_tokens
             )
-        return int(num_new_tokens)
+        )
 
 
 class ArenaScheduler(_ArenaScheduling):

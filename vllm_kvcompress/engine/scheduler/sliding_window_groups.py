@@ -159,7 +159,7 @@ def patch_coordinator(coordinator: Any, arena: ArenaManager, max_len: int) -> No
         begins = request_id not in reservations
         blocks = allocate(request_id, *args, **kwargs)
         if begins:
-            reservations.recount_all()
+            reservations.recount_sharers(request_id)
         elif any(blocks):
             reservations.recount(request_id)
         return blocks

@@ -5,16 +5,38 @@ runner has to be asked for.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_kvcompress.engine.step.messages import prefill_blocks_of
 from vllm_kvcompress.eviction.request import WorkerRequest
+from vllm_kvcompress.planning.compression_schedule import NEVER
 from vllm_kvcompress.planning.request_settings import SettingsResolver
+
+
+@dataclass(frozen=True)
+class StepChanges:
+    """What a step's message changes for compression.
+
+    Attributes:
+        void: Requests whose compressed cache is void: gone, preempted or begun anew.
+        grown: By running request that got more blocks, those.
+        busy: Requests that this step does not leave alone: a window looks at some of its tokens, or
+            it ends at a cut.
+
+    """
+
+    void: list[str]
+    grown: dict[str, list[int]]
+    busy: list[str]
 
 
 class BlockLedger:
     """All requests that the worker knows of.
+
+    What the rows compute is noted only in steps in which one of them is busy: a batch whose rows
+    decode, far from any cut, is compared with the last one as a whole.
 
     Args:
         resolver: Resolves requests' settings as the scheduler does.
@@ -26,6 +48,11 @@ class BlockLedger:
         self._resolver = resolver
         self._group = group
         self._entries: dict[str, WorkerRequest] = {}
+        # The last step's requests in the message's order, which most steps keep.
+        self._names: list[str] = []
+        self._rows: list[WorkerRequest] = []
+        # Steps of one token each that these can make before one of them is busy.
+        self._quiet_steps = 0
 
     def __getitem__(self, request_id: str) -> WorkerRequest:
         return self._entries[request_id]
@@ -33,24 +60,43 @@ class BlockLedger:
     def __iter__(self) -> Iterator[tuple[str, WorkerRequest]]:
         return iter(self._entries.items())
 
-    def update(self, output: SchedulerOutput) -> tuple[list[str], list[str]]:
+    def update(self, output: SchedulerOutput) -> StepChanges:
         """Take in one step's message. Mutates the ledger.
 
         Args:
             output: What the scheduler sent.
 
-        Returns:
-            Requests whose compressed cache is void (gone, preempted or begun anew), and running
-            requests that got more blocks.
-
         """
-        void: list[str] = [*output.finished_req_ids, *(output.preempted_req_ids or ())]
-        grown: list[str] = []
+        cached, counts = output.scheduled_cached_reqs, output.num_scheduled_tokens
+        void = [*output.finished_req_ids, *(output.preempted_req_ids or ())]
         for request_id in output.finished_req_ids:
             self._entries.pop(request_id, None)
-        prefill_blocks = prefill_blocks_of(output)
+        void += self._begin(output)
+        grown: dict[str, list[int]] = {}
+        for row, blocks in enumerate(cached.new_block_ids):
+            if blocks is None and not cached.resumed_req_ids:
+                continue
+            request_id = cached.req_ids[row]
+            own = list(blocks[self._group]) if blocks else []
+            if request_id in cached.resumed_req_ids:
+                void.append(request_id)
+                prefill_blocks = prefill_blocks_of(output).get(request_id)
+                self._entries[request_id].restart(own, prefill_blocks)
+            elif own:
+                self._entries[request_id].blocks += own
+                grown[request_id] = own
+        names = list(counts)
+        same = not void and names == self._names
+        self._quiet_steps -= 1
+        if same and self._quiet_steps >= 0 and output.total_num_scheduled_tokens == len(names):
+            return StepChanges(void, grown, [])  # without a look at any row
+        if not same:
+            self._names, self._rows = names, [self._entries[name] for name in names]
+        return StepChanges(void, grown, self._look_at_rows(output))
+
+    def _begin(self, output: SchedulerOutput) -> list[str]:
+        """Take in the requests that are new to the worker; returns their ids."""
         for new in output.scheduled_new_reqs:
-            void.append(new.req_id)
             extra = getattr(new.sampling_params, "extra_args", None)
             settings = self._resolver.resolve(extra, new.prompt_len)
             self._entries[new.req_id] = WorkerRequest(
@@ -59,21 +105,24 @@ class BlockLedger:
                 schedule=settings.schedule(new.prompt_len),
                 blocks=list(new.block_ids[self._group]),
                 computed=new.num_computed_tokens,
-                prefill_blocks=prefill_blocks.get(new.req_id),
+                prefill_blocks=prefill_blocks_of(output).get(new.req_id),
             )
+        return [new.req_id for new in output.scheduled_new_reqs]
+
+    def _look_at_rows(self, output: SchedulerOutput) -> list[str]:
+        """Note what each row computes; returns the busy ones. Mutates the rows."""
         cached = output.scheduled_cached_reqs
-        for request_id, blocks, computed in zip(
-            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
-        ):
-            request = self._entries[request_id]
-            request.computed = computed
-            if request_id in cached.resumed_req_ids:
-                void.append(request_id)
-                own = list(blocks[self._group]) if blocks else []
-                request.restart(own, prefill_blocks.get(request_id))
-            elif blocks and blocks[self._group]:
-                request.blocks.extend(blocks[self._group])
-                grown.append(request_id)
-        for request_id, count in output.num_scheduled_tokens.items():
-            self._entries[request_id].scheduled = count
-        return void, grown
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            self._entries[request_id].computed = computed
+        busy = []
+        quiet = NEVER
+        counts = output.num_scheduled_tokens.values()
+        for name, request, count in zip(self._names, self._rows, counts, strict=True):
+            request.scheduled = count
+            left = request.quiet_until - request.computed - count
+            if left < 0:
+                busy.append(name)
+            if left < quiet:
+                quiet = left
+        self._quiet_steps = quiet
+        return busy

@@ -16,6 +16,11 @@ def attach(output: SchedulerOutput, prefill_blocks: Mapping[str, int]) -> None:
     setattr(output, _NAME, prefill_blocks)
 
 
+def is_planned(output: SchedulerOutput) -> bool:
+    """Whether a message comes from our scheduler, with a part of ours on it."""
+    return hasattr(output, _NAME)
+
+
 def prefill_blocks_of(output: SchedulerOutput) -> Mapping[str, int]:
     """Return our part of a message; empty where there is none and nothing is scheduled.
 

@@ -1,15 +1,15 @@
 """One worker's compression around each step: what the step needs, and the cuts after it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from vllm_kvcompress.engine.step.batch_order import BatchOrder
 from vllm_kvcompress.engine.step.block_ledger import BlockLedger
 from vllm_kvcompress.engine.step.measurement_channel import attach
 from vllm_kvcompress.engine.step.messages import prefill_blocks_of
@@ -136,7 +136,9 @@ class Session:
         self._queries = QueryCollector(
             geometry.num_layers, self._query_shape, dtype, codec.device, buffer
         )
-        self._scheduled: frozenset[str] = frozenset()
+        self._order = BatchOrder(self.arena)
+        self._scheduled: Mapping[str, int] = {}
+        self._busy: list[str] = []
         self._ending: list[str] = []
         self._cascades: dict[str, CascadePrefill] = {}
 
@@ -149,18 +151,19 @@ class Session:
         """
         if self._ending:
             self.end_step()
-        void, grown = self._ledger.update(output)
-        for request_id in void:
+        changes = self._ledger.update(output)
+        for request_id in changes.void:
             self.arena.drop(request_id)
             self._queries.drop(request_id)
-        for request_id in grown:
-            if request_id in self.arena:
-                self.arena.grow(request_id, self._ledger[request_id].private_blocks())
+        self.arena.grow(
+            {name: blocks for name, blocks in changes.grown.items() if name in self.arena}
+        )
         self._cascades = {
             request_id: self._compressor.begin_cascade(request_id, self._ledger[request_id])
             for request_id in prefill_blocks_of(output)
         }
-        self._scheduled = frozenset(output.num_scheduled_tokens)
+        self._scheduled = output.num_scheduled_tokens
+        self._busy = changes.busy
         self._ending = []
         self.step = None
 
@@ -168,7 +171,7 @@ class Session:
         """Whether the step just begun looks into a prompt's attention, which must run in Python."""
         if self._cascades:
             return True
-        return any(self._queries.needs(self._ledger[name]) for name in self._scheduled)
+        return any(self._queries.needs(self._ledger[name]) for name in self._busy)
 
     def prepare_step(
         self, request_ids: Sequence[str], common: CommonAttentionMetadata
@@ -183,21 +186,22 @@ class Session:
             None for a batch in which plain vLLM does everything.
 
         """
-        if not self._scheduled or not self._scheduled.issuperset(request_ids):
+        if not self._order.follow(request_ids, self._scheduled):
             return None  # a dummy run
-        cascades = self._read_rows(request_ids, common.query_start_loc_cpu.tolist())
-        rows = [row for row, name in enumerate(request_ids) if name in self.arena]
-        self.stats["compressed_steps" if rows else "plain_steps"] += 1
+        cascades = self._read_rows(common)
+        rows = self._order.rows
+        self.stats["compressed_steps" if len(rows) else "plain_steps"] += 1
         tables = None
-        if rows or self.replays:
-            bound = common.seq_lens_cpu_upper_bound
+        if len(rows) or self.replays:
+            # A graph was captured with the longest length there can be.
+            bound = None if self.replays else common.seq_lens_cpu_upper_bound
             batch = BatchRows(
                 block_table=common.block_table_tensor,
                 seq_lens=common.seq_lens,
                 query_start=common.query_start_loc,
                 slot_mapping=common.slot_mapping,
-                rows=np.asarray(rows, dtype=np.int64),
-                slots=self.arena.slots(request_ids[row] for row in rows),
+                rows=rows,
+                slots=self._order.slots,
                 seq_lens_bound=None if bound is None else bound.numpy(),
             )
             tables = self._tables.build(batch)
@@ -207,21 +211,23 @@ class Session:
             self.step = StepInputs(captures, tables, cascades, query_buffer)
         return self.step
 
-    def _read_rows(
-        self, request_ids: Sequence[str], starts: Sequence[int]
-    ) -> tuple[CascadeRow, ...]:
-        """Note each row's queries and due cut; returns the rows that run as a cascade."""
-        cascades = []
+    def _read_rows(self, common: CommonAttentionMetadata) -> tuple[CascadeRow, ...]:
+        """Note busy rows' queries and due cuts; returns the rows that run as a cascade."""
         self._queries.begin_step()
-        for request_id, start in zip(request_ids, starts, strict=False):
-            request = self._ledger[request_id]
-            if request.schedule is None:
+        if not self._busy:
+            return ()
+        cascades = []
+        starts: list[int] = common.query_start_loc_cpu.tolist()
+        for request_id in self._busy:
+            row = self._order.place(request_id)
+            if row is None:
                 continue
+            request = self._ledger[request_id]
             if request.ends_at_cut:
                 self._ending.append(request_id)
             if prefill := self._cascades.get(request_id):
-                cascades.append(CascadeRow(prefill, request, start))
-            self._queries.add(request_id, request, start)
+                cascades.append(CascadeRow(prefill, request, starts[row]))
+            self._queries.add(request_id, request, starts[row])
         return tuple(cascades)
 
     # --- while the model runs --------------------------------------------------------------------
@@ -237,24 +243,27 @@ class Session:
         """
         request = capture.request
         first = capture.start + capture.count - request.prompt_len
-        self._compressor.score_in_step(layer, request, self._own_keys(keys, first, request))
+        self._compressor.score_in_step(layer, request, self._own_tokens(keys, first, request))
 
-    def cut_layer(self, layer: int, row: CascadeRow, keys: Tensor | None) -> None:
+    def cut_layer(
+        self, layer: int, row: CascadeRow, keys: Tensor | None, values: Tensor | None
+    ) -> None:
         """Cut a layer of a row whose attention has just run. Mutates its cascade and arena pages.
 
         Args:
             layer: Index in the arena.
             row: The request's; its queries of this layer are taken.
             keys: As for :meth:`score`; None where reading the pages is as good.
+            values: As keys.
 
         """
-        own = None
-        if keys is not None and row.request.computed == 0:
-            own = self._own_keys(keys, row.start, row.request)
-        row.prefill.cut_layer(layer, own)
+        own: list[Tensor] = []
+        if keys is not None and values is not None and row.request.computed == 0:
+            own = [self._own_tokens(part, row.start, row.request) for part in (keys, values)]
+        row.prefill.cut_layer(layer, *(own or (None, None)))
 
-    def _own_keys(self, keys: Tensor, first: int, request: WorkerRequest) -> Tensor:
-        """Keys of one row that holds a whole prompt, [N, S, D]."""
+    def _own_tokens(self, keys: Tensor, first: int, request: WorkerRequest) -> Tensor:
+        """Keys or values of one row that holds a whole prompt, [N, S, D]."""
         own = keys[first : first + request.prompt_len]
         shape = (request.prompt_len, self._codec.num_kv_heads, self._codec.head_size)
         return own.view(shape).transpose(0, 1)
@@ -278,7 +287,7 @@ class Session:
             self.stats[f"{request.schedule.kind(request.cuts_made)}_cuts"] += 1
         self._ending = []
         self._cascades = {}
-        self._scheduled = frozenset()
+        self._scheduled = {}
         self.step = None
         if self._resolver.default_planner.config.check_integrity:
             self.check_integrity()
@@ -298,12 +307,15 @@ class Session:
             max_model_len: Tokens of the longest prompt.
 
         """
-        planner = self._resolver.default_planner
-        self._compressor.warm_up(planner, self._query_shape, self._dtype, max_model_len)
+        methods = self._resolver.possible_methods()
+        self._compressor.warm_up(methods, self._query_shape, self._dtype, max_model_len)
         self._tables.warm_up()
 
     def capture_inputs(self, seq_lens: Tensor, num_tokens: int) -> StepInputs:
         """Return what a CUDA graph is captured with. Mutates the table buffers.
+
+        A batch of dummies that replays a graph, as data parallelism makes them, comes here too: it
+        must take no queries with the index of the last batch.
 
         Args:
             seq_lens: int32 [B], the lengths the runner captures with.
@@ -311,7 +323,7 @@ class Session:
 
         """
         tables = self._tables.capture(seq_lens, num_tokens)
-        return StepInputs((), tables, query_buffer=self._queries.buffer)
+        return StepInputs((), tables, query_buffer=self._queries.select_none())
 
     def check_integrity(self) -> None:
         """Verify the arena against the scheduler's blocks.

@@ -14,13 +14,16 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from vllm_kvcompress.engine.attention import register_backends
+from vllm_kvcompress.engine.attention.backend_choice import choose_wrapped
 from vllm_kvcompress.engine.attention.common import ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.checks import check_specs, check_version
+from vllm_kvcompress.engine.compile_cache import share_compiled_models
 from vllm_kvcompress.engine.hook_table import WORKER_HOOKS
 from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.model_layers import LayerGroups, layers_of
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 from vllm_kvcompress.engine.settings import resolver_of
+from vllm_kvcompress.engine.step.messages import is_planned
 from vllm_kvcompress.engine.step.session import Session
 from vllm_kvcompress.eviction.records import CutRecord
 from vllm_kvcompress.paging.arena import PageGeometry
@@ -33,16 +36,25 @@ logger = init_logger("vllm.kvcompress.worker")
 
 
 class ArenaWorker:
-    """First base of a wrapped worker of an engine with compression on."""
+    """First base of a wrapped worker of an engine with compression on.
 
+    Attributes:
+        backends: Attention backends that a user can choose from.
+
+    """
+
+    backends: Sequence[str] = ()
     vllm_config: Any
     model_runner: Any
     _session: Session
     _rows: Sequence[str] = ()
+    _warms_up = False
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """See vLLM's Worker; puts our backends in place before layers choose theirs."""
         register_backends()
+        choose_wrapped()
+        share_compiled_models()
         # The choice is remembered per process, perhaps from an engine without compression.
         selector._cached_get_attn_backend.cache_clear()
         super().load_model(*args, **kwargs)  # type: ignore[misc]
@@ -56,7 +68,7 @@ class ArenaWorker:
         with set_current_vllm_config(self.vllm_config):
             specs: dict[str, KVCacheSpec] = super().get_kv_cache_spec()  # type: ignore[misc]
         layers = self.vllm_config.compilation_config.static_forward_context
-        check_specs(specs, {name: layers[name] for name in specs}, ArenaImpl)
+        check_specs(specs, layers, ArenaImpl, self.backends)
         return specs
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
@@ -110,8 +122,19 @@ class ArenaWorker:
         _announce(planner, config.model_config.max_model_len, kv_cache_config.num_blocks)
         _announce_others(config, planner.block_size)
 
+    def compile_or_warm_up_model(self) -> Any:
+        """See vLLM's Worker, which may run steps that no scheduler has planned."""
+        self._warms_up = True
+        try:
+            return super().compile_or_warm_up_model()  # type: ignore[misc]
+        finally:
+            self._warms_up = False
+
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """See vLLM's Worker; where no sampling follows, makes the cuts that are due."""
+        if self._warms_up and not is_planned(scheduler_output):
+            # The session learns of nothing, so attention takes plain vLLM's path.
+            return super().execute_model(scheduler_output)  # type: ignore[misc]
         self._session.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         return None if output is None else self._cut_and_report(output)
