@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvcompress_kernels.page_tables import StepTables
 from kvcompress_kernels.scoring import window_statistics
+from vllm_kvcompress.paging import strided_codec
 from vllm_kvcompress.paging.attention_layer import AttentionParams, attention_params
 from vllm_kvcompress.paging.page_tables import TableLimits
 from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES, SHARED_BYTES, StridedPageCodec
@@ -95,6 +96,27 @@ def test_a_layer_is_rewritten_over_its_own_pages(
     others = [page for page in range(PAGES) if page not in target]
     assert torch.equal(now[others], before[others])
     assert torch.equal(now[target[-1]][:, -3:], before[target[-1]][:, -3:])
+
+
+@pytest.mark.parametrize("order", ["HND", "NHD"])
+@pytest.mark.parametrize("most", [1, 3, 100], ids="at most {} pages at a time".format)
+def test_a_cascade_is_settled_as_layer_by_layer(
+    order: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = pool(order)
+    monkeypatch.setattr(strided_codec, "SETTLED_BYTES", most * cache[0].numel() * 4)
+    codec = StridedPageCodec(cache, "auto", torch.float32, implementation="torch")
+    tables = [np.array(pages) for pages in ([4, 0], [7], [1, 9, 2], [11, 3])]
+    orders = [
+        torch.stack([torch.randperm(len(pages) * SIZE) for _ in range(HEADS)]) for pages in tables
+    ]
+    codec.settle(tables, orders)
+    for pages, ids in zip(tables, orders, strict=True):
+        had, has = tokens_of(pool(order), pages.tolist()), tokens_of(cache, pages.tolist())
+        for head in range(HEADS):
+            assert torch.equal(has[head], had[head, ids[head]])
+    others = [page for page in range(PAGES) if page not in np.concatenate(tables)]
+    assert torch.equal(cache[others], pool(order)[others])
 
 
 @pytest.mark.parametrize("order", ["HND", "NHD"])
