@@ -69,7 +69,7 @@ def test_layers_keep_what_their_tables_say(engines: Engines, prose: list[int]) -
     assert sum(seen) == LAYERS * BUDGET
 
 
-def test_no_token_waits_for_a_cut(
+def test_tokens_are_sampled_before_a_cut(
     engines: Engines, prose: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step's tokens are sampled before its cuts are made, and their report still goes with it."""

@@ -142,8 +142,7 @@ class ArenaWorker:
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """See vLLM's Worker; makes the cuts that are due behind the step's own work.
 
-        By then a GPU's tokens are on their way to the host: they do not wait for the cuts, and
-        where a cut waits for the device, no token does.
+        By then a GPU's tokens are on their way to the host, and do not wait for the cuts' kernels.
         """
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
         return self._cut_and_report(output)
