@@ -60,7 +60,7 @@ class Counts:
         return self.aten + self.triton
 
 
-class LaunchCounter(TorchDispatchMode):
+class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts what operations on the meta device would have a GPU do.
 
     Attributes:
@@ -69,7 +69,7 @@ class LaunchCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: Counter[str] = Counter()
         self._random = torch.Generator().manual_seed(0)
 

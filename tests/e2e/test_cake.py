@@ -69,6 +69,32 @@ def test_layers_keep_what_their_tables_say(engines: Engines, prose: list[int]) -
     assert sum(seen) == LAYERS * BUDGET
 
 
+def test_tokens_are_sampled_before_a_cut(
+    engines: Engines, prose: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's tokens are sampled before its cuts are made, and their report still goes with it."""
+    engine = engines.open()
+    runner = engine.core.model_executor.driver_worker.worker.model_runner
+    compressor, order = engine.session._compressor, []
+    sample, cut = runner.sample_tokens, compressor.cut
+
+    def sampling(*args: Any, **kwargs: Any) -> Any:
+        output = sample(*args, **kwargs)
+        order.append("sampled")
+        return output
+
+    def cutting(*args: Any) -> None:
+        cut(*args)
+        order.append("cut")
+
+    monkeypatch.setattr(runner, "sample_tokens", sampling)
+    monkeypatch.setattr(compressor, "cut", cutting)
+    engine.generate([prose[:777], prose[:600]], 3)
+    assert order.count("cut") == engine.stats["prompt_cuts"] == 2
+    assert order.index("sampled") < order.index("cut")
+    assert not engine.session.reporter.report, "it went with the step's output"
+
+
 def test_second_question_hits_the_prefix_and_leaves_it_alone(
     engines: Engines, prose: list[int]
 ) -> None:

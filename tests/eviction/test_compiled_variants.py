@@ -16,6 +16,7 @@ import torch
 from benchmarks.start_launches import ALLOW_ALL, BLOCK, AttentionShape, WarmedWorker, observed
 from tests.support.compiler_keys import key_of
 from vllm_kvcompress.eviction.request import WorkerRequest
+from vllm_kvcompress.eviction.shared_cuts import DueCut
 from vllm_kvcompress.methods import available
 from vllm_kvcompress.paging.page_tables import BatchRows
 from vllm_kvcompress.paging.rounding import cdiv
@@ -68,7 +69,7 @@ class Worker(WarmedWorker):
                     running.cut_layer(layer, None)
                 running.finish()
             else:
-                self.compressor.cut("r", request, window)
+                self.compressor.cut_all([DueCut("r", request, window)])
         self._build_tables(prompt_len)
         self.arena.drop("r")
         return request.cuts_made

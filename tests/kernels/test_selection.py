@@ -227,6 +227,22 @@ def test_select_tokens_reads_strided_scores(device, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_jobs_may_differ_in_length_and_lie_anywhere(device, implementation):
+    """What follows a job's history, its window, comes behind the chosen tokens."""
+    generator = torch.Generator().manual_seed(3)
+    storage = torch.randn(4, 2, 1500, generator=generator).to(device)
+    jobs = [storage[0, :, :1200], storage[1, :, 7:40], storage[2].T[:2, :], storage[3]]
+    counts, tails = [33, 0, 2, 1500], [5, 3, 0, 4]
+    found = select_tokens(jobs, counts, tails=tails, implementation=implementation)
+    assert found.shape == (4, 2, 1504)
+    for own, job, count, tail in zip(found.tolist(), jobs, counts, tails, strict=True):
+        (expected,) = expected_kept(job[None], [count])
+        window = list(range(job.shape[1], job.shape[1] + tail))
+        rest = [-1] * (1504 - count - tail)
+        assert own == [chosen + window + rest for chosen in expected]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_shapes_may_be_empty(device, implementation):
     for shape, none in [
         ((2, 1, 3), [0, 0]),

@@ -60,6 +60,24 @@ def test_token_scores(device, group, kernel, mode, reduce):
 
 
 @pytest.mark.parametrize("mode", ["avg", "max"])
+@pytest.mark.parametrize("reduce", ["mean", "max"])
+def test_token_scores_of_jobs_of_different_length(device, mode, reduce):
+    """Each is scored as if it were alone, whatever lies behind its tokens."""
+    mean, var = statistics(3, 4, 50, device)
+    counts = [50, 7, 31]
+    for job, count in enumerate(counts):
+        mean[job, :, count:], var[job, :, count:] = math.nan, math.inf
+    lengths = torch.tensor(counts, dtype=torch.int32, device=device)
+    options = {**OPTIONS, "mode": mode, "reduce": reduce}
+    for implementation in IMPLEMENTATIONS:
+        found = token_scores(mean, var, lengths=lengths, implementation=implementation, **options)
+        for job, count in enumerate(counts):
+            own = mean[job : job + 1, :, :count], var[job : job + 1, :, :count]
+            expected = expected_scores(*own, **options).float()[0]
+            torch.testing.assert_close(found[job, :, :count].cpu(), expected, atol=0.0, rtol=5e-6)
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
 @pytest.mark.parametrize("tokens", [1, 2, 1019, 1020, 1021, 1024, 2041])
 def test_token_scores_at_tile_borders(device, tokens, mode):
     """A tile has 1024 columns, of which 1020 are its own at width 5."""

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from kvcompress_kernels.page_tables import StepTables
 from kvcompress_kernels.scoring import window_statistics
+from vllm_kvcompress.paging import strided_codec
 from vllm_kvcompress.paging.attention_layer import AttentionParams, attention_params
 from vllm_kvcompress.paging.page_tables import TableLimits
-from vllm_kvcompress.paging.strided_codec import StridedPageCodec
+from vllm_kvcompress.paging.strided_codec import OBSERVED_BYTES, SHARED_BYTES, StridedPageCodec
 from vllm_kvcompress.planning.workspace_memory import ModelShape, table_bytes, transient_bytes
 
 PAGES, HEADS, SIZE, DIM, WINDOW = 12, 2, 16, 32, 8
@@ -98,6 +99,27 @@ def test_a_layer_is_rewritten_over_its_own_pages(
 
 
 @pytest.mark.parametrize("order", ["HND", "NHD"])
+@pytest.mark.parametrize("most", [1, 3, 100], ids="at most {} pages at a time".format)
+def test_a_cascade_is_settled_as_layer_by_layer(
+    order: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = pool(order)
+    monkeypatch.setattr(strided_codec, "SETTLED_BYTES", most * cache[0].numel() * 4)
+    codec = StridedPageCodec(cache, "auto", torch.float32, implementation="torch")
+    tables = [np.array(pages) for pages in ([4, 0], [7], [1, 9, 2], [11, 3])]
+    orders = [
+        torch.stack([torch.randperm(len(pages) * SIZE) for _ in range(HEADS)]) for pages in tables
+    ]
+    codec.settle(tables, orders)
+    for pages, ids in zip(tables, orders, strict=True):
+        had, has = tokens_of(pool(order), pages.tolist()), tokens_of(cache, pages.tolist())
+        for head in range(HEADS):
+            assert torch.equal(has[head], had[head, ids[head]])
+    others = [page for page in range(PAGES) if page not in np.concatenate(tables)]
+    assert torch.equal(cache[others], pool(order)[others])
+
+
+@pytest.mark.parametrize("order", ["HND", "NHD"])
 def test_keys_are_read_and_whole_pages_copied(order: str) -> None:
     cache = pool(order)
     codec = StridedPageCodec(cache, "auto", torch.float32, implementation="torch")
@@ -116,8 +138,8 @@ def test_statistics_of_several_layers_are_those_of_each() -> None:
     facts = [FACTS, AttentionParams(scale=0.5, soft_cap=0.0, sinks=None)]
     # After cuts that left them different numbers of pages, layers differ in length.
     lengths = [41, 29]
-    found = codec.observe(windows, sources, lengths, facts)
-    assert found is not None
+    statistics = codec.observe(windows, codec.open(sources, lengths), facts)
+    found = [statistics.job(layer) for layer in range(2)]
     for layer, (source, fact) in enumerate(zip(sources, facts, strict=True)):
         expected = window_statistics(
             windows[layer].transpose(0, 1),
@@ -174,5 +196,9 @@ def test_memory_set_aside_is_what_the_buffers_take() -> None:
     assert table_bytes(shape, limits) == sum(b.numel() * b.element_size() for b in buffers)
     small = transient_bytes(shape, max_model_len=1000, window=8, most_kept=100)
     large = transient_bytes(shape, max_model_len=9000, window=8, most_kept=100)
-    # Scores of every layer and KV head, twice.
-    assert large - small == 2 * 4 * 3 * HEADS * 8000
+    # Scores of several prompts take as much as those of a long one, which count twice.
+    assert large == small
+    larger = transient_bytes(shape, max_model_len=2 * 10**7, window=8, most_kept=100)
+    statistics = 2 * 4 * shape.heads * 2 * 10**7 - OBSERVED_BYTES
+    scores = 2 * 4 * 3 * HEADS * 2 * 10**7 - SHARED_BYTES
+    assert larger - small == statistics + scores

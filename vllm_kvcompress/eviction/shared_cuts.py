@@ -16,7 +16,7 @@ from vllm_kvcompress.eviction.layer_budgets import page_division
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, rank_first
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.eviction.request_scorer import HeldTokens, RequestScorer
-from vllm_kvcompress.methods import LayerScores, Method, to_numbers
+from vllm_kvcompress.methods import LayerScores, Method, Scorer, to_numbers
 from vllm_kvcompress.paging.arena import IntArray, PageArena, deal_pages
 from vllm_kvcompress.paging.page_codec import PageCodec
 from vllm_kvcompress.paging.strided_codec import SHARED_BYTES
@@ -98,6 +98,7 @@ class SharedCuts:
             self._codec.shares_launches
             and not scorer.keeps_all
             and scorer.budgets_are_nested
+            and type(scorer).select_layers is Scorer.select_layers
             and not scorer.stores_by_worth
             and not request.scores
         )

@@ -95,6 +95,9 @@ class DynamicKVAllocator(Allocator):
     def weights(
         self, seen: Sequence[LayerScores], *, base: int, num_layers: int
     ) -> npt.NDArray[np.float64]:
+        if use_triton(seen[0].tokens, "auto"):
+            ((counts,),) = self._count([StagedDivision(seen, [len(seen)], base)])
+            return counts
         if self.compare == "background":
             scores = [_standing_out(s, self.background) for s in seen]
         else:
@@ -106,9 +109,12 @@ class DynamicKVAllocator(Allocator):
         self, divisions: Sequence[StagedDivision], *, num_layers: int
     ) -> list[list[npt.NDArray[np.float64]]]:
         own = type(self).weights is DynamicKVAllocator.weights
-        if not (own and use_triton(divisions[0].layers[0].tokens, "auto")):
-            return super().weights_by_stage(divisions, num_layers=num_layers)
-        # All stages of all requests from one set of histograms, with one wait for the device.
+        if own and use_triton(divisions[0].layers[0].tokens, "auto"):
+            return self._count(divisions)
+        return super().weights_by_stage(divisions, num_layers=num_layers)
+
+    def _count(self, divisions: Sequence[StagedDivision]) -> list[list[npt.NDArray[np.float64]]]:
+        """All stages of all requests from one set of histograms, with one wait for the device."""
         stages, first = [], 0
         for division in divisions:
             per_layer = division.base * division.layers[0].tokens.shape[0]

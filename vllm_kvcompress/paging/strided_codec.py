@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kvcompress_kernels.compaction import copy_pages, move_tokens, pack_tokens
 from kvcompress_kernels.dispatch import Implementation
@@ -21,6 +22,9 @@ from vllm_kvcompress.paging.page_codec import JobPages, PageCodec
 
 OBSERVED_BYTES = 256 << 20
 """Bytes of statistics held at one time: layers are scored in groups whose statistics fit."""
+
+SETTLED_BYTES = 64 << 20
+"""Bytes of survivors of a cascade that are out of their pages at one time."""
 
 SHARED_BYTES = 256 << 20
 """Bytes of scores held at one time by requests that are cut together."""
@@ -96,18 +100,18 @@ class StridedPageCodec(PageCodec):
         self, sources: Sequence[IntArray], kept: Sequence[Tensor], targets: Sequence[IntArray]
     ) -> None:
         counts = [tokens.shape[-1] for tokens in kept]
-        most = max(counts)
-        padded = [
-            # One type: for another the kernel would be compiled anew.
-            torch.nn.functional.pad(t.to(self.device, torch.int32), (0, most - t.shape[-1]))
-            for t in kept
-        ]
+        # One type: for another the kernel would be compiled anew.
+        rows = [tokens.to(self.device, torch.int32) for tokens in kept]
+        if len(set(counts)) > 1:
+            rows = [pad(own, (0, max(counts) - own.shape[-1])) for own in rows]
+        parcel = Parcel(self.device)
+        source, target = parcel.add(_table(sources)), parcel.add(_table(targets))
         move_tokens(
             self._cache,
-            self._send(sources),
-            torch.stack(padded),
-            counts,
-            self._send(targets),
+            source,
+            torch.stack(rows) if len(rows) > 1 else rows[0][None],
+            parcel.add(np.asarray(counts, dtype=np.int32)),
+            target,
             implementation=self._implementation,
         )
 
@@ -119,6 +123,22 @@ class StridedPageCodec(PageCodec):
         picked = cache[self._send([source])[0][tokens // size], heads, tokens % size]
         slots = torch.arange(tokens.shape[1], device=self.device)
         cache[self._send([target])[0][slots // size], heads, slots % size] = picked
+
+    def settle(self, pages: Sequence[IntArray], orders: Sequence[Tensor]) -> None:
+        """See the base class; several layers at a time as if they were one."""
+        token_bytes = self.num_kv_heads * 2 * self.head_size * self._cache.element_size()
+        most = max(SETTLED_BYTES // (token_bytes * self.block_size), 1)
+        first, size = 0, self.block_size
+        while first < len(pages):
+            stop, taken = first + 1, len(pages[first])
+            while stop < len(pages) and taken + len(pages[stop]) <= most:
+                taken, stop = taken + len(pages[stop]), stop + 1
+            lengths = [len(own) * size for own in pages[first:stop]]
+            before = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+            order = torch.cat([own.to(self.device) for own in orders[first:stop]], dim=1)
+            whole = np.concatenate(pages[first:stop])
+            self.rewrite(whole, order + upload(torch.from_numpy(before), self.device), whole)
+            first = stop
 
     def copy(self, source: IntArray, target: IntArray) -> None:
         pages = self._send([source, target])

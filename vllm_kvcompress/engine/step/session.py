@@ -67,7 +67,7 @@ class Session:
 
     Each step takes the same way: :meth:`begin_step` with the scheduler's message,
     :meth:`prepare_step` when attention metadata is built, :meth:`score` and :meth:`cut_layer` from
-    within attention, :meth:`end_step` after the model has run.
+    within attention, :meth:`end_step` after the step's tokens have been sampled.
 
     Args:
         resolver: Resolves requests' settings as the scheduler does.
@@ -145,7 +145,12 @@ class Session:
     # --- before the model runs -------------------------------------------------------------------
 
     def begin_step(self, output: SchedulerOutput) -> None:
-        """Take in the scheduler's message before the model runs. Mutates ledger and arena."""
+        """Take in the scheduler's message before the model runs. Mutates ledger and arena.
+
+        Cuts of the last step that are still due are made first.
+        """
+        if self._ending:
+            self.end_step()
         changes = self._ledger.update(output)
         for request_id in changes.void:
             self.arena.drop(request_id)
@@ -263,7 +268,7 @@ class Session:
         shape = (request.prompt_len, self._codec.num_kv_heads, self._codec.head_size)
         return own.view(shape).transpose(0, 1)
 
-    # --- after the model has run -----------------------------------------------------------------
+    # --- after sampling --------------------------------------------------------------------------
 
     def end_step(self) -> None:
         """Make the cuts that are due after this step. Mutates arena, ledger and pages."""

@@ -132,19 +132,26 @@ class ArenaWorker:
         _announce_others(config, planner.block_size)
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """See vLLM's Worker; compresses the prompts that this step completed."""
+        """See vLLM's Worker; where no sampling follows, makes the cuts that are due."""
         if self._warms_up and not is_planned(scheduler_output):
             # vLLM's own step: the session learns nothing of it, so attention takes plain vLLM's
             # path, and nothing is left of its requests.
             return super().execute_model(scheduler_output)  # type: ignore[misc]
         self._session.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
-        self._session.end_step()
-        return self._session.report_with(output)
+        return None if output is None else self._cut_and_report(output)
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """See vLLM's Worker; what was measured goes to the scheduler with its output."""
+        """See vLLM's Worker; makes the cuts that are due behind the step's own work.
+
+        By then a GPU's tokens are on their way to the host, and do not wait for the cuts' kernels.
+        """
         output = super().sample_tokens(*args, **kwargs)  # type: ignore[misc]
+        return self._cut_and_report(output)
+
+    def _cut_and_report(self, output: Any) -> Any:
+        """End the step; what was measured goes to the scheduler with its output."""
+        self._session.end_step()
         return self._session.report_with(output)
 
     def kv_compression_record(self, on: bool) -> None:
