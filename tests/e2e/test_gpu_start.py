@@ -25,10 +25,11 @@ SETTINGS = {
     "num_gpu_blocks_override": 100,
 }
 SOME = {"method": ["snapkv", "scatter"], "params": True, "budget": {"min": 1}}
+OWN = {"budget": True}
 CASES = [
-    ("FLASH_ATTN", "cake", {"decode_budget": 48, "decode_buffer": 32}, None),
+    ("FLASH_ATTN", "cake", {"decode_budget": 48, "decode_buffer": 32, "allow": OWN}, None),
     ("FLASH_ATTN", "none", {"allow": SOME}, "snapkv"),
-    ("TRITON_ATTN", "dynamickv", {}, None),
+    ("TRITON_ATTN", "dynamickv", {"allow": OWN}, None),
     pytest.param("FLASH_ATTN", "dynamickv", {}, None, marks=pytest.mark.slow),
     pytest.param("FLASH_ATTN", "scatter", {}, None, marks=pytest.mark.slow),
     pytest.param("FLASH_ATTN", "none", {"allow": SOME}, "scatter", marks=pytest.mark.slow),
