@@ -25,10 +25,11 @@ SETTINGS = {
     "num_gpu_blocks_override": 100,
 }
 SOME = {"method": ["snapkv", "scatter"], "params": True, "budget": {"min": 1}}
+OWN = {"budget": True}
 CASES = [
-    ("FLASH_ATTN", "cake", {"decode_budget": 48, "decode_buffer": 32}, None),
+    ("FLASH_ATTN", "cake", {"decode_budget": 48, "decode_buffer": 32, "allow": OWN}, None),
     ("FLASH_ATTN", "none", {"allow": SOME}, "snapkv"),
-    ("TRITON_ATTN", "dynamickv", {}, None),
+    ("TRITON_ATTN", "dynamickv", {"allow": OWN}, None),
     pytest.param("FLASH_ATTN", "dynamickv", {}, None, marks=pytest.mark.slow),
     pytest.param("FLASH_ATTN", "scatter", {}, None, marks=pytest.mark.slow),
     pytest.param("FLASH_ATTN", "none", {"allow": SOME}, "scatter", marks=pytest.mark.slow),
@@ -82,8 +83,10 @@ def test_vllms_gpu_worker_starts_and_serves(
         "freeze_gc_heap",
         "enable_gpu_sync_check",
     ]
-    # Neither of ours, which would have raised, nor vLLM's attention for tables of ours.
-    assert [key for key in result["late"] if key.startswith("vllm.v1.attention.")] == []
+    # Neither of ours, which would have raised, nor vLLM's attention for tables of ours. For a lone
+    # prompt it is compiled late in plain vLLM too, whose warm-up has several.
+    late = [key for key in result["late"] if key.startswith("vllm.v1.attention.")]
+    assert [key for key in late if "num_seqs=('i32', 1)" not in key] == []
     assert "tables in the pool runtime" in events
     assert result["left_behind"] == []
     assert result["replayed"] > 0
