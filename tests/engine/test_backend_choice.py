@@ -22,10 +22,10 @@ from tests.support.refusals import gpu_config
 from vllm_kvcompress.engine import checks
 from vllm_kvcompress.engine.attention import backend_choice
 from vllm_kvcompress.engine.attention.common import ArenaImpl
-from vllm_kvcompress.engine.hook_table import WORKER_HOOKS
 from vllm_kvcompress.engine.hooks import differences
 from vllm_kvcompress.engine.plugin import switch_on
 from vllm_kvcompress.engine.worker.arena_worker import ArenaWorker
+from vllm_kvcompress.engine.worker_hook_table import WORKER_HOOKS
 
 HEADS = (64, 80, 96, 128, 192, 256, 512)
 GPUS = {

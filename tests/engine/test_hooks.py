@@ -14,10 +14,11 @@ import pytest
 
 from vllm_kvcompress import engine
 from vllm_kvcompress.engine import checks
-from vllm_kvcompress.engine.hook_table import HOOKS, WORKER_HOOKS
+from vllm_kvcompress.engine.hook_table import HOOKS
 from vllm_kvcompress.engine.hooks import Use, differences, parameter_names, wrap_once
 from vllm_kvcompress.engine.worker import arena_worker
 from vllm_kvcompress.engine.worker.arena_worker import ArenaWorker
+from vllm_kvcompress.engine.worker_hook_table import WORKER_HOOKS
 
 TABLE = {**HOOKS, **WORKER_HOOKS}
 SCHEDULER = "vllm.v1.core.sched.scheduler"
@@ -25,7 +26,7 @@ GPU_WORKER = "vllm.v1.worker.gpu_worker"
 FILES = [
     path
     for path in Path(engine.__file__).parent.rglob("*.py")
-    if path.name not in ("hook_table.py", "hooks.py")
+    if path.name not in ("hook_table.py", "worker_hook_table.py", "hooks.py")
 ]
 TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
 

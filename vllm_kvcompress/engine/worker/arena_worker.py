@@ -18,13 +18,13 @@ from vllm_kvcompress.engine.attention.backend_choice import choose_wrapped
 from vllm_kvcompress.engine.attention.common import ArenaBuilder, ArenaImpl
 from vllm_kvcompress.engine.checks import check_specs, check_version
 from vllm_kvcompress.engine.compile_cache import share_compiled_models
-from vllm_kvcompress.engine.hook_table import WORKER_HOOKS
 from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.engine.model_layers import LayerGroups, layers_of
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.step.messages import is_planned
 from vllm_kvcompress.engine.step.session import Session
+from vllm_kvcompress.engine.worker_hook_table import WORKER_HOOKS
 from vllm_kvcompress.eviction.records import CutRecord
 from vllm_kvcompress.paging.arena import PageGeometry
 from vllm_kvcompress.paging.attention_layer import attention_params
