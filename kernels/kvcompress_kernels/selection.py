@@ -221,15 +221,7 @@ def select_tokens(
         ValueError: Shapes or types do not fit, or counts are out of range.
 
     """
-    given = scores.shape if isinstance(scores, Tensor) else [layer.shape for layer in scores]
-    jobs = list(scores.unbind(0)) if isinstance(scores, Tensor) and scores.dim() else list(scores)
-    heads = {job.shape[0] if job.dim() == 2 else -1 for job in jobs}
-    if isinstance(scores, Tensor) and not jobs and scores.dim() == 3:
-        heads = {scores.shape[1]}
-    dtypes = {job.dtype for job in jobs} | ({scores.dtype} if isinstance(scores, Tensor) else set())
-    if len(heads) != 1 or -1 in heads or dtypes != {torch.float32}:
-        found = ", ".join(map(str, dtypes))
-        raise ValueError(f"scores must be torch.float32 [R, N, S], got {found} {given}")
+    jobs, heads = _jobs_of(scores)
     tails = [0] * len(jobs) if tails is None else tails
     if len(counts) != len(jobs) or len(tails) != len(jobs):
         raise ValueError(f"{len(counts)} counts do not fit {len(jobs)} jobs")
@@ -237,8 +229,8 @@ def select_tokens(
         if not 0 <= count <= job.shape[1]:
             raise ValueError(f"cannot select {count} of {job.shape[1]} tokens")
     width = max(map(sum, zip(counts, tails, strict=True)), default=0)
-    shape = (len(jobs), heads.pop(), width)
-    device = jobs[0].device if jobs else scores.device  # type: ignore[union-attr]
+    device = scores.device if isinstance(scores, Tensor) else jobs[0].device
+    shape = (len(jobs), heads, width)
     if jobs and use_triton(jobs[0], implementation):
         kept = torch.empty(shape, dtype=torch.int32, device=device)
         if kept.numel():
@@ -251,6 +243,18 @@ def select_tokens(
         recent = torch.arange(job.shape[1], job.shape[1] + tail, dtype=torch.int32, device=device)
         own[:, count : count + tail] = recent
     return kept
+
+
+def _jobs_of(scores: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], int]:
+    """Each job's scores, and the number of heads, which all have."""
+    kinds = {(job.dim(), job.dtype, *job.shape[:1]) for job in scores}
+    if isinstance(scores, Tensor):
+        kinds = {(scores.dim() - 1, scores.dtype, *scores.shape[1:2])}
+    if len(kinds) == 1:
+        ((dims, dtype, *heads),) = kinds
+        if dims == 2 and dtype == torch.float32:
+            return list(scores), int(heads[0])
+    raise ValueError(f"scores must be torch.float32 [R, N, S], got jobs of {kinds}")
 
 
 def selection_cost(*, jobs: int, heads: int, tokens: int, count: int) -> Cost:

@@ -135,6 +135,7 @@ def test_steps_that_nobody_planned_are_for_vllms_warm_up_alone(
     worker.model_config = SimpleNamespace(max_model_len=100)
     worker._session = Session.__new__(Session)
     worker._session._ledger = BlockLedger(None)  # type: ignore[arg-type]
+    worker._session._ending = []
     monkeypatch.setattr(Session, "warm_up", lambda self, max_model_len: None)
     foreign = SchedulerOutput.make_empty()
     foreign.total_num_scheduled_tokens = 1

@@ -69,11 +69,11 @@ def test_layers_observed_together_are_scored_together_and_apart():
 def test_a_layer_is_compared_with_its_background_once(monkeypatch):
     """However many divisions look at it, in a one-shot cut and layer by layer."""
     method = DynamicKV(every=2, window=8)
-    compared, compare = [], out_of_background
+    compared = []
 
     def counted(tokens, share):
         compared.append(tokens)
-        return compare(tokens, share)
+        return out_of_background(tokens, share)
 
     monkeypatch.setattr(dynamickv, "out_of_background", counted)
     sizes = {"pages_per_layer": 5, "block_size": 8, "lengths": 100}

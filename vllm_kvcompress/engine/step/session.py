@@ -149,6 +149,7 @@ class Session:
 
         Cuts of the last step that are still due are made first.
         """
+        cascades = prefill_blocks_of(output)  # refuses a foreign message before anything changes
         if self._ending:
             self.end_step()
         changes = self._ledger.update(output)
@@ -160,7 +161,7 @@ class Session:
         )
         self._cascades = {
             request_id: self._compressor.begin_cascade(request_id, self._ledger[request_id])
-            for request_id in prefill_blocks_of(output)
+            for request_id in cascades
         }
         self._scheduled = output.num_scheduled_tokens
         self._busy = changes.busy
