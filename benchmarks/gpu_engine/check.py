@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu_engine import rehearsal
-from benchmarks.gpu_engine.checks import CHECKS
+from benchmarks.gpu_engine.checks import CHECKS, default_start
 from benchmarks.gpu_engine.engines import CPU_WORLD, GPU_WORLD
 from benchmarks.gpu_engine.results import Row, append
 from benchmarks.gpu_engine.speed import CPU_PLAN, GPU_PLAN, speed
@@ -20,7 +20,8 @@ def run(name: str, backend: str, *, on_cpu: bool) -> Iterator[Row]:
     if name == "speed":
         plan = CPU_PLAN if on_cpu else GPU_PLAN
         return speed(plan, backend, on_cpu=on_cpu)
-    return CHECKS[name](CPU_WORLD if on_cpu else GPU_WORLD, backend)
+    check = default_start if name == default_start.__name__ else CHECKS[name]
+    return check(CPU_WORLD if on_cpu else GPU_WORLD, backend)
 
 
 def main() -> int:

@@ -13,6 +13,8 @@ from benchmarks.gpu_engine.results import Row
 Check = Callable[[World, str], Iterator[Row]]
 
 ROWS = 3
+MEASURED = {"kv_cache_memory_bytes": None, "num_gpu_blocks_override": None}
+"""The engine finds out itself how large its pool can be."""
 
 
 class WrongAnswerError(AssertionError):
@@ -96,7 +98,7 @@ def sync_check(world: World, backend: str) -> Iterator[Row]:
 def default_start(world: World, _: str) -> Iterator[Row]:
     """What a user gets who sets nothing but a method: backend, memory, first answer."""
     for method in (None, "cake"):
-        with opened(world, None, method, num_gpu_blocks_override=None) as engine:
+        with opened(world, None, method, **MEASURED) as engine:
             engine.ask(prompts(world, 1), world.answer)
             blocks = engine.worker.cache_config.num_gpu_blocks
             case = f"{method or 'plain'}, {engine.attention}"

@@ -1,5 +1,10 @@
-"""Rows of the GPU suite: one per figure or failed check, each saying on what machine."""
+"""Rows of the GPU suite: one per figure or check, each saying on what machine.
 
+``python -m benchmarks.gpu_engine.results --csv FILE`` adds what the kernels' tests and benchmarks
+had to say to the engines' rows.
+"""
+
+import argparse
 import csv
 import datetime
 import subprocess
@@ -71,3 +76,23 @@ def _driver() -> str:
     except (OSError, subprocess.SubprocessError) as error:
         return f"unknown ({type(error).__name__})"
     return done.stdout.split("\n")[0].strip()
+
+
+def main() -> None:
+    """Add rows of the kernels to the file."""
+    parser = argparse.ArgumentParser(description="one file for engines and kernels")
+    parser.add_argument("--csv", type=Path, required=True, metavar="FILE", help="appended to")
+    parser.add_argument("--kernels", type=Path, help="what the kernels' benchmarks wrote")
+    parser.add_argument("--failed", nargs="*", default=[], help="tests or benchmarks that failed")
+    args = parser.parse_args()
+    rows = [Row(name, "", "failed", error="see the output") for name in args.failed]
+    if args.kernels and args.kernels.exists():
+        with args.kernels.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                case = f"{row['case']}, {row['implementation']}"
+                rows.append(Row(row["kernel"], case, row["median_ms"], "ms"))
+    append(args.csv, "kernels", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Runs all checks of real engines, each in a process of its own with a time limit of its own.
+
+    python -m benchmarks.gpu_engine.suite --csv FILE --seconds 280
+
+An engine that hangs, dies or does not start is a row of its own, and the others go on.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.gpu_engine.checks import CHECKS
+from benchmarks.gpu_engine.results import Row, append
+
+BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+SIDE_BY_SIDE = 6
+"""Engines start on the CPU more than they run on the GPU."""
+
+CHECK_SECONDS = 150
+QUICK = ("scatter_graphs", "methods")
+"""What ``--quick`` runs, with one backend."""
+
+
+def main() -> int:
+    """Run what the options ask for; the exit status says whether all of it held."""
+    parser = argparse.ArgumentParser(description="checks of real engines, or their speed")
+    parser.add_argument("--csv", type=Path, required=True, metavar="FILE", help="appended to")
+    parser.add_argument("--seconds", type=int, default=280, help="for all checks together")
+    parser.add_argument("--speed", action="store_true", help="time engines instead")
+    parser.add_argument("--quick", action="store_true", help=f"only {' and '.join(QUICK)}")
+    parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU")
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
+    append(args.csv, "engine", [])  # checks that run side by side find a header
+    backends = ("TRITON_ATTN",) if args.cpu else runnable(args.csv)
+    if args.speed:
+        jobs = [("speed", backend) for backend in backends]
+    else:
+        names = QUICK if args.quick else tuple(CHECKS)
+        jobs = [(name, backend) for name in names for backend in backends]
+    workers = 1 if args.cpu or args.speed else SIDE_BY_SIDE
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        running = [
+            pool.submit(check, name, backend, args.csv, deadline, on_cpu=args.cpu)
+            for name, backend in jobs
+        ]
+        held = [job.result() for job in running]
+    if not args.speed and not args.quick and not args.cpu:
+        # Alone: it looks at how much memory is left.
+        held.append(check("default_start", "default", args.csv, deadline, on_cpu=False))
+    print(f"== engines: {sum(held)} of {len(held)} checks held")
+    return int(not all(held))
+
+
+def runnable(csv_file: Path) -> tuple[str, ...]:
+    """Return the backends whose kernels are here; a row says why another is not looked at."""
+    from vllm.vllm_flash_attn import flash_attn_interface as flash
+
+    if flash.FA2_AVAILABLE or flash.FA3_AVAILABLE:
+        return BACKENDS
+    reason = f"{flash.FA2_UNAVAILABLE_REASON}; {flash.FA3_UNAVAILABLE_REASON}"
+    append(csv_file, "engine", [Row("start", "FLASH_ATTN", "left out", error=reason)])
+    return BACKENDS[1:]
+
+
+def check(name: str, backend: str, csv_file: Path, deadline: float, *, on_cpu: bool) -> bool:
+    """Run one check in a process of its own; return whether it held.
+
+    Args:
+        name: Of the check.
+        backend: Of attention.
+        csv_file: Gets its rows, or one that says what ended it.
+        deadline: Of all checks, by ``time.monotonic``.
+        on_cpu: Rehearse.
+
+    """
+    limit = min(deadline - time.monotonic(), 10 * CHECK_SECONDS if on_cpu else CHECK_SECONDS)
+    command = [sys.executable, "-m", "benchmarks.gpu_engine.check", name, backend]
+    command += ["--csv", str(csv_file), *(["--cpu"] if on_cpu else [])]
+    if limit < 1:
+        return _ended(name, backend, csv_file, "left out: no time was left", "")
+    try:
+        done = subprocess.run(
+            command, env=_environment(), capture_output=True, text=True, timeout=limit, check=False
+        )
+    except subprocess.TimeoutExpired as late:
+        return _ended(name, backend, csv_file, f"took more than {limit:.0f} s", _text(late.stdout))
+    print(f"== {name} {backend}: status {done.returncode}", flush=True)
+    if done.returncode in (0, 1):
+        if done.returncode:
+            print(_last_lines(done.stderr), flush=True)
+        return done.returncode == 0
+    return _ended(name, backend, csv_file, f"ended with {done.returncode}", done.stderr)
+
+
+def _environment() -> dict[str, str]:
+    """Nothing is fetched or sent, and each process stays on its own core."""
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return {**os.environ, **quiet, "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _ended(name: str, backend: str, csv_file: Path, error: str, output: str) -> bool:
+    print(f"== {name} {backend}: {error}\n{_last_lines(output)}", flush=True)
+    append(csv_file, "engine", [Row(name, backend, "failed", error=error)])
+    return False
+
+
+def _text(output: bytes | str | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+def _last_lines(output: str) -> str:
+    return "\n".join(output.splitlines()[-25:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
