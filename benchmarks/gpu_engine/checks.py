@@ -12,13 +12,18 @@ from benchmarks.gpu_engine.results import Row
 
 Check = Callable[[World, str], Iterator[Row]]
 
-ROWS = 3
 MEASURED = {"kv_cache_memory_bytes": None, "num_gpu_blocks_override": None}
 """The engine finds out itself how large its pool can be."""
 
 
 class WrongAnswerError(AssertionError):
     """An engine answered otherwise than it must."""
+
+
+def serve(world: World, backend: str) -> Iterator[Row]:
+    """CAKE starts, cuts its prompts and answers."""
+    _served(world, backend, "cake", {}, GRAPHS)
+    yield from ()
 
 
 def scatter_eager(world: World, backend: str) -> Iterator[Row]:
@@ -43,14 +48,14 @@ def scatter_fp8(world: World, backend: str) -> Iterator[Row]:
 
 def graphs_change_nothing(world: World, backend: str) -> Iterator[Row]:
     """CAKE with a decode budget answers alike with graphs and without."""
-    config = {"decode_budget": world.decode_budget, "decode_buffer": 16}
+    config = {"decode_budget": world.budget, "decode_buffer": 16}
     eager = _served(world, backend, "cake", config, EAGER)
     yield from _compared(eager, _served(world, backend, "cake", config, GRAPHS), backend)
 
 
 def async_changes_nothing(world: World, backend: str) -> Iterator[Row]:
     """CAKE with a decode budget answers alike with asynchronous scheduling and without."""
-    config = {"decode_budget": world.decode_budget, "decode_buffer": 16}
+    config = {"decode_budget": world.budget, "decode_buffer": 16}
     answers = [
         _served(world, backend, "cake", config, {**GRAPHS, "async_scheduling": on})
         for on in (True, False)
@@ -65,7 +70,7 @@ def methods(world: World, backend: str) -> Iterator[Row]:
     """
     strict = {**GRAPHS, "jit_monitor_mode": "error"}
     with opened(world, backend, **strict) as engine:
-        engine.ask(prompts(world, ROWS), world.answer)
+        engine.ask(prompts(world), world.answer)
     yield Row("plain under jit_monitor_mode=error", backend, "ok")
     for method in ("cake", "dynamickv", "snapkv", "h2o", "keydiff"):
         _served(world, backend, method, {}, strict)
@@ -81,7 +86,7 @@ def cascade(world: World, backend: str) -> Iterator[Row]:
 
 def fp8_decode_budget(world: World, backend: str) -> Iterator[Row]:
     """Queries are kept for decode cuts though the cache, and so the queries, have eight bits."""
-    config = {"decode_budget": world.decode_budget, "decode_buffer": 16}
+    config = {"decode_budget": world.budget, "decode_buffer": 16}
     _served(world, backend, "cake", config, {**GRAPHS, "kv_cache_dtype": "fp8"})
     yield from ()
 
@@ -90,7 +95,7 @@ def sync_check(world: World, backend: str) -> Iterator[Row]:
     """vLLM finds no step that waits for the device where it must not; first plain vLLM's own."""
     assert os.environ.get("VLLM_GPU_SYNC_CHECK") == "error", "check.py sets it before vLLM reads it"
     with opened(world, backend, **GRAPHS) as engine:
-        engine.ask(prompts(world, ROWS), world.answer)
+        engine.ask(prompts(world), world.answer)
     yield Row("plain under VLLM_GPU_SYNC_CHECK=error", backend, "ok")
     _served(world, backend, "cake", {}, GRAPHS)
 
@@ -99,7 +104,7 @@ def default_start(world: World, _: str) -> Iterator[Row]:
     """What a user gets who sets nothing but a method: backend, memory, first answer."""
     for method in (None, "cake"):
         with opened(world, None, method, **MEASURED) as engine:
-            engine.ask(prompts(world, 1), world.answer)
+            engine.ask(prompts(world), world.answer)
             blocks = engine.worker.cache_config.num_gpu_blocks
             case = f"{method or 'plain'}, {engine.attention}"
             yield Row("blocks of the pool by default", case, str(blocks), "blocks")
@@ -108,6 +113,7 @@ def default_start(world: World, _: str) -> Iterator[Row]:
 CHECKS: dict[str, Check] = {
     check.__name__: check
     for check in (
+        serve,
         scatter_graphs,
         scatter_defaults,
         methods,
@@ -125,7 +131,7 @@ CHECKS: dict[str, Check] = {
 
 def _scatter_equals_plain(world: World, backend: str, settings: dict[str, Any]) -> Iterator[Row]:
     with opened(world, backend, **settings) as engine:
-        plain = engine.ask(prompts(world, ROWS), world.answer)
+        plain = engine.ask(prompts(world), world.answer)
     yield from _compared(plain, _served(world, backend, "scatter", {}, settings), backend)
 
 
@@ -134,7 +140,7 @@ def _served(
 ) -> list[Answer]:
     """Answers of a compressed engine, which must have made the cuts that its settings ask for."""
     with opened(world, backend, method, config, **settings) as engine:
-        asked = prompts(world, ROWS)
+        asked = prompts(world)
         answers = engine.ask(asked, world.answer)
         counts, attention = engine.counts, engine.attention
     if not attention.startswith("Arena"):
@@ -143,6 +149,8 @@ def _served(
         raise WrongAnswerError(f"{len(asked)} prompts, but {counts['prompt_cuts']} cuts")
     if "decode_budget" in config and not counts["decode_cuts"]:
         raise WrongAnswerError("no cut while generating")
+    if config.get("prefill") == "cascade" and not counts["cascade prefills"]:
+        raise WrongAnswerError("no prompt was cut while its step ran")
     return answers
 
 

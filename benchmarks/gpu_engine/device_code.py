@@ -9,7 +9,6 @@ a library that does not look like it is refused.
 
 import struct
 from dataclasses import dataclass
-from itertools import pairwise
 
 _MAGIC = struct.pack("<I", 0xBA55ED50)
 _HEADER = struct.Struct("<IHHQ")  # magic, version, bytes of this header, bytes of the entries
@@ -30,9 +29,10 @@ class _Entry:
 def trim(library: bytes, capability: int) -> bytes:
     """Return the library with the same layout and only one GPU's device code; the rest is zeros.
 
-    A GPU runs machine code of its own major generation and of no later minor one; where there is
-    none, the driver compiles PTX of an earlier generation. Both rules are NVIDIA's. Of each fat
-    binary that entry stays, as its only one; where no entry fits, none does.
+    A GPU runs machine code of its own major generation and of no later minor one. Of each fat
+    binary the latest such code stays. Where there is none, and the driver would compile the text
+    of an earlier generation instead (PTX, a third of the size), nothing does: kernels for quantized
+    weights, which end with CUDA's "no kernel image" if they are called.
 
     Args:
         library: A shared library with fat binaries.
@@ -47,8 +47,7 @@ def trim(library: bytes, capability: int) -> bytes:
     at = library.find(_MAGIC)
     while at >= 0:
         entries, stop = _entries(library, at)
-        chosen = [entry for entry in entries if entry in _picked(entries, capability)]
-        kept = b"".join(library[entry.start : entry.stop] for entry in chosen)
+        kept = b"".join(library[e.start : e.stop] for e in _picked(entries, capability))
         first = at + _HEADER.size
         trimmed[first:stop] = kept.ljust(stop - first, b"\0")
         magic, version, header, _ = _HEADER.unpack_from(library, at)
@@ -87,15 +86,16 @@ def _entries(library: bytes, at: int) -> tuple[list[_Entry], int]:
         start += own + code
     if start != stop:
         raise ValueError(f"the fat binary at byte {at} has another layout than this reads")
-    assert all(one.stop == other.start for one, other in pairwise(entries))
     return entries, stop
 
 
 def _picked(entries: list[_Entry], capability: int) -> list[_Entry]:
-    """Entries that the GPU can run, the best ones: all that share the best capability."""
-    for kind, lowest in ((_MACHINE_CODE, capability // 10 * 10), (_PTX, 0)):
-        fitting = [e for e in entries if e.kind == kind and lowest <= e.capability <= capability]
-        if fitting:
-            best = max(entry.capability for entry in fitting)
-            return [entry for entry in fitting if entry.capability == best]
-    return []
+    """Machine code that the GPU can run, the latest: there may be several of one capability."""
+    oldest = capability // 10 * 10
+    fitting = [
+        entry
+        for entry in entries
+        if entry.kind == _MACHINE_CODE and oldest <= entry.capability <= capability
+    ]
+    latest = max((entry.capability for entry in fitting), default=0)
+    return [entry for entry in fitting if entry.capability == latest]

@@ -32,26 +32,26 @@ class World:
 
     Attributes:
         shape: The model.
+        count: Prompts that run together.
         prompt: Tokens of a prompt that is longer than the budget.
         step: Tokens of one prefill step; shorter than the prompt, so that it comes in chunks.
         answer: Tokens to generate.
         budget: Tokens that a layer keeps.
-        decode_budget: How many of them while generating; below budget + answer.
         on_cpu: Rehearse: Triton's interpreter and a stand-in for the device.
 
     """
 
     shape: ModelShape
+    count: int
     prompt: int
     step: int
     answer: int
     budget: int
-    decode_budget: int
     on_cpu: bool = False
 
 
-GPU_WORLD = World(SMALL, 600, 256, 64, 256, 272)
-CPU_WORLD = World(TINY, 90, 64, 24, 48, 56, on_cpu=True)
+GPU_WORLD = World(SMALL, count=4, prompt=600, step=256, answer=64, budget=256)
+CPU_WORLD = World(TINY, count=2, prompt=90, step=64, answer=20, budget=48, on_cpu=True)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,13 @@ class OpenEngine:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What the worker's session has counted: prompt_cuts, decode_cuts, compressed_steps."""
-        return dict(self.worker._session.stats) if self.compressed else {}
+        """Of the worker's session (prompt_cuts, decode_cuts, ...) and of prefills by their way."""
+        if not self.compressed:
+            return {}
+        scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        ways = managers[scheduler._group].counters.prefills
+        return {**self.worker._session.stats, **{f"{way} prefills": n for way, n in ways.items()}}
 
     @property
     def attention(self) -> str:
@@ -140,13 +145,12 @@ def _greedy(tokens: int, logprobs: int | None = None) -> Any:
     )
 
 
-def prompts(world: World, count: int, length: int | None = None) -> list[list[int]]:
+def prompts(world: World) -> list[list[int]]:
     """Random tokens, the same at every call; lengths differ a little, so that chunks do too."""
-    length = length or world.prompt
     draw = random.Random(0)
     return [
-        [draw.randrange(2, world.shape.vocabulary) for _ in range(length - 7 * number)]
-        for number in range(count)
+        [draw.randrange(2, world.shape.vocabulary) for _ in range(world.prompt - 7 * number)]
+        for number in range(world.count)
     ]
 
 

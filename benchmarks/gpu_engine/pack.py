@@ -71,7 +71,16 @@ def install(site: Path, python: str) -> None:
         python: Its version.
 
     """
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-qq",
+        "--root-user-action=ignore",
+        "--no-deps",
+        "--no-compile",
+    ]
     command += ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
     command += [f"--platform=manylinux_2_{minor}_x86_64" for minor in _GLIBC]
     command += ["--platform=manylinux2014_x86_64", "--platform=manylinux1_x86_64"]

