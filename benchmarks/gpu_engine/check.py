@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.gpu_engine import rehearsal
-from benchmarks.gpu_engine.checks import CHECKS, default_start
+from benchmarks.gpu_engine.checks import CHECKS, DEFAULT_STARTS
 from benchmarks.gpu_engine.engines import CPU_WORLD, GPU_WORLD
 from benchmarks.gpu_engine.results import Row, append
 from benchmarks.gpu_engine.speed import CPU_PLAN, GPU_PLAN, speed
@@ -20,8 +20,7 @@ def run(name: str, backend: str, *, on_cpu: bool) -> Iterator[Row]:
     if name == "speed":
         plan = CPU_PLAN if on_cpu else GPU_PLAN
         return speed(plan, backend, on_cpu=on_cpu)
-    check = default_start if name == default_start.__name__ else CHECKS[name]
-    return check(CPU_WORLD if on_cpu else GPU_WORLD, backend)
+    return {**CHECKS, **DEFAULT_STARTS}[name](CPU_WORLD if on_cpu else GPU_WORLD, backend)
 
 
 def main() -> int:
@@ -33,7 +32,7 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    if args.check == "sync_check":
+    if args.check.startswith("sync_"):  # vLLM reads it when it is imported
         os.environ["VLLM_GPU_SYNC_CHECK"] = "error"
     if args.cpu:
         rehearsal.begin()

@@ -1,9 +1,11 @@
-"""What a GPU's engine must do: each check runs real engines and raises where it does not.
+"""What engines on a GPU must do: each check runs real ones and raises where they do not.
 
-A check takes the world and a backend and yields rows; its verdict is written by ``check.py``.
+A check takes the world and a backend and yields rows; ``check.py`` writes them and the verdict.
+vLLM's JIT monitor and its check for waiting steps are switched on once a process and stay on while
+another engine would start, so whatever looks at them opens one engine alone.
 """
 
-import os
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +14,14 @@ from benchmarks.gpu_engine.results import Row
 
 Check = Callable[[World, str], Iterator[Row]]
 
-MEASURED = {"kv_cache_memory_bytes": None, "num_gpu_blocks_override": None}
+NEAR_TIE = 0.2
+"""Nats: tokens this close may change places where two runs add up in another order, in bf16."""
+
+MEASURED: dict[str, Any] = {
+    "kv_cache_memory_bytes": None,
+    "num_gpu_blocks_override": None,
+    "gpu_memory_utilization": 0.9,
+}
 """The engine finds out itself how large its pool can be."""
 
 
@@ -22,8 +31,7 @@ class WrongAnswerError(AssertionError):
 
 def serve(world: World, backend: str) -> Iterator[Row]:
     """CAKE starts, cuts its prompts and answers."""
-    _served(world, backend, "cake", {}, GRAPHS)
-    yield from ()
+    yield from _served_row(world, backend, "cake", {}, GRAPHS)
 
 
 def scatter_eager(world: World, backend: str) -> Iterator[Row]:
@@ -46,93 +54,107 @@ def scatter_fp8(world: World, backend: str) -> Iterator[Row]:
     yield from _scatter_equals_plain(world, backend, {**GRAPHS, "kv_cache_dtype": "fp8"})
 
 
-def graphs_change_nothing(world: World, backend: str) -> Iterator[Row]:
-    """CAKE with a decode budget answers alike with graphs and without."""
-    config = {"decode_budget": world.budget, "decode_buffer": 16}
+def decode_budget_fp8(world: World, backend: str) -> Iterator[Row]:
+    """Queries are kept for decode cuts though the cache, and so the queries, have eight bits."""
+    settings = {**GRAPHS, "kv_cache_dtype": "fp8"}
+    yield from _served_row(world, backend, "cake", _while_generating(world), settings)
+
+
+def decode_budget_graphs(world: World, backend: str) -> Iterator[Row]:
+    """Cuts while generating, with graphs and without: the same answers but for near ties."""
+    config = _while_generating(world)
     eager = _served(world, backend, "cake", config, EAGER)
-    yield from _compared(eager, _served(world, backend, "cake", config, GRAPHS), backend)
+    found = _served(world, backend, "cake", config, GRAPHS)
+    yield from _compared(eager, found, backend, NEAR_TIE)
 
 
-def async_changes_nothing(world: World, backend: str) -> Iterator[Row]:
-    """CAKE with a decode budget answers alike with asynchronous scheduling and without."""
-    config = {"decode_budget": world.budget, "decode_buffer": 16}
+def decode_budget_async(world: World, backend: str) -> Iterator[Row]:
+    """Cuts while generating, asynchronous scheduling on and off: the same but for near ties."""
     answers = [
-        _served(world, backend, "cake", config, {**GRAPHS, "async_scheduling": on})
+        _served(
+            world, backend, "cake", _while_generating(world), {**GRAPHS, "async_scheduling": on}
+        )
         for on in (True, False)
     ]
-    yield from _compared(answers[0], answers[1], backend)
-
-
-def methods(world: World, backend: str) -> Iterator[Row]:
-    """Methods serve, prompts in chunks, and vLLM's JIT monitor finds nothing compiled late.
-
-    Where plain vLLM compiles late too, its own row says so and the methods are not blamed.
-    """
-    strict = {**GRAPHS, "jit_monitor_mode": "error"}
-    with opened(world, backend, **strict) as engine:
-        engine.ask(prompts(world), world.answer)
-    yield Row("plain under jit_monitor_mode=error", backend, "ok")
-    for method in ("cake", "dynamickv", "snapkv", "h2o", "keydiff"):
-        _served(world, backend, method, {}, strict)
-        yield Row(f"{method} under jit_monitor_mode=error", backend, "ok")
+    yield from _compared(answers[0], answers[1], backend, NEAR_TIE)
 
 
 def cascade(world: World, backend: str) -> Iterator[Row]:
-    """A prompt that is cut layer by layer while its one step runs."""
-    length = world.prompt + 16
-    _served(world, backend, "cake", {"prefill": "cascade"}, {"max_num_batched_tokens": length})
-    yield from ()
+    """Prompts that are cut layer by layer while their step runs."""
+    settings = {**GRAPHS, "max_num_batched_tokens": world.prompt + 16}
+    yield from _served_row(world, backend, "cake", {"prefill": "cascade"}, settings)
 
 
-def fp8_decode_budget(world: World, backend: str) -> Iterator[Row]:
-    """Queries are kept for decode cuts though the cache, and so the queries, have eight bits."""
-    config = {"decode_budget": world.budget, "decode_buffer": 16}
-    _served(world, backend, "cake", config, {**GRAPHS, "kv_cache_dtype": "fp8"})
-    yield from ()
-
-
-def sync_check(world: World, backend: str) -> Iterator[Row]:
-    """vLLM finds no step that waits for the device where it must not; first plain vLLM's own."""
-    assert os.environ.get("VLLM_GPU_SYNC_CHECK") == "error", "check.py sets it before vLLM reads it"
-    with opened(world, backend, **GRAPHS) as engine:
-        engine.ask(prompts(world), world.answer)
-    yield Row("plain under VLLM_GPU_SYNC_CHECK=error", backend, "ok")
-    _served(world, backend, "cake", {}, GRAPHS)
-
-
-def default_start(world: World, _: str) -> Iterator[Row]:
-    """What a user gets who sets nothing but a method: backend, memory, first answer."""
-    for method in (None, "cake"):
-        with opened(world, None, method, **MEASURED) as engine:
+def alone(
+    method: str | None, settings: dict[str, Any], world: World, backend: str
+) -> Iterator[Row]:
+    """One engine, plain vLLM's for None, serves with these settings."""
+    if method is None:
+        with opened(world, backend, **settings) as engine:
             engine.ask(prompts(world), world.answer)
-            blocks = engine.worker.cache_config.num_gpu_blocks
-            case = f"{method or 'plain'}, {engine.attention}"
-            yield Row("blocks of the pool by default", case, str(blocks), "blocks")
+            yield Row("attention", backend, engine.attention)
+    else:
+        yield from _served_row(world, backend, method, {}, settings)
 
+
+def default_start(method: str | None, world: World, _: str) -> Iterator[Row]:
+    """What a user gets who sets nothing but a method: backend, and the size of the pool."""
+    with opened(world, None, method, **MEASURED) as engine:
+        engine.ask(prompts(world), world.answer)
+        blocks = engine.worker.cache_config.num_gpu_blocks
+        yield Row(
+            "pool by default", f"{method or 'plain'}, {engine.attention}", f"{blocks}", "blocks"
+        )
+
+
+_JIT = {**GRAPHS, "jit_monitor_mode": "error"}
 
 CHECKS: dict[str, Check] = {
-    check.__name__: check
-    for check in (
-        serve,
-        scatter_graphs,
-        scatter_defaults,
-        methods,
-        scatter_eager,
-        scatter_fp8,
-        fp8_decode_budget,
-        graphs_change_nothing,
-        async_changes_nothing,
-        cascade,
-        sync_check,
-    )
+    **{check.__name__: check for check in (serve, scatter_graphs, scatter_defaults, scatter_fp8)},
+    "jit_cake": functools.partial(alone, "cake", _JIT),
+    "jit_plain": functools.partial(alone, None, _JIT),
+    "sync_cake": functools.partial(alone, "cake", GRAPHS),
+    "sync_plain": functools.partial(alone, None, GRAPHS),
+    **{
+        check.__name__: check
+        for check in (
+            decode_budget_fp8,
+            decode_budget_graphs,
+            decode_budget_async,
+            cascade,
+            scatter_eager,
+        )
+    },
+    **{
+        f"jit_{method}": functools.partial(alone, method, _JIT)
+        for method in ("dynamickv", "snapkv", "h2o", "keydiff")
+    },
 }
 """Most telling ones first: where time runs out, the last ones are left out."""
+
+DEFAULT_STARTS: dict[str, Check] = {
+    "default_plain": functools.partial(default_start, None),
+    "default_cake": functools.partial(default_start, "cake"),
+}
+"""Run one at a time: they look at how much memory is left."""
+
+
+def _while_generating(world: World) -> dict[str, Any]:
+    return {"decode_budget": world.budget, "decode_buffer": 16}
 
 
 def _scatter_equals_plain(world: World, backend: str, settings: dict[str, Any]) -> Iterator[Row]:
     with opened(world, backend, **settings) as engine:
         plain = engine.ask(prompts(world), world.answer)
-    yield from _compared(plain, _served(world, backend, "scatter", {}, settings), backend)
+        yield Row("plain vLLM answers", f"{backend}, {settings}", "ok")
+    yield from _compared(plain, _served(world, backend, "scatter", {}, settings), backend, 0.0)
+
+
+def _served_row(
+    world: World, backend: str, method: str, config: dict[str, Any], settings: dict[str, Any]
+) -> Iterator[Row]:
+    answers = _served(world, backend, method, config, settings)
+    yield Row("answers", f"{method}, {backend}", str(len(answers)), "requests")
 
 
 def _served(
@@ -154,16 +176,25 @@ def _served(
     return answers
 
 
-def _compared(wanted: list[Answer], found: list[Answer], backend: str) -> Iterator[Row]:
-    """Yield how far logprobs are apart; raise where tokens differ."""
-    apart = 0.0
+def _compared(
+    wanted: list[Answer], found: list[Answer], backend: str, near_tie: float
+) -> Iterator[Row]:
+    """Yield how far logprobs are apart; raise where tokens differ and are no near tie.
+
+    After a near tie the two answers go on from different texts and are not compared.
+    """
+    apart, ties = 0.0, 0
     for number, (one, other) in enumerate(zip(wanted, found, strict=True)):
         for step, pair in enumerate(zip(one.tokens, other.tokens, strict=True)):
             gap = abs(one.logprobs[step] - other.logprobs[step])
             if pair[0] != pair[1]:
+                if gap < near_tie:
+                    ties += 1
+                    break
                 raise WrongAnswerError(
                     f"answer {number} differs at token {step}: {pair[0]} and {pair[1]}, whose "
                     f"logprobs are {gap:.2g} apart; before it at most {apart:.2g}"
                 )
             apart = max(apart, gap)
     yield Row("largest difference of logprobs", backend, f"{apart:.3g}", "nats")
+    yield Row("answers that part at a near tie", backend, str(ties), "requests")

@@ -61,8 +61,6 @@ def speed(plan: Plan, backend: str, *, on_cpu: bool) -> Iterator[Row]:
         "max_num_batched_tokens": max(longest // 4, 64),
         # What cuts need beside the prompts, in blocks of 16.
         "num_gpu_blocks_override": blocks + max(load.count for load in plan.loads) * 80 + 64,
-        "kv_cache_memory_bytes": None,
-        "gpu_memory_utilization": 0.45,
         # Checking costs time.
         "config": {"check_integrity": False},
     }

@@ -13,11 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.gpu_engine.checks import CHECKS
+from benchmarks.gpu_engine.checks import CHECKS, DEFAULT_STARTS
 from benchmarks.gpu_engine.results import Row, append
 
 BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
-SIDE_BY_SIDE = 6
+SIDE_BY_SIDE = 8
 """Engines start on the CPU more than they run on the GPU."""
 
 CHECK_SECONDS = 150
@@ -50,16 +50,20 @@ def main() -> int:
         ]
         held = [job.result() for job in running]
     if not args.speed and not args.quick and not args.cpu:
-        # Alone: it looks at how much memory is left.
-        held.append(check("default_start", "default", args.csv, deadline, on_cpu=False))
+        held += [
+            check(name, "default", args.csv, deadline, on_cpu=False) for name in DEFAULT_STARTS
+        ]
     print(f"== engines: {sum(held)} of {len(held)} checks held")
     return int(not all(held))
 
 
 def runnable(csv_file: Path) -> tuple[str, ...]:
     """Return the backends whose kernels are here; a row says why another is not looked at."""
-    from vllm.vllm_flash_attn import flash_attn_interface as flash
-
+    try:
+        from vllm.vllm_flash_attn import flash_attn_interface as flash
+    except Exception as error:
+        append(csv_file, "engine", [Row("import vllm", "", "failed", error=repr(error)[:500])])
+        raise
     if flash.FA2_AVAILABLE or flash.FA3_AVAILABLE:
         return BACKENDS
     reason = f"{flash.FA2_UNAVAILABLE_REASON}; {flash.FA3_UNAVAILABLE_REASON}"
