@@ -5,7 +5,6 @@ stands in for the device is what the tests of the GPU path use.
 """
 
 import contextlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 _COMPILED = ("vllm._C", "vllm._moe_C", "vllm.vllm_flash_attn._vllm_fa")
-BACKENDS = ("TRITON_ATTN", "FLASH_ATTN")
 
 
 class _Block(MetaPathFinder):
@@ -34,18 +32,13 @@ def begin() -> None:
         "VLLM_TARGET_DEVICE": "cpu",
     }
     sys.meta_path.insert(0, _Block())
-    # vLLM knows its platform by the version's ending.
-    version = importlib.metadata.version
-
-    def as_cpu_build(distribution_name: str) -> str:
-        found = version(distribution_name)
-        return found + "+cpu" if distribution_name == "vllm" and "cpu" not in found else found
-
-    importlib.metadata.version = as_cpu_build
     import triton.backends
+
+    from tests.support.interpreted_kernels import prepare_once_a_launch
 
     driver = SimpleNamespace(is_active=lambda: True)
     triton.backends.backends["cpu"] = SimpleNamespace(driver=driver, compiler=None)
+    prepare_once_a_launch()
 
 
 @contextlib.contextmanager
@@ -68,7 +61,9 @@ def gpu_worker(backend: str | None, settings: Mapping[str, Any]) -> Iterator[dic
     with pytest.MonkeyPatch.context() as patch:
         v2_run._offer_gpu_attention(patch, backend or "TRITON_ATTN")
         changed = gpu_worker_stand_in.install(patch, job, [])
-        if "jit_monitor_mode" not in settings:
+        if "jit_monitor_mode" in settings:
+            v2_run.Launches(patch)  # tells vLLM's monitor what would be compiled
+        else:
             changed["jit_monitor_mode"] = "warn"
         # Without vLLM's compiled operators its layers compute with PyTorch's.
         changed["compilation_config"]["custom_ops"] = ["none"]

@@ -7,12 +7,17 @@ An engine that hangs, dies or does not start is a row of its own, and the others
 
 import argparse
 import concurrent.futures
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import IO
 
+from benchmarks.gpu_engine.check import FAILED
 from benchmarks.gpu_engine.checks import CHECKS, DEFAULT_STARTS
 from benchmarks.gpu_engine.results import Row, append
 
@@ -87,18 +92,36 @@ def check(name: str, backend: str, csv_file: Path, deadline: float, *, on_cpu: b
     command += ["--csv", str(csv_file), *(["--cpu"] if on_cpu else [])]
     if limit < 1:
         return _ended(name, backend, csv_file, "left out: no time was left", "")
-    try:
-        done = subprocess.run(
-            command, env=_environment(), capture_output=True, text=True, timeout=limit, check=False
-        )
-    except subprocess.TimeoutExpired as late:
-        return _ended(name, backend, csv_file, f"took more than {limit:.0f} s", _text(late.stdout))
-    print(f"== {name} {backend}: status {done.returncode}", flush=True)
-    if done.returncode in (0, 1):
-        if done.returncode:
-            print(_last_lines(done.stderr), flush=True)
-        return done.returncode == 0
-    return _ended(name, backend, csv_file, f"ended with {done.returncode}", done.stderr)
+    with tempfile.TemporaryFile() as log:
+        status = _run(command, log, limit)
+        log.seek(0)
+        output = log.read().decode(errors="replace")
+    if status in (0, FAILED):  # it has written its verdict itself
+        print(f"== {name} {backend}: status {status}", flush=True)
+        if status:
+            print(_last_lines(output), flush=True)
+        return status == 0
+    error = f"ended with {status}" if status is not None else f"took more than {limit:.0f} s"
+    return _ended(name, backend, csv_file, error, output)
+
+
+def _run(command: list[str], log: IO[bytes], limit: float) -> int | None:
+    """Run a process, and end it and all that it has started after some time; None says so."""
+    with subprocess.Popen(
+        command,
+        env=_environment(),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    ) as process:
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            # Compilers that it has left behind too.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def _environment() -> dict[str, str]:
@@ -120,10 +143,6 @@ def _ended(name: str, backend: str, csv_file: Path, error: str, output: str) -> 
     print(f"== {name} {backend}: {error}\n{_last_lines(output)}", flush=True)
     append(csv_file, "engine", [Row(name, backend, "failed", error=error)])
     return False
-
-
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
 def _last_lines(output: str) -> str:
