@@ -9,7 +9,7 @@ import csv
 import datetime
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 FIELDS = (
@@ -65,8 +65,15 @@ def _machine() -> dict[str, str]:
         device, driver = torch.cuda.get_device_name(), _driver()
     else:
         device, driver = "cpu, interpreted", ""
-    versions = {name: version(name) for name in ("torch", "triton", "vllm")}
+    versions = {name: _version(name) for name in ("torch", "triton", "vllm")}
     return {"device": device, "driver": driver, **versions, "torch": torch.__version__}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _driver() -> str:
