@@ -7,7 +7,7 @@ import importlib.metadata
 import re
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 from benchmarks.gpu_engine import check, pack
@@ -42,25 +42,31 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-class _Block(MetaPathFinder):
-    """Hides packages that neither the pack nor the machine would have."""
+class _PathFinder(PathFinder):
+    """Finds no package that neither the pack nor the machine would have."""
 
-    def __init__(self) -> None:
-        allowed = _distributions()
-        self._hidden = {
-            module
-            for module, owners in importlib.metadata.packages_distributions().items()
-            if not {_plain(owner) for owner in owners} & allowed
-        }
+    hidden: frozenset[str]
 
+    @classmethod
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> None:
-        """Raise for a hidden package, as if it were not installed."""
-        if fullname.partition(".")[0] in self._hidden:
-            raise ModuleNotFoundError(f"No module named {fullname!r} in the pack", name=fullname)
+        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """What Python's own finder finds, or None as if it were not installed."""
+        if fullname.partition(".")[0] in cls.hidden:
+            return None
+        return super().find_spec(fullname, path, target)
+
+
+def _hide() -> None:
+    allowed = _distributions()
+    _PathFinder.hidden = frozenset(
+        module
+        for module, owners in importlib.metadata.packages_distributions().items()
+        if not {_plain(owner) for owner in owners} & allowed
+    )
+    sys.meta_path[sys.meta_path.index(PathFinder)] = _PathFinder
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, _Block())
+    _hide()
     sys.exit(check.main())
