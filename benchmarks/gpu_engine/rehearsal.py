@@ -5,6 +5,7 @@ stands in for the device is what the tests of the GPU path use.
 """
 
 import contextlib
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +33,14 @@ def begin() -> None:
         "VLLM_TARGET_DEVICE": "cpu",
     }
     sys.meta_path.insert(0, _Block())
+    # vLLM counts a CPU backend of Triton only where its own version says that it is for the CPU.
+    version = importlib.metadata.version
+
+    def as_cpu_build(distribution_name: str) -> str:
+        found = version(distribution_name)
+        return found + "+cpu" if distribution_name == "vllm" and "cpu" not in found else found
+
+    importlib.metadata.version = as_cpu_build
     import triton.backends
 
     from tests.support.interpreted_kernels import prepare_once_a_launch

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 
 from benchmarks.gpu_engine import check, pack
@@ -52,8 +53,9 @@ class _PathFinder(PathFinder):
         cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """What Python's own finder finds, or None as if it were not installed."""
-        if fullname.partition(".")[0] in cls.hidden:
-            return None
+        if path is None and fullname in cls.hidden:
+            # Another copy, as setuptools has of what it needs, is not hidden.
+            path = [folder for folder in sys.path if Path(folder).name != "site-packages"]
         return super().find_spec(fullname, path, target)
 
 
