@@ -140,7 +140,7 @@ DEFAULT_STARTS: dict[str, Check] = {
 
 
 def _while_generating(world: World) -> dict[str, Any]:
-    return {"decode_budget": world.budget, "decode_buffer": 16}
+    return {"decode_budget": world.budget, "decode_buffer": 16, "window": 16}
 
 
 def _scatter_equals_plain(world: World, backend: str, settings: dict[str, Any]) -> Iterator[Row]:
