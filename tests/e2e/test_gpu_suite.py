@@ -165,18 +165,20 @@ def test_an_engine_runs_on_what_is_packed_alone(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.engine
-def test_the_whole_script_rehearses(tmp_path: Path) -> None:
+def test_the_script_rehearses_engines(tmp_path: Path) -> None:
+    options = ["--engine", "--cpu", "--quick", "--only", "engine", "--out", str(tmp_path)]
     done = subprocess.run(
-        ["scripts/gpu_suite.sh", "--engine", "--cpu", "--out", str(tmp_path)],
+        ["scripts/gpu_suite.sh", *options],
         cwd=REPO,
         env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
-        timeout=3000,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    with (tmp_path / "gpu_cpu.csv").open(newline="") as file:
+    (results,) = tmp_path.glob("gpu_*.csv")
+    with results.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert {row["part"] for row in rows} == {"engine", "kernels"}
     assert not [row for row in rows if row["error"]]
+    assert {row["check"] for row in rows if row["value"] == "ok"} >= set(suite.QUICK)
