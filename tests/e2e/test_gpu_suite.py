@@ -123,7 +123,7 @@ def test_all_that_is_packed_has_a_version_and_pytorch_is_not_packed() -> None:
     assert pinned["vllm"].startswith(f"{TESTED_VERSION}.")
     assert not MACHINE & set(pinned)
     assert list(pinned) == sorted(pinned)
-    # With the archive, which was 52 MiB, this stays below the limit.
+    # With the archive, which was 53 MiB, this stays below the limit.
     assert sum(p.stat().st_size for p in pack.tracked_files()) < 8 << 20
 
 
@@ -141,6 +141,7 @@ def test_a_check_that_fails_is_a_row_and_the_next_one_runs(tmp_path: Path) -> No
     assert all(row["torch"] and row["triton"] and row["vllm"] for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_an_engine_runs_on_what_is_packed_alone(tmp_path: Path) -> None:
     """vLLM's Python serves with a method where only packed packages and PyTorch's can be found."""
@@ -153,7 +154,7 @@ def test_an_engine_runs_on_what_is_packed_alone(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
