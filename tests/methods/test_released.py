@@ -1,5 +1,7 @@
 """The simulated releases show behaviour and bugs that no recorded output shows (test_golden.py)."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -184,3 +186,17 @@ def test_sinks_and_soft_cap_in_the_released_attention():
     # A tiny cap makes attention uniform over what is visible.
     torch.testing.assert_close(capped[0, 0, -1], torch.full((40,), 1 / 40))
     assert float(capped[0, 0, 0, 33:].sum()) == 0.0
+
+
+def test_dynamickv_divides_between_layers_that_hold_unequal_histories() -> None:
+    """At later cuts they do. Scores below all others fill up a history without a change."""
+    rng = torch.Generator().manual_seed(3)
+    own = [torch.rand(1, 4, n, generator=rng) for n in (40, 64, 52)]
+    filled = [torch.nn.functional.pad(s, (0, 64 - s.shape[2]), value=-1.0) for s in own]
+    budgets = partial(dynamic_budgets, base=16, r_max=10.0, num_layers=4)
+    assert budgets(own) == budgets(filled)
+    method = DynamicKV(faithful=True, window=8)
+    seen = [LayerScores(s[0, :2], {"query_heads": s[0]}) for s in own]
+    weights = method.weights(seen, base=16, num_layers=3)
+    assert weights.shape == (3,)
+    assert weights.sum() > 0

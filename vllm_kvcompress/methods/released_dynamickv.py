@@ -53,7 +53,8 @@ def layer_budgets(
     layer seen gets the residue.
 
     Args:
-        scores: [B, H, S'] per layer.
+        scores: [B, H, S'] per layer; S' differs only at cuts that the release does not make, while
+            it generates or between chunks.
         base: History tokens of an average layer.
         r_max: Most history tokens of a layer, in units of ``base``.
         num_layers: Number of all layers.
@@ -64,16 +65,17 @@ def layer_budgets(
 
     """
     seen = len(scores)
-    batch, heads, history = scores[0].shape
+    heads, history = scores[0].shape[1], max(layer.shape[2] for layer in scores)
     wanted = base * heads * seen
-    flat = torch.stack(list(scores)).flatten()
+    sizes = torch.tensor([layer.numel() for layer in scores], device=scores[0].device)
+    flat = torch.cat([layer.flatten() for layer in scores])
     if wanted > flat.numel():
-        winners = [batch * heads * history] * seen
+        winners = sizes.tolist()
     else:
-        layer = flat.topk(wanted).indices // (batch * heads * history)
-        winners = torch.bincount(layer, minlength=seen).tolist()
+        owner = torch.arange(seen, device=flat.device).repeat_interleave(sizes)
+        winners = torch.bincount(owner[flat.topk(wanted).indices], minlength=seen).tolist()
     counts = [won // seen for won in winners]
-    if seen == num_layers and sum(counts) != batch * heads * history:
+    if seen == num_layers and sum(counts) != scores[0].numel():
         counts[-1] += wanted // num_layers - sum(counts)
     total = sum(counts)
     if total == 0:
