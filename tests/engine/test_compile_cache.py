@@ -24,13 +24,14 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.fixture
 def configs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[VllmConfig]:
     """Plain vLLM's, then one for each of SETTINGS; the cache is wrapped as a worker does it."""
-    for owner, name in (
+    owners: tuple[tuple[Any, str], ...] = (
         (caching, "aot_compile_hash_factors"),
         (backends.VllmBackend, "__call__"),
-        (caching, "_kv_compression_wrapped"),
-        (backends.VllmBackend, "_kv_compression_wrapped"),
-    ):
-        monkeypatch.setattr(owner, name, vars(owner).get(name, frozenset()), raising=False)
+    )
+    for owner, name in owners:
+        monkeypatch.setattr(owner, name, vars(owner)[name])
+        # An engine of this process may have wrapped it before.
+        monkeypatch.setattr(owner, "_kv_compression_wrapped", frozenset(), raising=False)
     register()
     options: dict[str, Any] = {"skip_tokenizer_init": True, "load_format": "dummy"}
     extras = [{}, *({"kv_compression": settings} for settings in SETTINGS)]
