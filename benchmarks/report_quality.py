@@ -104,7 +104,8 @@ def per_task(page: MarkdownPage, results: Results) -> None:
     ]
     styles = styles_for(results.groups)
     lacking = [file for file in results.quality if NOT_MEASURED in file.notes]
-    page.add("\n".join(f"* {f.name}: not measured: {f.notes[NOT_MEASURED]}." for f in lacking))
+    if lacking:
+        page.add("\n".join(f"* {f.name}: not measured: {f.notes[NOT_MEASURED]}." for f in lacking))
     for series in by_length(groups):
         page.heading(2, series[0].title)
         for group in series:
