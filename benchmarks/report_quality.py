@@ -41,6 +41,9 @@ SAME_SHARE = 0.005
 OF_ABLATIONS = ("about", "reference")
 """Notes that are shown with the figures of an ablation."""
 
+NOT_MEASURED = "not measured"
+"""Note that names tasks of a run that have no answers yet; packing the run anew drops it."""
+
 AHEAD, LEVEL, BEHIND = "ahead", "level", "behind"
 
 
@@ -100,6 +103,9 @@ def per_task(page: MarkdownPage, results: Results) -> None:
         if len(group.tasks) > 1 and group.budgets
     ]
     styles = styles_for(results.groups)
+    lacking = [file for file in results.quality if NOT_MEASURED in file.notes]
+    if lacking:
+        page.add("\n".join(f"* {f.name}: not measured: {f.notes[NOT_MEASURED]}." for f in lacking))
     for series in by_length(groups):
         page.heading(2, series[0].title)
         for group in series:

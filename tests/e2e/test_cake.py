@@ -116,6 +116,22 @@ def test_second_question_hits_the_prefix_and_leaves_it_alone(
     assert answer == alone[0], "compressed for its own question"
 
 
+@pytest.mark.parametrize("method", ["cake", "snapkv"])
+def test_an_equal_prompt_keeps_equal_tokens(
+    engines: Engines, prose: list[int], method: str
+) -> None:
+    """In fp32: cold in a batch, scored as it runs; then alone behind a hit, scored from pages."""
+    engine = engines.open()
+    prompts = [prose[at : at + length] for at, length in ((0, 500), (900, 613), (2000, 700))]
+    kept = engine.record_kept()
+    together = engine.generate(prompts, 8, **setting(method))
+    for prompt, answer in zip(prompts, together, strict=True):
+        found, hits = engine.ask(prompt, 8, **setting(method))
+        assert hits >= 448
+        assert found == answer
+    assert kept[:3] == kept[3:]
+
+
 @pytest.mark.parametrize("tail", [1, 5, 31])
 def test_last_chunk_shorter_than_the_window(engines: Engines, prose: list[int], tail: int) -> None:
     """The window's queries come from two chunks; the result is that of one step."""

@@ -1,7 +1,9 @@
 """Tasks make the same prompts again, of the length asked for, and say what they lack."""
 
+import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +60,24 @@ def test_other_seeds_ask_other_questions(source: Source) -> None:
     )
     assert {p.question for p in first}.isdisjoint(p.question for p in second)
     assert all(p.metric == "match_part" for p in first)
+
+
+def test_the_answer_lies_in_a_document_of_its_own_in_each_prompt(source: Source) -> None:
+    data = source.data / "ruler" / "long_context_eval" / "data" / "synthetic" / "json"
+    squad = json.loads((data / "squad.json").read_text(encoding="utf-8"))["data"]
+    paragraphs = [paragraph for article in squad for paragraph in article["paragraphs"]]
+    holds = {qa["question"]: p["context"] for p in paragraphs for qa in p["qas"]}
+    prompts = ruler.Ruler("qa_1").prompts(source, length=2048, count=20, seed=100)
+    assert [p.index for p in prompts] == list(range(20))
+    places = []
+    for prompt in prompts:
+        (asked,) = (q for q in holds if prompt.question.endswith(f"Question: {q}{prompt.opening}"))
+        documents = re.split(r"(?:^|\n\n)Document \d+:\n", prompt.context)[1:]
+        places.append(documents.index(holds[asked]))
+        assert len(documents) == 10
+        assert source.count(prompt.text) <= 2048 - prompt.max_tokens
+    # Ten places, 20 draws: 9 of them on average.
+    assert len(set(places)) > 5, places
 
 
 def test_a_length_that_cannot_be_is_one_sentence(source: Source) -> None:
@@ -207,7 +227,7 @@ def test_what_a_generator_imports_after_its_seed_leaves_the_prompts(
         "import rich.style\n"
         "print(random.random())\n"
     )
-    command = [sys.executable, "-c", ruler._RUN, str(draws), str(script), "7"]
+    command = [sys.executable, "-c", ruler._RUN, str(draws), "alike", str(script), "7"]
     out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
     expected = random.Random(7)
     for _ in range(draws):

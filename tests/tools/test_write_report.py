@@ -108,6 +108,14 @@ def test_sections(committed: Path) -> None:
     assert "other-tasks" not in found
 
 
+def test_tasks_that_lack_answers_are_named(committed: Path) -> None:
+    assert "not measured" not in pages(committed)["ruler-per-task"]
+    pack(small_run(), committed / "quality" / "ruler.csv", {"not measured": "ruler/qa_1"})
+    found = pages(committed)
+    assert "* ruler: not measured: ruler/qa_1." in found["ruler-per-task"]
+    assert "| file | command | versions | not measured |" in found["what-was-run"]
+
+
 def test_settings_with_fewer_tasks_are_compared_on_those(committed: Path) -> None:
     lines = [
         *answers([1, 0], task="ruler/vt"),

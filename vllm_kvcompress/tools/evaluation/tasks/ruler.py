@@ -2,8 +2,9 @@
 
 The generators of nvidia-long-context-eval run unchanged, in a process of their own, from the folder
 that scripts/fetch_ruler.py makes; nothing is looked up on a network. As there, a length counts the
-tokens to generate in, prompts come close to it only in steps (500 words of essays, 10 documents),
-and the model template is "base", the prompt ending in the answer's beginning.
+tokens to generate in, but for fwe, whose prompt alone may be that long; prompts come close to it
+only in steps (500 words of essays, 10 documents), and the model template is "base", the prompt
+ending in the answer's beginning.
 """
 
 from __future__ import annotations
@@ -45,19 +46,26 @@ question's own documents, it tries the same prompt for ever."""
 QUESTION_STRIDE = 50
 """Questions that lie between the first ones of two seeds in SQuAD and HotpotQA."""
 
-MOST_QUESTIONS = 5000
+MOST_QUESTIONS = 5900
+"""Questions that are asked: SQuAD has 5928. So seeds 0 to 117 begin with different ones."""
 
 _RUN = """
-import random, runpy, sys
+import itertools, random, runpy, sys
 from os.path import dirname
 from transformers import AutoTokenizer
-_, draws, *sys.argv = sys.argv
+_, draws, shuffles, *sys.argv = sys.argv
 seed = random.seed
 def seed_and_draw(value):
     seed(value)
     for _ in range(int(draws)):
         random.randint(0, 999999)
 random.seed = seed_and_draw
+class Shuffle(random.Random):
+    turns = itertools.count()
+    def __init__(self, value=None):
+        super().__init__(f"{value} {next(self.turns)}")
+if shuffles == "each":
+    random.Random = Shuffle
 sys.path[0] = dirname(sys.argv[0])
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -67,6 +75,12 @@ Generators set the seed and then import transformers. If that is the first impor
 draws a random number; whether it is depends on the other installed packages. Therefore everything
 is imported before the seed is set, and the number is drawn for all generators but niah's. This
 gives the prompts that the generators make beside vLLM, where niah's nltk has imported rich already.
+
+Each prompt is shuffled by a new generator, `random.Random(seed)`, of the one seed of the run, so
+prompts with as many documents have them all in the same order. In qa the document with the answer
+comes first before that, and would lie at one place in all prompts. There `shuffles` is "each", and
+each shuffle differs. (In cwe and fwe it is the copies of the words that lie at the same places in
+all prompts of a seed; they are spread over the whole prompt, and left as they are.)
 """
 
 _NOTHING_FITS = re.compile(r"Num(ber of)? \w+: 0$")
@@ -106,11 +120,10 @@ class Ruler(Task):
         """
         folder = source.data / "ruler"
         config = _config(folder, self.subtask)
-        what = json.dumps(
-            [self.subtask, dict(config), length, seed, source.model, source.tokenizer.vocab_size],
-            sort_keys=True,
-        )
-        digest = hashlib.sha256(what.encode()).hexdigest()[:12]
+        what = [self.subtask, dict(config), length, seed, source.model, source.tokenizer.vocab_size]
+        if config["task"] == "qa":  # files made before have all answers in one place
+            what.append("each shuffled")
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
         path = source.cache / f"{self.subtask}-{length}-{seed}-{digest}.jsonl"
         lines = _read(path)
         if len(lines) < count:
@@ -203,7 +216,8 @@ def _generate(folder: Path, config: Mapping[str, Any], options: Mapping[str, Any
         "HF_HUB_OFFLINE": "1",
     }
     draws = "0" if config["task"] == "niah" else "1"
-    command = [sys.executable, "-u", "-c", _RUN, draws, str(script), *words]
+    shuffles = "each" if config["task"] == "qa" else "alike"
+    command = [sys.executable, "-u", "-c", _RUN, draws, shuffles, str(script), *words]
     _run(command, environment, options["save_name"], options["max_seq_length"])
 
 
