@@ -131,7 +131,8 @@ def note_processes(run: Callable[[], None], file: Path) -> None:
         if process.name in LAST:
             raise SystemExit  # else vLLM would wait for it
 
-    multiprocessing.process.BaseProcess.start = start  # type: ignore[method-assign]
+    base: Any = multiprocessing.process.BaseProcess
+    base.start = start
     DPCoordinator._wait_for_zmq_addrs = lambda *_: ("tcp://127.0.0.1:1",) * 3
     with contextlib.suppress(SystemExit):
         run()
