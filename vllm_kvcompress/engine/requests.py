@@ -39,10 +39,9 @@ def check_request(request: Any, config: VllmConfig) -> None:
 
     """
     params = request.sampling_params
-    ids = request.prompt_token_ids
-    cache = config.cache_config
     try:
         check_form(params, request.resumable)
+        ids, cache = request.prompt_token_ids, config.cache_config
         prompt_len = len(ids) if ids is not None else len(request.prompt_embeds)
         resolver = resolver_of(config, cache.block_size)
         settings = resolver.resolve(getattr(params, "extra_args", None), prompt_len)
