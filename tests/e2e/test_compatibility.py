@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from safetensors.torch import save_file
 from tests.e2e.cut_model import NUM_TOKENS, first_layers
 from tests.e2e.engine import Engine, greedy, setting
 from tests.e2e.harness import LAYERS, MODELS, REPO, SMALL, Engines, small_model
-from tests.e2e.server import NAME, serve
 
 pytestmark = pytest.mark.engine
 
@@ -311,27 +309,3 @@ def test_compiled_model(engines: Engines, prose: list[int]) -> None:
 
 
 # --- several engines ---------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_data_parallel(prose: list[int], tmp_path: Path) -> None:
-    """Two engines with a pool each behind one server; either gives the same answers."""
-    log = tmp_path / "log.txt"
-    options = ["--data-parallel-size", "2"]
-    with serve(small_model(), log, method="cake", budget=BUDGET, options=options) as server:
-
-        def complete(start: int) -> str:
-            answer = server.client.completions.create(
-                model=NAME, prompt=prose[start : start + 400], max_tokens=24,
-                temperature=0, extra_body={"ignore_eos": True},
-            )  # fmt: skip
-            return answer.choices[0].text
-
-        starts = [0, 50, 100, 150]
-        with ThreadPoolExecutor(4) as pool:
-            together = list(pool.map(complete, starts))
-        assert [complete(start) for start in starts] == together
-    # Each process names itself in front of what it logs.
-    lines = [line for line in log.read_text().splitlines() if "KVCOMPRESS {" in line]
-    assert len(lines) == 8
-    assert len({re.findall(r"pid=(\d+)", line)[0] for line in lines}) == 2

@@ -6,6 +6,7 @@ import pytest
 
 from tests.e2e.engine import Engine
 from tests.e2e.harness import LAYERS, Engines
+from vllm_kvcompress.engine import requests
 
 pytestmark = pytest.mark.engine
 
@@ -173,3 +174,23 @@ def test_a_share_of_the_prompt_bounds_tokens(engines: Engines, prose: list[int])
     assert engine.generate([prose[:800]], 4, extra_args={"kv_compression_budget": 200})
     with pytest.raises(VLLMValidationError, match=r"at most 0\.25 of the prompt here, got 201"):
         engine.generate([prose[:800]], 4, extra_args={"kv_compression_budget": 201})
+
+
+def test_what_no_front_end_has_judged_ends_alone(
+    engines: Engines, prose: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if it came from a front end that knows nothing of compression."""
+    engine = engines.open()
+    prompts = [prose[:330], prose[:350], prose[97:500]]
+    good = [{}, {"kv_compression": "snapkv"}]
+    expected = [tokens for tokens, _ in run(engine, [prompts[0], prompts[2]], good)]
+    monkeypatch.setattr(requests, "check_request", lambda *_: None)
+    asked = [good[0], {"kv_compression": "zip"}, good[1]]
+    names = [
+        engine.caller_id[engine.add(prompt, 12, extra_args=extra or None)]
+        for prompt, extra in zip(prompts, asked, strict=True)
+    ]
+    ended = {o.request_id: o.outputs[0] for step in engine.steps() for o in step if o.finished}
+    first, wrong, last = (ended[name] for name in names)
+    assert [list(first.token_ids), list(last.token_ids)] == expected
+    assert (wrong.finish_reason, list(wrong.token_ids)) == ("error", [])

@@ -217,7 +217,7 @@ def layers() -> Cases:
 def requests(root: Path) -> Cases:
     yield (
         "input that is streamed into a running request",
-        lambda: check_request(SimpleNamespace(resumable=True), None),
+        lambda: check_request(SimpleNamespace(resumable=True, sampling_params=None), None),
     )
     config = start(root, settings={"method": "uniform", "budget": 400}, block_size=100)
     config.cache_config.num_gpu_blocks = 9  # one of them is the null block

@@ -1,6 +1,9 @@
 """The figures' path: worker, scheduler, vLLM's own encoder and decoder, /metrics."""
 
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from vllm_kvcompress.engine.compression_stats import (
     BlockGauges,
     CompressionCounters,
     CompressionStats,
+    LayerShares,
     attach_stats,
     stats_of,
 )
@@ -38,6 +42,7 @@ STATS = CompressionStats(
         other_requests={"none": 1, "a method: named": 2},
     ),
     REPORT,
+    [300 / 800, 100 / 800],
 )
 
 
@@ -173,6 +178,62 @@ def test_a_server_of_several_engines_shows_each_ones_figures(folder: Path) -> No
     }
     assert offline["vllm:kv_compression_ratio"].value == 4
     assert offline["vllm:kv_compression_phase_time_seconds"].count == 1
+
+
+SEVERAL = """
+import os
+
+from prometheus_client import CollectorRegistry, multiprocess
+
+from tests.engine.test_compression_stats import steps
+from vllm_kvcompress.engine.metrics import CompressionMetrics
+
+for server in (0, 1):
+    if not os.fork():
+        metrics = CompressionMetrics("model")
+        for stats in steps()[server::2]:
+            metrics.observe(stats, 0)
+        os._exit(0)
+    os.wait()
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+for family in registry.collect():
+    for sample in family.samples:
+        own = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+        print(sample.name.removeprefix("vllm:kv_compression_"), *own.values(), sample.value)
+"""
+"""Two API servers that get a scheduler's figures in turn; prints what /metrics adds up to."""
+
+
+def steps() -> list[CompressionStats]:
+    """What a scheduler sends for twenty steps: in each a prompt is cut."""
+    shares, sent = LayerShares(), []
+    for step in range(1, 21):
+        report = CutReport([("move", 0.5)], {"cake": 100}, {"cake": 30}, [step, 60 - step])
+        counters = CompressionCounters(blocks_freed=7, cuts={"prompt": 1})
+        blocks = BlockGauges(held=step, reserved=step, free=7, running_held=2, running_plain=step)
+        sent.append(CompressionStats(blocks, counters, report, shares.add(report)))
+    return sent
+
+
+def test_several_servers_add_up_to_what_one_would_show(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL],
+        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.rpartition(" ") for line in done.stdout.splitlines()]
+    found = {name: float(number) for name, _, number in lines}
+    assert found["cuts_total prompt"] == 20
+    assert found["blocks_freed_total"] == 140
+    assert found["prompt_tokens_seen_total cake"] == 2000
+    assert found["layer_tokens_kept_total 0"] == 210
+    assert found["phase_time_seconds_count move"] == 20
+    # States are those of the last step.
+    assert (found["blocks_held"], found["ratio"]) == (20, 10)
+    assert found["layer_kept_share 0"] == 210 / 2000
+    assert found["layer_kept_share 1"] == (60 * 20 - 210) / 2000
 
 
 @pytest.mark.usefixtures("registry")

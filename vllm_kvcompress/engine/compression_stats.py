@@ -2,7 +2,9 @@
 
 The worker's CutReport comes to the scheduler with the output of a step. The scheduler adds its own
 figures and puts all of them into vLLM's SchedulerStats of that step, which vLLM sends to the server
-(through ZMQ and msgpack, if the engine runs in a process of its own).
+(through ZMQ and msgpack, if the engine runs in a process of its own). Of several servers, each
+step's figures go to one, and Prometheus adds up what the servers have counted: what is sent counts
+from one step to the next, never from the start.
 
 SchedulerStats has one field for a payload that vLLM does not know: that of a KV connector.
 Connectors are refused beside compression, so the field is ours to use.
@@ -74,12 +76,32 @@ class CompressionStats:
         blocks: Blocks after the step.
         counters: What the scheduler has counted since the last step's figures.
         report: What the worker has measured since its last report.
+        layer_shares: Of each layer, the share that it kept of all tokens of compressed prompts up
+            to now; empty if the report has none.
 
     """
 
     blocks: BlockGauges
     counters: CompressionCounters
     report: CutReport
+    layer_shares: list[float] = field(default_factory=list)
+
+
+class LayerShares:
+    """The sums behind ``layer_shares``, which no server can make: none gets all reports."""
+
+    def __init__(self) -> None:
+        self._seen = 0
+        self._kept: list[int] = []
+
+    def add(self, report: CutReport) -> list[float]:
+        """Take in a report. Mutates the sums; returns the shares, none if it has no prompt."""
+        if not report.layer_tokens_kept:
+            return []
+        self._seen += sum(report.tokens_seen.values())
+        before = self._kept or [0] * len(report.layer_tokens_kept)
+        self._kept = [a + b for a, b in zip(before, report.layer_tokens_kept, strict=True)]
+        return [kept / self._seen for kept in self._kept]
 
 
 def attach_stats(scheduler_stats: SchedulerStats, stats: CompressionStats) -> None:

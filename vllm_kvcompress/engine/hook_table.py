@@ -55,6 +55,7 @@ HOOKS: HookTable = {
             READ,
             (
                 "worker_cls tensor_parallel_size pipeline_parallel_size data_parallel_size "
+                "data_parallel_size_local data_parallel_rank_local local_engines_only "
                 "decode_context_parallel_size prefill_context_parallel_size enable_dbo"
             ),
         ),
@@ -90,7 +91,7 @@ HOOKS: HookTable = {
             READ,
             (
                 "request_id sampling_params num_prompt_tokens num_tokens num_computed_tokens "
-                "num_in_flight_tokens num_preemptions block_hashes"
+                "num_in_flight_tokens num_preemptions block_hashes max_tokens resumable"
             ),
         ),
     },
@@ -115,9 +116,14 @@ HOOKS: HookTable = {
     "vllm.v1.core.sched.scheduler": {
         "Scheduler": (
             SUBCLASS,
-            "vllm_config requests running max_model_len kv_cache_manager",
+            (
+                "vllm_config requests running max_model_len kv_cache_manager "
+                "grammar_compile_error_reqs"
+            ),
         ),
         "Scheduler.__init__": (OVERRIDE, "self, ..."),
+        "Scheduler.add_request": (OVERRIDE, "self, request"),
+        "Scheduler._handle_blocked_waiting_request": (OVERRIDE, "self, request"),
         "Scheduler.schedule": (OVERRIDE, "self, throttle_prefills"),
         "Scheduler.update_from_output": (OVERRIDE, "self, scheduler_output, model_runner_output"),
         "Scheduler.make_stats": (OVERRIDE, "self, ..."),

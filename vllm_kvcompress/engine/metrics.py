@@ -65,8 +65,6 @@ class CompressionMetrics:
             [*_LABELS, "phase"],
             buckets=SECONDS,
         )
-        self._layer_sums: dict[tuple[int, int], int] = {}
-        self._seen_sums: dict[int, int] = {}
 
     def observe(self, stats: CompressionStats, engine: int) -> None:
         """Take in what one engine has sent. Mutates the metrics.
@@ -96,17 +94,16 @@ class CompressionMetrics:
             self._time.labels(**own, phase=phase).observe(seconds)
         for method, count in report.tokens_seen.items():
             self._seen.labels(**own, method=method).inc(count)
-            self._seen_sums[engine] = self._seen_sums.get(engine, 0) + count
         for method, count in report.tokens_kept.items():
             self._kept.labels(**own, method=method).inc(count)
         for layer, count in enumerate(report.layer_tokens_kept):
             self._layers.labels(**own, layer=str(layer)).inc(count)
-            total = self._layer_sums.get((engine, layer), 0) + count
-            self._layer_sums[engine, layer] = total
-            self._share.labels(**own, layer=str(layer)).set(total / self._seen_sums[engine])
+        for layer, share in enumerate(stats.layer_shares):
+            self._share.labels(**own, layer=str(layer)).set(share)
 
 
 def _gauge(name: str, text: str, *labels: str) -> Gauge:
+    # Of several servers, the one that was told last knows an engine's state.
     return Gauge(_NAME + name, text, [*_LABELS, *labels], multiprocess_mode="mostrecent")
 
 

@@ -13,6 +13,9 @@ from vllm_kvcompress.planning.config import (
     parse_budget,
 )
 
+_FLAGS = ("kv_compression", "kv_compression_budget", "kv_compression_config")
+"""Names of the flags among parsed arguments."""
+
 
 def register() -> None:
     """Add the flags to vLLM's. Idempotent; nothing else changes unless one of them is used."""
@@ -127,24 +130,55 @@ def _add_flags(original: Any) -> Any:
             help="Parameters of the method and options as a JSON object, e.g. '{\"gamma\": 200}'; "
             "allow says what requests may set for themselves.",
         )
+        wrap_once(parser, "parse_known_args", _move_flags_of(parser))
         return parser
 
     return add_cli_args
 
 
+def _move_flags_of(parser: Any) -> Any:
+    """Move flags as soon as they are parsed: some servers get what was parsed and nothing else."""
+
+    def make_parsing(original: Any) -> Any:
+        def parse_known_args(*args: Any, **kwargs: Any) -> Any:
+            namespace, rest = original(*args, **kwargs)
+            try:
+                move_flags(namespace)
+            except ValueError as error:
+                parser.error(str(error))
+            return namespace, rest
+
+        return parse_known_args
+
+    return make_parsing
+
+
 def _read_flags(original: Any) -> Any:
     def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
-        method = getattr(args, "kv_compression", None)
-        budget = getattr(args, "kv_compression_budget", None)
-        params = getattr(args, "kv_compression_config", None)
-        if method is not None or budget is not None or params:
-            args = argparse.Namespace(**vars(args))
-            args.additional_config = merge_settings(
-                getattr(args, "additional_config", None), method, budget, params
-            )
+        move_flags(args)
         return original(cls, args)
 
     return from_cli_args
+
+
+def move_flags(args: argparse.Namespace) -> None:
+    """Turn parsed flags into an entry of additional_config. Mutates args.
+
+    vLLM hands arguments, and not what has been made of them, to each server that it starts in a
+    process of its own; there nobody may know our flags when they are read.
+
+    Args:
+        args: Parsed arguments; without our flags they stay as they are.
+
+    Raises:
+        ValueError: As :func:`merge_settings` does.
+
+    """
+    method, budget, params = (vars(args).pop(name, None) for name in _FLAGS)
+    if method is not None or budget is not None or params:
+        args.additional_config = merge_settings(
+            getattr(args, "additional_config", None), method, budget, params
+        )
 
 
 def _switch_on_when_asked(original: Any) -> Any:

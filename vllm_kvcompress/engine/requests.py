@@ -2,16 +2,13 @@
 
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ParallelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvcompress.engine.hooks import wrap_once
-from vllm_kvcompress.engine.model_layers import pool_for_arena
+from vllm_kvcompress.engine.judgement import answer_limit, check_form, printable
 from vllm_kvcompress.engine.settings import compression_of, resolver_of
-
-_LONGEST = 500
-"""Most characters of an error message."""
 
 
 def guard_requests() -> None:
@@ -41,43 +38,26 @@ def check_request(request: Any, config: VllmConfig) -> None:
         VLLMValidationError: One sentence that names the setting and what to change.
 
     """
-    if request.resumable:
-        raise VLLMValidationError(
-            "streaming input is not supported with --kv-compression; send the whole prompt"
-        )
     params = request.sampling_params
-    blocks = config.cache_config.num_gpu_blocks
-    ids = request.prompt_token_ids
-    prompt_len = len(ids) if ids is not None else len(request.prompt_embeds)
     try:
-        resolver = resolver_of(config, config.cache_config.block_size)
+        check_form(params, request.resumable)
+        ids, cache = request.prompt_token_ids, config.cache_config
+        prompt_len = len(ids) if ids is not None else len(request.prompt_embeds)
+        resolver = resolver_of(config, cache.block_size)
         settings = resolver.resolve(getattr(params, "extra_args", None), prompt_len)
+        # A sum over engines, each of which has its own pool.
+        blocks = (cache.num_gpu_blocks or 0) // engines_of(config.parallel_config)
+        limit = answer_limit(config, settings, params, prompt_len, blocks)
     except ValueError as error:
-        raise VLLMValidationError(_printable(error)) from None
-    if not blocks or params is None or params.max_tokens is None:
-        return
-    # With data parallelism this is the sum over all engines, each of which has its own pool.
-    pool = int(blocks) // config.parallel_config.data_parallel_size - 1
-    planner, decode = settings.planner, settings.decode
-    pool = pool_for_arena(config, pool, planner.block_size)
-    if planner.peak_blocks(prompt_len, prompt_len + params.max_tokens, decode) <= pool:
-        return
-    max_len = config.model_config.max_model_len
-    room = planner.most_tokens(prompt_len, max_len, pool, decode) - prompt_len
-    if room > 0 and prompt_len + params.max_tokens >= max_len:
-        # vLLM's default for a request that names no limit is the rest of the context.
-        params.max_tokens = room
-        return
-    raise VLLMValidationError(
-        f"max_tokens {params.max_tokens} is too large: with a prompt of {prompt_len} tokens the "
-        f"KV cache has room for {max(room, 0)} generated tokens; lower max_tokens"
-    )
+        raise VLLMValidationError(printable(error)) from None
+    if limit is not None:
+        params.max_tokens = limit
 
 
-def _printable(error: ValueError) -> str:
-    """Make an error one line that is safe to send: it may quote anything that the request held."""
-    text = "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode()
-        for char in str(error)
-    )
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+def engines_of(parallel: ParallelConfig) -> int:
+    """How many engines this process sends its requests to."""
+    if parallel.data_parallel_rank_local is not None:  # each rank of an offline run has its own
+        return 1
+    if parallel.local_engines_only:
+        return int(parallel.data_parallel_size_local)
+    return int(parallel.data_parallel_size)

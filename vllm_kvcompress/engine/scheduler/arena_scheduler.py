@@ -3,6 +3,8 @@
 * the manager sees the requests, and decides where a prompt lies while it is computed;
 * a step ends where a cut is due, so that a request that is preempted and replayed is cut where it
   was the first time, and tokens after a cut see what they saw then;
+* a request that the engine cannot serve, whatever it carries, ends with an error, and the engine
+  lives on;
 * a prefix-cache hit leaves the observation window of the first cut to be computed, so that what is
   kept does not depend on what happened to be cached;
 * the step's message tells the worker which prompts run as a cascade.
@@ -11,6 +13,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -24,14 +27,19 @@ from vllm.v1.request import Request
 from vllm_kvcompress.engine.compression_stats import (
     CompressionCounters,
     CompressionStats,
+    LayerShares,
     attach_stats,
 )
+from vllm_kvcompress.engine.judgement import answer_limit, check_form, printable
 from vllm_kvcompress.engine.scheduler.arena_manager import ArenaManager
 from vllm_kvcompress.engine.scheduler.sliding_window_groups import patch_coordinator
 from vllm_kvcompress.engine.settings import resolver_of
 from vllm_kvcompress.engine.step.measurement_channel import report_of
 from vllm_kvcompress.engine.step.messages import attach
 from vllm_kvcompress.eviction.measurements import CutReport
+
+# A child of vLLM's logger, so that its handlers and level apply.
+logger = init_logger("vllm.kvcompress.scheduler")
 
 
 class _ArenaScheduling(Scheduler):
@@ -54,6 +62,42 @@ class _ArenaScheduling(Scheduler):
             patch_coordinator(coordinator, self._arena, self.max_model_len)
         self._hits: tuple[str, Sequence[KVCacheBlock]] = ("", ())
         self._report = CutReport()
+        self._layer_shares = LayerShares()
+
+    def add_request(self, request: Request) -> None:
+        """See the base class; a request that cannot be served is ended by the step at hand.
+
+        Where requests come in they are judged, too, but not by every front end there is.
+        """
+        known = request.request_id in self.requests
+        super().add_request(request)
+        if known:
+            return
+        try:
+            self._judge(request)
+        except Exception as error:
+            # Of a method or setting that nobody has foreseen; a ValueError says all there is.
+            trace = None if isinstance(error, ValueError) else error
+            logger.error(
+                "Request %s is ended: %s", request.request_id, printable(error), exc_info=trace
+            )
+            self.grammar_compile_error_reqs.add(request.request_id)
+
+    def _judge(self, request: Request) -> None:
+        """Work out all that admission needs to know of a request. Mutates the request."""
+        arena, params = self._arena, request.sampling_params
+        check_form(params, request.resumable)
+        settings, blocks = arena.settings_of(request), arena.block_pool.num_gpu_blocks
+        limit = answer_limit(self.vllm_config, settings, params, request.num_prompt_tokens, blocks)
+        if limit is not None:
+            request.max_tokens = limit
+        arena.reservations.peak(arena.quoted(request.request_id))
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        # vLLM's own set of requests to be ended with an error when a step's output comes in.
+        if request.request_id in self.grammar_compile_error_reqs:
+            return False
+        return bool(super()._handle_blocked_waiting_request(request))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """See the base class; verifies the blocks first when asked to."""
@@ -83,8 +127,9 @@ class _ArenaScheduling(Scheduler):
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
             arena = self._arena
-            ours = CompressionStats(arena.block_gauges(), arena.counters, self._report)
-            attach_stats(stats, ours)
+            counters, report = arena.counters, self._report
+            shares = self._layer_shares.add(report)
+            attach_stats(stats, CompressionStats(arena.block_gauges(), counters, report, shares))
             arena.counters, self._report = CompressionCounters(), CutReport()
         return stats
 
