@@ -70,8 +70,8 @@ class DynamicKVAllocator(Allocator):
             as many, all layers get the same.
         compare: How entries of different layers are compared: against the "background", or by
             "mass" as published.
-        background: Above 0 and below 1; not with "mass". With 0.5, the median, layers share equally at a budget of
-            half of the history, as half of every layer lies above it.
+        background: Above 0 and below 1; not with "mass". With 0.5, the median, layers share equally
+            at a budget of half of the history, as half of every layer lies above it.
 
     """
 

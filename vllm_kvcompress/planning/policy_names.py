@@ -15,9 +15,7 @@ def check_policy_names(policy: RequestPolicy) -> None:
     """
     for name in sorted(policy.methods or ()):
         if name not in available():
-            raise ValueError(
-                f'allow: unknown method "{name}", known are {", ".join(available())}'
-            )
+            raise ValueError(f'allow: unknown method "{name}", known are {", ".join(available())}')
     if isinstance(policy.params, bool):
         return
     parameters = {name: get_spec(name).parameters for name in available()}

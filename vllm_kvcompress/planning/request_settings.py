@@ -179,26 +179,22 @@ class SettingsResolver:
         return get_spec(method).override(own.params if method == own.method else {}, params)
 
     def _make_planner(self, asked: "_Hashed") -> BlockPlanner:
-        config = replace(
-            self.default_planner.config,
-            method=asked.method,
-            budget=asked.budget,
-            params=asked.params,
-        )
-        config.check_block_size(
-            self.default_planner.block_size, BUDGET_KEY, "raise it or lower the window"
-        )
-        planner = BlockPlanner(config, self.default_planner.block_size, self.default_planner.limits)
+        server = self.default_planner
+        method = get_method(asked.method, asked.params)
         if (
-            planner.token_by_token
-            and not self.default_planner.token_by_token
-            and config.decode_budget
+            method.scorer.token_by_token
+            and not server.token_by_token
+            and server.config.decode_budget
         ):
             raise ValueError(
                 f"{PARAMS_KEY}: {asked.method} with these parameters evicts a token for each that "
                 f"it generates, which this server does not offer; drop them"
             )
-        return planner
+        config = replace(
+            server.config, method=asked.method, budget=asked.budget, params=asked.params
+        )
+        config.check_block_size(server.block_size, BUDGET_KEY, "raise it or lower the window")
+        return BlockPlanner(config, server.block_size, server.limits)
 
     def _method(self, asked: Mapping[str, Any]) -> str:
         own = self.default_planner.config.method
