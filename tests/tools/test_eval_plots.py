@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -89,7 +90,29 @@ def test_a_setting_without_a_mean_is_not_in_the_legend() -> None:
     records += answers([1, 1], task="ruler/cwe", label="keydiff")
     shown = groups(records)
     assert legend(share_figure(shown)) == ["cake"]
-    assert legend(task_figure(shown[0])) == ["cake", "keydiff"]
+    assert legend(task_figure(shown[0])) == ["cake", "keydiff", "not measured"]
+
+
+def test_not_measured_and_zero_do_not_look_alike() -> None:
+    records = [one for task in ("vt", "cwe") for one in answers([1, 0], task=f"ruler/{task}")]
+    records += answers([0, 0], task="ruler/cwe", label="keydiff")
+    (axes,) = task_figure(groups(records)[0]).axes
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    (crosses,) = (line for line in axes.lines if line.get_label() == plots.NOT_MEASURED)
+    assert [names[round(x)] for x in crosses.get_xdata()] == ["vt"]
+    # A zero stands where its bar would be: a flat line of the bar's width and colour.
+    feet = {
+        round(float(np.mean(path.vertices[:, 0])), 6): one
+        for one in axes.collections
+        if isinstance(one, LineCollection)
+        for path in one.get_paths()
+        if np.ptp(path.vertices[:, 0]) > 0
+    }
+    (zero,) = (bar for bar in axes.patches if bar.get_height() == 0)  # type: ignore[attr-defined]
+    middle = round(zero.get_x() + zero.get_width() / 2, 6)  # type: ignore[attr-defined]
+    assert tuple(feet[middle].get_colors()[0]) == zero.get_facecolor()
+    assert len(feet) == 3
+    assert round(crosses.get_xdata()[0], 6) not in feet
 
 
 def test_many_tasks_break_into_several_rows() -> None:
