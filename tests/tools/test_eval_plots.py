@@ -98,21 +98,21 @@ def test_not_measured_and_zero_do_not_look_alike() -> None:
     records += answers([0, 0], task="ruler/cwe", label="keydiff")
     (axes,) = task_figure(groups(records)[0]).axes
     names = [text.get_text() for text in axes.get_xticklabels()]
-    (crosses,) = (line for line in axes.lines if line.get_label() == plots.NOT_MEASURED)
-    assert [names[round(x)] for x in crosses.get_xdata()] == ["vt"]
+    (marks,) = (line for line in axes.lines if line.get_label() == plots.NOT_MEASURED)
+    (cross,) = np.asarray(marks.get_xdata(), dtype=np.float64)
+    assert names[round(cross)] == "vt"
     # A zero stands where its bar would be: a flat line of the bar's width and colour.
-    feet = {
-        round(float(np.mean(path.vertices[:, 0])), 6): one
-        for one in axes.collections
-        if isinstance(one, LineCollection)
-        for path in one.get_paths()
-        if np.ptp(path.vertices[:, 0]) > 0
-    }
+    feet = {}
+    for one in axes.collections:
+        for path in one.get_paths() if isinstance(one, LineCollection) else ():
+            ends = np.asarray(path.vertices, dtype=np.float64)[:, 0]
+            if np.ptp(ends) > 0:  # else the error of a bar
+                feet[round(float(ends.mean()), 6)] = np.asarray(one.get_colors())[0]
+    assert len(feet) == 3
+    assert round(float(cross), 6) not in feet
     (zero,) = (bar for bar in axes.patches if bar.get_height() == 0)  # type: ignore[attr-defined]
     middle = round(zero.get_x() + zero.get_width() / 2, 6)  # type: ignore[attr-defined]
-    assert tuple(feet[middle].get_colors()[0]) == zero.get_facecolor()
-    assert len(feet) == 3
-    assert round(crosses.get_xdata()[0], 6) not in feet
+    assert np.array_equal(feet[middle], np.asarray(zero.get_facecolor()))
 
 
 def test_many_tasks_break_into_several_rows() -> None:

@@ -80,9 +80,14 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
         stopped = _answer(runner, batches, settings, words, console)
     finally:
         backend.close()
+    if stopped and not len(store):
+        return STOPPED
     from vllm_kvcompress.tools.evaluation.markdown_page import write_results
 
-    page, *_ = write_results(args.output, command=_command(words), versions=versions())
+    try:
+        page, *_ = write_results(args.output, command=_command(words), versions=versions())
+    except OSError as error:
+        raise CommandError(f"cannot write {error.filename}: {error.strerror}") from error
     console.print(f"written: {page}")
     return STOPPED if stopped else 0
 
