@@ -107,7 +107,7 @@ def test_not_measured_and_zero_do_not_look_alike() -> None:
         for path in one.get_paths() if isinstance(one, LineCollection) else ():
             ends = np.asarray(path.vertices, dtype=np.float64)[:, 0]
             if np.ptp(ends) > 0:  # else the error of a bar
-                feet[round(float(ends.mean()), 6)] = np.asarray(one.get_colors())[0]
+                feet[round(float(ends.mean()), 6)] = np.asarray(one.get_edgecolor())[0]
     assert len(feet) == 3
     assert round(float(cross), 6) not in feet
     (zero,) = (bar for bar in axes.patches if bar.get_height() == 0)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import pytest
 from tests.tools.test_eval_runner import Parrot, Questions, Words
 from vllm_kvcompress.tools.arguments import STOPPED
 from vllm_kvcompress.tools.cli import main
-from vllm_kvcompress.tools.evaluation import markdown_page, run
+from vllm_kvcompress.tools.evaluation import markdown_page, run, tasks
 from vllm_kvcompress.tools.evaluation.record import read
 
 PROMPTS, SETTINGS = 3, 2
@@ -22,7 +22,7 @@ def test_an_interrupt_loses_nothing_and_nothing_is_asked_twice(
     backends = [Parrot(fail_after=answers), Parrot()]
     waiting = iter(backends)
     monkeypatch.setattr(run, "_tokenizer", lambda model: Words())
-    monkeypatch.setattr(run.tasks, "find", lambda *names: [Questions()])
+    monkeypatch.setattr(tasks, "find", lambda *names: [Questions()])
     monkeypatch.setattr(run, "_backend", lambda *arguments: next(waiting))
     # Tables and pictures of what there is have tests of their own.
     monkeypatch.setattr(markdown_page, "write_results", lambda folder, **facts: [folder / "x.md"])
