@@ -107,13 +107,20 @@ def read_by(name: str, roles: Sequence[str]) -> dict[str, st.SearchStrategy[Any]
     return {key: value for key, value in PARAMS[name].items() if key not in idle}
 
 
+def heard(params: dict[str, Any]) -> dict[str, Any]:
+    """Without what no part reads beside the rest."""
+    first = params.get("variant") == "first"
+    return {name: value for name, value in params.items() if not (first and name == "sinks")}
+
+
 @st.composite
 def part(draw: st.DrawFn, role: str) -> Any:
     """A method to take a scorer or an allocator from."""
     name = draw(st.sampled_from(sorted(PARAMS)))
     if draw(st.booleans()):
         return name
-    return {"method": name, **draw(st.fixed_dictionaries({}, optional=read_by(name, [role])))}
+    own = st.fixed_dictionaries({}, optional=read_by(name, [role]))
+    return {"method": name, **heard(draw(own))}
 
 
 def named(value: Any) -> str:
@@ -140,7 +147,7 @@ def sound(draw: st.DrawFn, prompt: int) -> dict[str, Any]:
         left_over = [role for role in ("scorer", "allocator") if role not in roles]
         if left_over:
             own = read_by(method, left_over)
-            params.update(draw(st.fixed_dictionaries({}, optional=own)))
+            params.update(heard(draw(st.fixed_dictionaries({}, optional=own))))
         used = [method, *(named(params[role]) for role in roles)]
         least = max(LEAST_WINDOW.get(name, 1) for name in used)
         window = OWN_WINDOW.get(method, 32)

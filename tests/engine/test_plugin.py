@@ -102,6 +102,25 @@ def test_on_names_our_classes(folder: Path) -> None:
     assert config.compute_hash() != plain.compute_hash()
 
 
+@pytest.mark.parametrize("key", ["kv-compression", "kvcompression", "KV_Compresion"])
+@pytest.mark.parametrize("beside", [{}, {"kv_compression": {"method": "cake"}}])
+def test_a_near_miss_of_the_key_is_refused(folder: Path, key: str, beside: dict[str, Any]) -> None:
+    register()
+    extra = {**beside, key: {"method": "cake", "budget": 256}}
+    arguments = EngineArgs(model=str(folder), skip_tokenizer_init=True, additional_config=extra)
+    with pytest.raises(ValueError, match=f'additional_config has "{key}", .*"kv_compression": '):
+        arguments.create_engine_config()
+
+
+def test_keys_of_others_are_left_alone(folder: Path) -> None:
+    register()
+    extra = {"mine": 1, "kv_transfer": {}, "compression": {"level": 2}}
+    arguments = EngineArgs(model=str(folder), skip_tokenizer_init=True, additional_config=extra)
+    config = arguments.create_engine_config()
+    assert config.additional_config == extra
+    assert config.scheduler_config.scheduler_cls is None
+
+
 # --- flags ---------------------------------------------------------------------------------------
 
 

@@ -225,7 +225,6 @@ def test_keys_of_no_length_have_a_score(method: Method) -> None:
         (StreamingLLM(window=8, sinks=0), 3, [79, 80, 81]),
         (StreamingLLM(window=8, sinks=500), 3, [0, 1, 2]),
         (StreamingLLM(window=8, variant="first"), 5, [0, 1, 2, 3, 4]),
-        (StreamingLLM(window=8, variant="first", sinks=0), 5, [0, 1, 2, 3, 4]),
     ],
 )
 def test_streamingllm_keeps_positions(method: Method, count: int, expected: list[int]) -> None:

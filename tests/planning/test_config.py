@@ -60,8 +60,6 @@ def test_options_have_defaults_that_change_nothing_about_a_plain_prefill() -> No
     assert parsed.prefill == "auto"
     assert parsed.stream_chunk is parsed.stream_budget is parsed.decode_budget is None
     assert parsed.decode_buffer == 128
-    # A buffer below the window is no matter while nothing is cut during generation.
-    assert config("cake", decode_buffer=1).decode_buffer == 1
     # Written out, a default is one all the same.
     assert KVCompressionConfig.parse({"method": "cake", "prefill": "auto"}) == parsed
 
@@ -130,6 +128,8 @@ def test_parsing_leaves_the_given_mapping_alone_and_is_immutable() -> None:
         ({"method": "cake", "decode_budget": 0.5}, ["decode_budget", "0.5", "whole number"]),
         ({"method": "scatter", "decode_budget": 64}, ["decode_budget", "scatter", "evicts"]),
         ({"method": "cake", "decode_buffer": None}, ["decode_buffer", "None", "whole number"]),
+        ({"method": "cake", "decode_buffer": 64}, ["decode_buffer", "needs a decode_budget"]),
+        ({"method": "none", "decode_buffer": 64}, ["decode_buffer", "needs a decode_budget"]),
         ({"method": "cake", "decode_buffer": -1}, ["decode_buffer", "-1", "at least 1"]),
         ({"method": "cake", "reserve_tokens": -1}, ["reserve_tokens", "-1", "at least 0"]),
         ({"method": "cake", "reserve_tokens": True}, ["reserve_tokens", "True", "at least 0"]),

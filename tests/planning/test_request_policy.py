@@ -10,14 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_kvcompress.methods.checks import LEAST_NUMBER, MOST_NUMBER
 from vllm_kvcompress.planning.config import KVCompressionConfig
-from vllm_kvcompress.planning.request_policy import (
-    LEAST_NUMBER,
-    MOST_KERNEL,
-    MOST_NUMBER,
-    Bounds,
-    RequestPolicy,
-)
+from vllm_kvcompress.planning.policy_names import check_policy_names
+from vllm_kvcompress.planning.request_policy import MOST_KERNEL, Bounds, RequestPolicy
 
 
 def test_by_default_requests_choose_their_method_and_take_less() -> None:
@@ -63,6 +59,17 @@ def test_a_list_of_methods_is_all_there_is() -> None:
         ({"budget": {"min": math.nan}}, "budget takes bounds as finite numbers"),
         ({"budget": {"min": 9, "max": 8}}, 'needs a "min" of at most "max", got 9 and 8'),
         ({"params": {"gamma": {"min": 2, "max": 1}}}, 'params: gamma needs a "min" of at most'),
+        ({"method": ["cake", "zip"]}, 'allow: unknown method "zip", known are cake, dynamickv'),
+        (
+            {"params": {"gama": True}},
+            'allow: params: no method has a parameter "gama", there are allocator, background',
+        ),
+        (
+            {"params": {"pooling": ["avg", "mean"]}},
+            "allow: params: pooling cannot be 'mean' (dynamickv: pooling must be one of avg, max",
+        ),
+        ({"params": {"scorer": ["snapkv", "zip"]}}, "allow: params: scorer cannot be 'zip'"),
+        ({"params": {"pooling": {"max": 3}}}, "allow: params: pooling is no number and takes no"),
         ({"params": ["gamma"]}, "params must be true, false or a mapping, got ['gamma']"),
         ({"params": {"gamma": 1}}, "params: gamma must be true, bounds such as"),
         ({"params": {"gamma": []}}, "params: gamma must be true, bounds such as"),
@@ -73,7 +80,7 @@ def test_a_list_of_methods_is_all_there_is() -> None:
 )
 def test_a_wrong_policy_is_refused_at_start(allow: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        RequestPolicy.parse(allow)
+        check_policy_names(RequestPolicy.parse(allow))
     with pytest.raises(ValueError, match=f"^kv_compression: .*{re.escape(sentence)}"):
         KVCompressionConfig.parse({"method": "cake", "allow": allow})
 

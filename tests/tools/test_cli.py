@@ -1,13 +1,16 @@
 """The command ``kvcompress``: sub-commands, and how a user's error looks."""
 
 import argparse
+import importlib
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.e2e.harness import MODELS, REPO, SMALL
+from tests.support.commands import refusal
 from vllm_kvcompress import __version__
 from vllm_kvcompress.tools import cli
 from vllm_kvcompress.tools.arguments import CommandError
@@ -64,6 +67,47 @@ def test_what_a_command_refuses_is_said_without_a_traceback(
     monkeypatch.setattr(plan, "run", refuse)
     assert cli.main(["plan", "--model", "moon", "--kv-cache-memory", "1GiB"]) == 2
     assert capsys.readouterr() == ("", "kvcompress plan: moon is not to be had\n")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_an_interrupt_is_one_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wherever it comes, before the first result too."""
+
+    def interrupted(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    module = importlib.import_module(f"vllm_kvcompress.tools.{cli.COMMANDS[name]}.command")
+    monkeypatch.setattr(module, "run", interrupted)
+    words = {"plan": ["--kv-cache-memory", "1GiB"], "inspect": ["--input", "x", "--output", "x"]}
+    given = words.get(name, ["--output", "x"])
+    assert cli.main([name, "--model", "moon", *given]) == 130
+    assert capsys.readouterr() == ("", f"kvcompress {name}: stopped\n")
+
+
+WRITERS = {
+    "inspect": ("inspection", ["--input", "x"], (".png", ".html")),
+    "bench": ("bench", [], (".csv", ".md")),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_files_that_cannot_be_written_are_refused_before_any_work(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package, words, suffixes = WRITERS[name]
+    module = importlib.import_module(f"vllm_kvcompress.tools.{package}.command")
+    monkeypatch.delattr(module, "make_job")
+    for suffix in suffixes:
+        path = tmp_path / f"x{suffix}"
+        path.mkdir()
+        given = [name, "--model", "moon", "--output", str(tmp_path / "x"), *words]
+        assert refusal(capsys, given) == f"--output: cannot write {path}: Is a directory"
+        path.rmdir()
+    nowhere = str(tmp_path / "nowhere" / "x")
+    given = [name, "--model", "moon", "--output", nowhere, *words]
+    assert refusal(capsys, given).startswith("--output must be a name in a folder that exists")
 
 
 def test_any_other_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

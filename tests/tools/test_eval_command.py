@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.harness import MODELS, REPO, SMALL
+from tests.support.commands import refusal
 from vllm_kvcompress.tools.arguments import CommandError
 from vllm_kvcompress.tools.cli import build_parser, main
+from vllm_kvcompress.tools.evaluation import run
 from vllm_kvcompress.tools.evaluation.command import settings_of
 from vllm_kvcompress.tools.evaluation.setting import FULL
 
@@ -94,3 +96,65 @@ def test_a_dry_run_says_how_much_it_would_be(
     assert "8 cells, 24 prompts of up to 5" in said
     assert "29 settings: 696 answers" in said
     assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No prompt is made: what is refused is refused before."""
+
+    def prepare(*_: object) -> list[object]:
+        raise AssertionError("work has begun")
+
+    monkeypatch.setattr(run, "prepare", prepare)
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("words", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("taken", "said"),
+    [
+        ("", "Not a directory"),
+        ("results.jsonl", "Is a directory"),
+        ("runs.jsonl", "Is a directory"),
+        ("results.md", "Is a directory"),
+    ],
+)
+def test_results_that_cannot_be_written_are_refused_before_any_work(
+    taken: str, said: str, words: tuple[str, ...], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "out"
+    if taken:
+        (folder / taken).mkdir(parents=True)
+    else:
+        folder.write_text("a file")
+        folder /= "below"
+    given = ["eval", "--model", str(MODELS / SMALL), "--output", str(folder), *words]
+    path = folder / taken if taken else folder
+    assert refusal(capsys, given) == f"--output: cannot write {path}: {said}"
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("content", "words", "said"),
+    [
+        (b"\xff\n", (), "results.jsonl, line 1, is no result: 'utf-8' codec can't decode"),
+        (b"{}\n", (), "results.jsonl, line 1, is no result: "),
+        (b"", ("--methods", "cakes"), 'cakes: unknown method "cakes", known are cake, '),
+        (b"", ("--budgets", "8"), "cake: kv-compression-budget 8 is too small"),
+        (b"", ("--backend", "plain"), "plain vLLM answers with the full cache only"),
+        (b"", ("--prompts", "x"), "argument --prompts: must be a whole number of at least 1, got"),
+        (b"", ("--prompts", "9" * 5000), "argument --prompts: must be a whole number of at least"),
+        (b"", ("--dtype", "float7"), "argument --dtype: invalid choice: 'float7'"),
+        (b"", ("--variants", "[" * 9999), "argument --variants: must be a JSON object"),
+        (b"", ("--engine-args", '{"zip": 1}'), "--engine-args: vLLM has no argument 'zip'"),
+    ],
+)
+def test_what_shows_at_once_is_refused_before_any_work(
+    content: bytes, words: tuple[str, ...], said: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    if content:
+        (tmp_path / "results.jsonl").write_bytes(content)
+    given = ["eval", "--model", str(MODELS / SMALL), "--output", str(tmp_path), *words]
+    assert said in refusal(capsys, given)

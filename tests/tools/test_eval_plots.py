@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -89,7 +90,29 @@ def test_a_setting_without_a_mean_is_not_in_the_legend() -> None:
     records += answers([1, 1], task="ruler/cwe", label="keydiff")
     shown = groups(records)
     assert legend(share_figure(shown)) == ["cake"]
-    assert legend(task_figure(shown[0])) == ["cake", "keydiff"]
+    assert legend(task_figure(shown[0])) == ["cake", "keydiff", "not measured"]
+
+
+def test_not_measured_and_zero_do_not_look_alike() -> None:
+    records = [one for task in ("vt", "cwe") for one in answers([1, 0], task=f"ruler/{task}")]
+    records += answers([0, 0], task="ruler/cwe", label="keydiff")
+    (axes,) = task_figure(groups(records)[0]).axes
+    names = [text.get_text() for text in axes.get_xticklabels()]
+    (marks,) = (line for line in axes.lines if line.get_label() == plots.NOT_MEASURED)
+    (cross,) = np.asarray(marks.get_xdata(), dtype=np.float64)
+    assert names[round(cross)] == "vt"
+    # A zero stands where its bar would be: a flat line of the bar's width and colour.
+    feet = {}
+    for one in axes.collections:
+        for path in one.get_paths() if isinstance(one, LineCollection) else ():
+            ends = np.asarray(path.vertices, dtype=np.float64)[:, 0]
+            if np.ptp(ends) > 0:  # else the error of a bar
+                feet[round(float(ends.mean()), 6)] = np.asarray(one.get_edgecolor())[0]
+    assert len(feet) == 3
+    assert round(float(cross), 6) not in feet
+    (zero,) = (bar for bar in axes.patches if bar.get_height() == 0)  # type: ignore[attr-defined]
+    middle = round(zero.get_x() + zero.get_width() / 2, 6)  # type: ignore[attr-defined]
+    assert np.array_equal(feet[middle], np.asarray(zero.get_facecolor()))
 
 
 def test_many_tasks_break_into_several_rows() -> None:

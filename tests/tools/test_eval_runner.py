@@ -1,6 +1,7 @@
 """The runner leaves out what is there, and goes on where a killed run stopped."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -155,6 +156,68 @@ def test_a_line_cut_off_by_a_kill_is_dropped(source: Source, tmp_path: Path) -> 
     assert len(store) == len(made) - 1
     store.append(made[-1])
     assert path.read_bytes() == whole
+
+
+def test_a_kill_at_any_byte_loses_no_whole_result_and_repeats_none(
+    source: Source, tmp_path: Path
+) -> None:
+    path, batch = tmp_path / "results.jsonl", batch_of(source)
+    made = list(Runner(Parrot(), "modèle", "float32", Store(path)).run(batch, SETTINGS))
+    whole = path.read_bytes()
+    start = whole.rstrip().rfind(b"\n") + 1
+    for end in range(start, len(whole) + 1):
+        path.write_bytes(whole[:end])
+        text_is_there = end >= len(whole) - 1  # at most the line's end is missing
+        again = Parrot()
+        runner = Runner(again, "modèle", "float32", Store(path))
+        assert path.read_bytes() == whole[:end]  # looking changes nothing
+        list(runner.run(batch, SETTINGS))
+        assert len(again.asked) == (0 if text_is_there else 1)
+        assert list(read(path)) == made
+
+
+def test_results_of_other_settings_stay_in_the_file(source: Source, tmp_path: Path) -> None:
+    path, batch = tmp_path / "results.jsonl", batch_of(source)
+    made = list(Runner(Parrot(), "model", "float32", Store(path)).run(batch, SETTINGS))
+    path.write_bytes(path.read_bytes()[:-1])  # killed before the last line's end
+    others = (Setting("half", "uniform", 0.25), *SETTINGS)
+    backend = Parrot(fail_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        list(Runner(backend, "model", "float32", Store(path)).run(batch, others))
+    more = list(Runner(Parrot(), "model", "float32", Store(path)).run(batch, others))
+    found = list(read(path))
+    assert found[:6] == made
+    assert [r.budget for r in found[6:]] == ["0.25"] * 3
+    assert found[8:] == more
+    assert len({record.key for record in found}) == len(found) == 9
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe\n", "line 1, is no result: 'utf-8' codec can't decode byte 0xff"),
+        (b"[1]\n", "line 1, is no result: "),
+        (b"\n", "line 1, is no result: "),
+        (b'{"model": "m"}', "line 1, is no result: "),
+    ],
+)
+def test_a_file_of_something_else_is_named_and_left_as_it_is(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(EvaluationError, match=re.escape(f"results.jsonl, {said}")) as error:
+        Store(path)
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == content
+
+
+def test_a_result_that_cannot_be_written_is_one_sentence(source: Source, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    runner = Runner(Parrot(), "model", "float32", Store(path))
+    path.mkdir()  # a disk that is full says so in the same way
+    with pytest.raises(EvaluationError, match=r"^cannot write .*results.jsonl: Is a directory$"):
+        list(runner.run(batch_of(source), SETTINGS))
 
 
 def test_a_line_that_is_no_result_is_named(tmp_path: Path) -> None:

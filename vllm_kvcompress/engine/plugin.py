@@ -12,6 +12,7 @@ from vllm_kvcompress.planning.config import (
     KVCompressionConfig,
     parse_budget,
 )
+from vllm_kvcompress.planning.setting_names import check_names
 
 _FLAGS = ("kv_compression", "kv_compression_budget", "kv_compression_config")
 """Names of the flags among parsed arguments."""
@@ -184,6 +185,8 @@ def move_flags(args: argparse.Namespace) -> None:
 def _switch_on_when_asked(original: Any) -> Any:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         extra = self.additional_config
+        if isinstance(extra, dict):
+            check_names(extra)
         asked = isinstance(extra, dict) and extra.get(CONFIG_KEY) is not None
         if not asked:
             return original(self, *args, **kwargs)

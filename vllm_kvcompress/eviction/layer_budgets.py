@@ -198,10 +198,8 @@ def page_division(
     caps = np.minimum(full, own)
     if caps.sum() < pool:  # layers that hold little cannot make up for those that may not
         caps = full
-    least = method.allocator.floor(min(history), base)
-    if pinned:
-        # Where the pool is too small for all floors none of them would hold, so let them fit.
-        least = max(min(least, base), pinned)
+    # Where the pool is too small for all floors none of them would hold, so let them fit.
+    least = max(min(method.allocator.floor(min(history), base), base), pinned)
     return BudgetDivision(
         method,
         pool=pool,

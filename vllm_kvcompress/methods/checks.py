@@ -4,26 +4,36 @@ A part calls them in ``__post_init__``; :class:`~vllm_kvcompress.methods.method.
 the method's name in front of the sentence.
 """
 
-import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+LEAST_NUMBER, MOST_NUMBER = 1e-6, 2**31 - 1
+"""Size of numbers but 0 that a parameter takes: what tensors and fp32 can do with them."""
+
+MOST_WIDTH = 4095
+"""Largest width of a pooling: memory and time of it grow with the width."""
 
 
 def check_int(name: str, value: object, least: int) -> None:
-    """Accept an integer of at least ``least``."""
+    """Accept an integer of at least ``least`` and at most :data:`MOST_NUMBER`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         _refuse(name, value, f"an integer of at least {least}")
+    if value > MOST_NUMBER:
+        _refuse(name, value, f"at most {MOST_NUMBER}")
 
 
 def check_odd(name: str, value: object) -> None:
-    """Accept a positive odd integer."""
+    """Accept a positive odd integer of at most :data:`MOST_WIDTH`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or value % 2 == 0:
         _refuse(name, value, "an odd integer of at least 1")
+    if value > MOST_WIDTH:
+        _refuse(name, value, f"at most {MOST_WIDTH}")
 
 
 def check_number(
     name: str, value: object, least: float, *, above: bool = False, optional: bool = False
 ) -> None:
-    """Accept a finite number of at least ``least``.
+    """Accept a number of at least ``least``; 0, or in size LEAST_NUMBER to MOST_NUMBER.
 
     Args:
         name: Of the parameter.
@@ -35,14 +45,14 @@ def check_number(
     """
     if optional and value is None:
         return
-    good = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and abs(value) <= sys.float_info.max  # not inf or nan, nor an integer beyond floats
-        and (value > least if above else value >= least)
-    )
-    if not good:
-        _refuse(name, value, f"a number {'above' if above else 'of at least'} {least:g}")
+    expected = f"a number {'above' if above else 'of at least'} {least:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _refuse(name, value, expected)
+    if not (value > least if above else value >= least):
+        _refuse(name, value, expected)
+    if value != 0 and not LEAST_NUMBER <= abs(value) <= MOST_NUMBER:
+        sizes = f"{LEAST_NUMBER:g} to {MOST_NUMBER} in size"
+        _refuse(name, value, sizes if above else f"0 or {sizes}")
 
 
 def check_share(name: str, value: object) -> None:
@@ -63,5 +73,5 @@ def check_bool(name: str, value: object) -> None:
         _refuse(name, value, "true or false")
 
 
-def _refuse(name: str, value: object, expected: str) -> None:
+def _refuse(name: str, value: object, expected: str) -> NoReturn:
     raise ValueError(f"{name} must be {expected}, got {value!r}")

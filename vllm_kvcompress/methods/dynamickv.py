@@ -66,11 +66,12 @@ class DynamicKVAllocator(Allocator):
     Attributes:
         r_max: No layer keeps more than this many times the average history budget; at least 1.
         every: Layers between two cuts, at least 1.
-        min_tokens: History tokens each layer is given first.
+        min_tokens: History tokens each layer is given first; where the budget has no room for
+            as many, all layers get the same.
         compare: How entries of different layers are compared: against the "background", or by
             "mass" as published.
-        background: Above 0 and below 1. With 0.5, the median, layers share equally at a budget of
-            half of the history, as half of every layer lies above it.
+        background: Above 0 and below 1; not with "mass". With 0.5, the median, layers share equally
+            at a budget of half of the history, as half of every layer lies above it.
 
     """
 
@@ -87,6 +88,9 @@ class DynamicKVAllocator(Allocator):
         check_int("min_tokens", self.min_tokens, 0)
         check_choice("compare", self.compare, ("background", "mass"))
         check_share("background", self.background)
+
+    def idle(self) -> Mapping[str, str]:
+        return {} if self.compare == "background" else {"background": 'compare is "mass"'}
 
     @property
     def layers_per_division(self) -> int:
@@ -144,6 +148,9 @@ class FaithfulDynamicKV(DynamicKVScorer, DynamicKVAllocator, Inseparable):
     """
 
     uses_window_statistics = False
+
+    def idle(self) -> Mapping[str, str]:
+        return dict.fromkeys(("compare", "background"), "faithful compares by mass")
 
     def score(self, layer: LayerInput) -> Tensor:
         per_head = _released_scores(layer, self.kernel, self.pooling)

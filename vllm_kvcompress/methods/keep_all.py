@@ -1,6 +1,6 @@
 """Methods that evict nothing: ``none`` and ``scatter``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from torch import Tensor
@@ -14,6 +14,9 @@ class KeepAll(Inseparable):
     """Keeps every token. The engine never asks it for scores or weights."""
 
     keeps_all = True
+
+    def idle(self) -> Mapping[str, str]:
+        return {"window": "every token is kept"}
 
     def score(self, layer: LayerInput) -> Tensor:
         """Raise RuntimeError."""

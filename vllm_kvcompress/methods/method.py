@@ -114,21 +114,49 @@ class MethodSpec:
             params: Values by name; the rest keep their defaults.
 
         Raises:
-            ValueError: One sentence for an unknown name or a wrong value.
+            ValueError: One sentence for an unknown name, a wrong value, or a value that has no
+                effect beside the others.
 
         """
+        scorer, allocator = self._parts(params)
+        for name, reason in _idle(scorer, allocator).items():
+            if name in params:
+                raise ValueError(
+                    f"{self.name}: {name} has no effect, as {reason}, got {params[name]!r}"
+                )
+        return Method(self.name, scorer, allocator)
+
+    def override(self, params: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """Put parameters in the place of others.
+
+        Args:
+            params: Those that are replaced: a server's.
+            own: Those that replace them: a request's.
+
+        Returns:
+            Both, without those of ``params`` that have no effect beside ``own``.
+
+        Raises:
+            ValueError: As :meth:`build`, but for those that are dropped.
+
+        """
+        replaced = {name for role in ROLES if role in own for name in self.parameters_of(role)}
+        merged = {**{k: v for k, v in params.items() if k not in replaced}, **own}
+        idle = _idle(*self._parts({k: v for k, v in merged.items() if k not in ROLES}))
+        return {k: v for k, v in merged.items() if k in own or k not in idle}
+
+    def _parts(self, params: Mapping[str, Any]) -> tuple[Scorer, Allocator]:
         self.check_names(params)
         given = {"window": self.window, **params}
         faithful = given.pop("faithful", False)
         try:
             check_bool("faithful", faithful)
             scorer = _make(self.faithful if faithful and self.faithful else self.scorer, given)
-            allocator: Allocator = (
-                scorer if isinstance(scorer, Inseparable) else _make(self.allocator, given)
-            )
+            if isinstance(scorer, Inseparable):
+                return scorer, scorer
+            return scorer, _make(self.allocator, given)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
-        return Method(self.name, scorer, allocator)
 
     def __call__(self, **params: Any) -> Method:
         """Make the method, as :meth:`build` does."""
@@ -150,6 +178,15 @@ class MethodSpec:
 def _parameters(part: type[Part]) -> dict[str, Any]:
     """The fields of a part with their defaults, but for the window."""
     return {f.name: f.default for f in fields(part) if f.init and f.name != "window"}
+
+
+def _idle(scorer: Scorer, allocator: Allocator) -> dict[str, str]:
+    """Parameters that no part reads, each with the reason."""
+    found: dict[str, str] = {}
+    for part, other in ((scorer, allocator), (allocator, scorer)):
+        read = {"window", *_parameters(type(other))} - set(other.idle())
+        found |= {name: reason for name, reason in part.idle().items() if name not in read}
+    return found
 
 
 def _make(part: type[S], given: Mapping[str, Any]) -> S:

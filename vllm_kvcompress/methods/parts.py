@@ -48,6 +48,13 @@ class Part(ABC):
         """
         return False
 
+    def idle(self) -> Mapping[str, str]:
+        """Parameters that nothing reads beside the values of the others, each with the reason.
+
+        A user who sets one of them is told so, as the setting would do nothing.
+        """
+        return {}
+
 
 class Scorer(Part):
     """Says what each token is worth, and chooses the tokens of a layer.

@@ -153,7 +153,7 @@ def get_method(name: str, params: Mapping[str, object]) -> Method:
     replaced = [role for role in ROLES if role in params]
     if not replaced:
         return whole
-    _check_separable(whole)
+    _check_separable(name, type(whole.scorer))
     if len(replaced) == len(ROLES):
         reason = "scorer and allocator are both replaced and only the window is shared"
         _refuse(name, own, own.keys() - {"window"}, reason)
@@ -181,8 +181,9 @@ def _build_part(whole: Method, role: str, given: object) -> Method:
         )
     spec = get_spec(name)
     spec.check_names(own, part=True)
+    _check_separable(name, spec.scorer)
     method = spec.build({"window": whole.window, **own})
-    _check_separable(method)
+    _check_separable(name, type(method.scorer))
     (other,) = set(ROLES) - {role}
     _refuse(name, own, spec.parameters_of(other), f"only its {role} is used")
     return method
@@ -194,9 +195,9 @@ def _refuse(name: str, given: Mapping[str, object], idle: Collection[str], reaso
         raise ValueError(f"{name}: {param} has no effect, as {reason}, got {given[param]!r}")
 
 
-def _check_separable(method: Method) -> None:
-    if isinstance(method.scorer, Inseparable):
+def _check_separable(name: str, scorer: type[Scorer]) -> None:
+    if issubclass(scorer, Inseparable):
         raise ValueError(
-            f"{method.name}: it cannot be combined with the scorer or allocator of another method, "
+            f"{name}: it cannot be combined with the scorer or allocator of another method, "
             "as it keeps everything, evicts token by token or is faithful to released code"
         )

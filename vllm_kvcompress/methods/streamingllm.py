@@ -3,6 +3,7 @@
 Difference from the paper: kept keys stay rotated to the positions they had in the text.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +21,7 @@ class StreamingLLMScorer(Scorer):
     """Every layer and head keeps the same tokens, by their position alone.
 
     Attributes:
-        sinks: Attention sinks, at least 0; without effect on "first".
+        sinks: Attention sinks, at least 0; not with "first".
         variant: "recent" keeps the first ``sinks`` tokens and the most recent ones, as the paper
             does. "first" keeps the first C - w tokens and the last w, which is what KVCache-Factory
             runs under this name and so, as far as can be told, what the tables of PyramidKV and
@@ -35,6 +36,9 @@ class StreamingLLMScorer(Scorer):
         super().__post_init__()
         check_int("sinks", self.sinks, 0)
         check_choice("variant", self.variant, ("recent", "first"))
+
+    def idle(self) -> Mapping[str, str]:
+        return {"sinks": 'variant is "first"'} if self.variant == "first" else {}
 
     def score(self, layer: LayerInput) -> Tensor:
         # Whole numbers, which fp32 holds exactly up to 2 ** 24.

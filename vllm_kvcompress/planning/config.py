@@ -8,12 +8,15 @@ from typing import Any
 
 from vllm_kvcompress.methods import Method, get_method
 from vllm_kvcompress.planning.pinned_ranges import shown
+from vllm_kvcompress.planning.policy_names import check_policy_names
 from vllm_kvcompress.planning.request_policy import OFF, RequestPolicy
 
 CONFIG_KEY = "kv_compression"
 """Name of the entry in vLLM's ``additional_config``."""
 
 DEFAULT_BUDGET = 1024
+
+DEFAULT_DECODE_BUFFER = 128
 
 PREFILLS = ("auto", "full", "cascade", "streaming")
 
@@ -56,7 +59,7 @@ class KVCompressionConfig:
     stream_chunk: int | None = None
     stream_budget: int | None = None
     decode_budget: int | None = None
-    decode_buffer: int = 128
+    decode_buffer: int = DEFAULT_DECODE_BUFFER
     reserve_tokens: int = 256
     allow: Mapping[str, Any] | None = None
     check_integrity: bool = False
@@ -87,7 +90,7 @@ class KVCompressionConfig:
                 f"got {self.reserve_tokens!r}"
             )
         try:
-            RequestPolicy.parse(self.allow)
+            check_policy_names(self.policy)
         except ValueError as error:
             raise ValueError(f"{CONFIG_KEY}: {error}") from None
         method = self.build_method()
@@ -197,6 +200,8 @@ class KVCompressionConfig:
             )
 
     def _check_decode(self, method: Method) -> None:
+        if self.decode_budget is None and self.decode_buffer != DEFAULT_DECODE_BUFFER:
+            raise ValueError(f"{CONFIG_KEY}: decode_buffer needs a decode_budget")
         if self.decode_budget is None or self.off:
             return
         if method.scorer.keeps_all:

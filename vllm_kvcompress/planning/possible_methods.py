@@ -37,7 +37,7 @@ def possible_methods(config: KVCompressionConfig, largest_window: int) -> Iterat
         return
     for window in tile_windows(largest_window):
         for name in available():
-            observing = _or_none(name, {"window": window})
+            observing = _or_none(name, {}, {"window": window})
             if observing is not None and observing.uses_window_statistics:
                 yield observing
                 break
@@ -59,14 +59,14 @@ def _by_choices(config: KVCompressionConfig) -> Iterator[Method]:
         asked = [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
         if config.policy.refusal_of_param("faithful", True) is None:
             asked.append({"faithful": True})
-        methods = (_or_none(name, {**own, **params}) for params in asked)
+        methods = (_or_none(name, own, params) for params in asked)
         yield from (method for method in methods if method is not None)
 
 
-def _or_none(name: str, params: Mapping[str, Any]) -> Method | None:
-    """The method with these parameters; None if it refuses them, as it would a request's."""
+def _or_none(name: str, own: Mapping[str, Any], params: Mapping[str, Any]) -> Method | None:
+    """The method of a request with these; None if it refuses them, as it would a request's."""
     try:
-        return get_method(name, params)
+        return get_method(name, get_spec(name).override(own, params))
     except ValueError:
         return None
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from vllm_kvcompress.methods.checks import LEAST_NUMBER, MOST_NUMBER
 from vllm_kvcompress.planning.pinned_ranges import shown
 
 OFF = "none"
@@ -15,9 +16,6 @@ DEBUGGING = frozenset({"scatter"})
 """Methods that a request may ask for only if the server names them."""
 
 FIELDS = ("method", "budget", "params", "keep", "decode")
-
-LEAST_NUMBER, MOST_NUMBER = 1e-6, 2**31 - 1
-"""Size of numbers but 0 that a request may give to a parameter: what tensors and fp32 can take."""
 
 MOST_KERNEL = 129
 """Largest pooling width that a request may ask for where the policy sets no bound of its own."""

@@ -13,13 +13,13 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from vllm_kvcompress.methods import ROLES, Method, available, get_method, get_spec
+from vllm_kvcompress.methods import Method, available, get_method, get_spec
 from vllm_kvcompress.planning.block_planner import BlockPlanner, EngineLimits
 from vllm_kvcompress.planning.compression_schedule import CompressionSchedule
 from vllm_kvcompress.planning.config import KVCompressionConfig, check_budget
 from vllm_kvcompress.planning.pinned_ranges import Ranges, count_before, parse_ranges, shown
 from vllm_kvcompress.planning.possible_methods import possible_methods
-from vllm_kvcompress.planning.request_policy import OFF
+from vllm_kvcompress.planning.setting_names import is_near_miss
 
 METHOD_KEY = "kv_compression"
 BUDGET_KEY = "kv_compression_budget"
@@ -75,7 +75,7 @@ class SettingsResolver:
         default_planner: Plans requests that set nothing.
 
     Raises:
-        ValueError: As :class:`BlockPlanner` does, or the policy names an unknown method.
+        ValueError: As :class:`BlockPlanner` does.
 
     """
 
@@ -86,12 +86,6 @@ class SettingsResolver:
         self._policy = config.policy
         self._own_settings = RequestSettings(self.default_planner)
         self._planner = lru_cache(maxsize=256)(self._make_planner)
-        for name in self._policy.methods or ():
-            if name not in available():
-                raise ValueError(
-                    f'{METHOD_KEY}: allow: unknown method "{name}", known are '
-                    f"{', '.join(available())}"
-                )
 
     def resolve(self, extra_args: Mapping[str, Any] | None, prompt_len: int) -> RequestSettings:
         """Resolve the settings of one request.
@@ -104,7 +98,7 @@ class SettingsResolver:
             ValueError: One sentence that names the setting, its value and what is allowed.
 
         """
-        asked = {k: v for k, v in (extra_args or {}).items() if str(k).startswith(METHOD_KEY)}
+        asked = {k: v for k, v in (extra_args or {}).items() if _meant_for_us(str(k))}
         if not asked:
             return self._own_settings
         for key in asked:
@@ -158,14 +152,14 @@ class SettingsResolver:
         params = self._params(asked)
         own = self.default_planner.config
         budget = asked.get(BUDGET_KEY, own.budget)
-        if method == OFF:
+        if get_spec(method).scorer.keeps_all:
             for key in (BUDGET_KEY, PARAMS_KEY):
                 if key in asked:
                     raise ValueError(
-                        f"{key} needs a {METHOD_KEY} that compresses, and this request has {OFF}"
+                        f"{key} needs a {METHOD_KEY} that compresses, and this request has {method}"
                     )
         check_budget(budget, BUDGET_KEY)
-        merged = {**self._inherited(method, params), **params}
+        merged = self._merged(method, params)
         key = repr((method, budget, sorted(merged.items())))
         if key == repr((own.method, own.budget, sorted(own.params.items()))):
             return self.default_planner
@@ -179,36 +173,28 @@ class SettingsResolver:
             )
         return planner
 
-    def _inherited(self, method: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The server's parameters that a request shares: those of the parts that both use."""
+    def _merged(self, method: str, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A request's parameters, and the server's that have an effect beside them."""
         own = self.default_planner.config
-        if method != own.method:
-            return {}
-        spec = get_spec(method)
-        idle = {name for role in ROLES if role in params for name in spec.parameters_of(role)}
-        return {name: value for name, value in own.params.items() if name not in idle}
+        return get_spec(method).override(own.params if method == own.method else {}, params)
 
     def _make_planner(self, asked: "_Hashed") -> BlockPlanner:
-        config = replace(
-            self.default_planner.config,
-            method=asked.method,
-            budget=asked.budget,
-            params=asked.params,
-        )
-        config.check_block_size(
-            self.default_planner.block_size, BUDGET_KEY, "raise it or lower the window"
-        )
-        planner = BlockPlanner(config, self.default_planner.block_size, self.default_planner.limits)
+        server = self.default_planner
+        method = get_method(asked.method, asked.params)
         if (
-            planner.token_by_token
-            and not self.default_planner.token_by_token
-            and config.decode_budget
+            method.scorer.token_by_token
+            and not server.token_by_token
+            and server.config.decode_budget
         ):
             raise ValueError(
                 f"{PARAMS_KEY}: {asked.method} with these parameters evicts a token for each that "
                 f"it generates, which this server does not offer; drop them"
             )
-        return planner
+        config = replace(
+            server.config, method=asked.method, budget=asked.budget, params=asked.params
+        )
+        config.check_block_size(server.block_size, BUDGET_KEY, "raise it or lower the window")
+        return BlockPlanner(config, server.block_size, server.limits)
 
     def _method(self, asked: Mapping[str, Any]) -> str:
         own = self.default_planner.config.method
@@ -328,6 +314,10 @@ class _Hashed:
     method: str = field(compare=False)
     budget: int | float = field(compare=False)
     params: Mapping[str, Any] = field(compare=False)
+
+
+def _meant_for_us(name: str) -> bool:
+    return name.startswith(METHOD_KEY) or is_near_miss(name)
 
 
 def _tokens(budget: float | None, prompt_len: int) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +81,45 @@ def compression(args: argparse.Namespace, block_size: int | None = None) -> KVCo
     return config
 
 
-def check_prefix(prefix: Path) -> None:
-    """Refuse an --output that cannot be the beginning of files' names, with a CommandError."""
+def check_prefix(prefix: Path, suffixes: Iterable[str] = ()) -> None:
+    """Refuse an --output that cannot be the beginning of files' names.
+
+    Args:
+        prefix: The value of --output.
+        suffixes: What follows it in the names of the files that will be written.
+
+    Raises:
+        CommandError: There is no such folder, or a file in it cannot be written.
+
+    """
     if not prefix.name or not prefix.parent.is_dir():
         raise CommandError(
             f"--output must be a name in a folder that exists, such as out/cake, got {prefix}"
         )
+    check_folder(prefix.parent, [prefix.name + suffix for suffix in suffixes])
+
+
+def check_folder(folder: Path, names: Iterable[str] = ()) -> None:
+    """Make a folder for --output, and refuse one in which files cannot be written.
+
+    Args:
+        folder: The folder; made if it is not there.
+        names: Files that will be written there.
+
+    Raises:
+        CommandError: One sentence with the path and the reason.
+
+    """
+    path = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        for path in (folder / name for name in names):
+            if path.exists():
+                path.open("ab").close()
+    except OSError as error:
+        raise CommandError(f"--output: cannot write {path}: {error.strerror}") from error
 
 
 def split(text: str) -> list[str]:
@@ -106,9 +140,10 @@ def numbers(text: str, name: str, least: int = 0) -> list[int]:
 
 def count(text: str, least: int = 1) -> int:
     """For argparse: a whole number of at least ``least``."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+    # Beyond so many digits nothing is counted here, and int() refuses to read them.
+    if not (text.isascii() and text.isdecimal() and len(text) <= 18) or int(text) < least:
         raise argparse.ArgumentTypeError(
-            f"must be a whole number of at least {least}, got {text!r}"
+            f"must be a whole number of at least {least}, got {text[:40]!r}"
         )
     return int(text)
 
@@ -117,7 +152,7 @@ def json_object(text: str) -> dict[str, Any]:
     """For argparse: a JSON object."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a number may have too many digits
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"must be a JSON object, got {text!r}")

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from vllm_kvcompress import __version__
-from vllm_kvcompress.tools.arguments import CommandError
+from vllm_kvcompress.tools.arguments import STOPPED, CommandError
 
 COMMANDS = {"bench": "bench", "eval": "evaluation", "inspect": "inspection", "plan": "plan"}
 """Name of a sub-command -> its package beside this module, in the order of --help."""
@@ -41,12 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one sub-command.
 
     Returns:
-        The exit status: that of the sub-command, or 2 after a user's error.
+        The exit status: that of the sub-command, 2 after a user's error, 130 after an interrupt.
 
     """
     args = build_parser().parse_args(argv)
     try:
         return int(args.run(args))
+    except KeyboardInterrupt:
+        print(f"kvcompress {args.command}: stopped", file=sys.stderr)
+        return STOPPED
     except CommandError as error:
         print(f"kvcompress {args.command}: {error}", file=sys.stderr)
         return USAGE_ERROR

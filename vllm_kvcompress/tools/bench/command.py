@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         CommandError: What the user can put right; rows measured before it stay on disk.
 
     """
-    check_prefix(args.output)
+    check_prefix(args.output, (".csv", ".md"))
     job = make_job(args)
     return write(args.output, _settings_shown(job.config, args), _rows(job))
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvcompress.tools.arguments import CommandError, count, json_object, split
+from vllm_kvcompress.tools.arguments import DTYPES, CommandError, count, json_object, split
 
 if TYPE_CHECKING:
     from vllm_kvcompress.tools.evaluation.setting import Setting
@@ -86,7 +86,7 @@ def add_parser(subparsers: Any) -> None:
         help="vllm: vLLM with this plugin; plain: vLLM without it; kvpress: Hugging Face "
         "transformers with kvpress, in its own environment",
     )
-    engine.add_argument("--dtype", default="bfloat16")
+    engine.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     engine.add_argument("--block-size", type=count, default=32)
     engine.add_argument("--cache-mib", type=count, help="KV cache (default: vLLM's choice)")
     engine.add_argument(

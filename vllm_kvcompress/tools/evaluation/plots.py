@@ -27,6 +27,9 @@ _PANEL_WIDTH, _PANEL_HEIGHT = 3.4, 3.1
 _COLUMNS = 4
 _DASHES = (0, (6, 3))
 
+NOT_MEASURED = "not measured"
+"""Entry of the legend for a setting that lacks a task."""
+
 Styles = Mapping[SettingRow, Style]
 
 
@@ -72,7 +75,11 @@ def share_figure(groups: Sequence[ResultGroup], styles: Styles) -> Figure:
 
 
 def task_figure(group: ResultGroup, budget: str, styles: Styles) -> Figure:
-    """Bars per task for one budget, the full cache a black line over each task's bars."""
+    """Bars per task for one budget, the full cache a black line over each task's bars.
+
+    A bar stands on a line of its colour, which is all that there is of a value of 0; a cross is
+    where nothing was measured.
+    """
     rows = {row: style for row, style in styles.items() if group.tasks_of(row, budget)}
     width = 0.8 / max(1, len(rows))
     per_line = max(1, int(13 / (0.13 * len(rows) + 0.35)))
@@ -86,6 +93,7 @@ def task_figure(group: ResultGroup, budget: str, styles: Styles) -> Figure:
             found = group.task_means(row, budget)
             spots = [(x, e) for x, name in enumerate(names) if (e := found.get(name)) is not None]
             offset = (place + 0.5) * width - 0.4
+            _feet(ax, [x + offset for x, _ in spots], width * 0.92, style)
             ax.bar(
                 [x + offset for x, _ in spots],
                 [_scaled(group, estimate.value) for _, estimate in spots],
@@ -98,6 +106,7 @@ def task_figure(group: ResultGroup, budget: str, styles: Styles) -> Figure:
                 error_kw={"elinewidth": 0.8, "ecolor": "0.25"},
                 label=group.names[row],
             )
+            _crosses(ax, [x + offset for x, name in enumerate(names) if name not in found])
         _full_bars(ax, group, names)
         ax.set_xticks(range(len(names)), list(map(task_name, names)))
         ax.tick_params(axis="x", labelsize=_LETTERS, length=0)
@@ -153,6 +162,27 @@ def needle_figure(groups: Sequence[ResultGroup], budget: str) -> Figure:
     figure.suptitle(shorten(title, int(inches * 12)), fontsize=_LETTERS + 2)
     figure.supxlabel("tokens of the context", fontsize=_LETTERS)
     return figure
+
+
+def _feet(ax: Axes, places: Sequence[float], width: float, style: Style) -> None:
+    """Lines on which bars stand, where a value of 0 would show nothing."""
+    left, right = ([x + side * width / 2 for x in places] for side in (-1, 1))
+    ax.hlines([0.0] * len(left), left, right, color=style.color, linewidth=2)
+
+
+def _crosses(ax: Axes, places: Sequence[float]) -> None:
+    """Marks in the place of bars that were not measured."""
+    if places:
+        ax.plot(
+            places,
+            [0.0] * len(places),
+            color="0.45",
+            marker="x",
+            markersize=5,
+            linestyle="none",
+            clip_on=False,
+            label=NOT_MEASURED,
+        )
 
 
 def _full_bars(ax: Axes, group: ResultGroup, names: Sequence[str]) -> None:
@@ -282,6 +312,8 @@ def _finish(figure: Figure, axes: Sequence[Axes], title: str, note: str) -> None
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    if NOT_MEASURED in entries:  # after the settings
+        entries[NOT_MEASURED] = entries.pop(NOT_MEASURED)
     column = _LEGEND_LINE + _LEGEND_LETTER * max(map(len, entries), default=0)
     columns = max(1, min(len(entries), int(width / column)))
     figure.set_size_inches(width, height + 0.2 * ceil(len(entries) / columns))

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from vllm_kvcompress.tools.evaluation.json_lines import append_line, read_lines
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
 
 RECORDS = "results.jsonl"
@@ -81,17 +82,17 @@ class Store:
     """A file of records.
 
     Args:
-        path: JSON lines; made when the first record comes.
+        path: JSON lines; made when the first record comes. A last line that a killed run left
+            without its end is dealt with as :mod:`.json_lines` says.
 
     Raises:
-        EvaluationError: The file holds something else. A last line that was cut off, as a killed
-            run leaves it, is dropped from the file.
+        EvaluationError: The file cannot be read, or holds something else.
 
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._keys = {record.key for record in read(path, repair=True)}
+        self._keys = {record.key for record in read(path)}
 
     def __contains__(self, key: object) -> bool:
         return key in self._keys
@@ -100,37 +101,29 @@ class Store:
         return len(self._keys)
 
     def append(self, record: Record) -> None:
-        """Write a record to the end of the file, and have it there when this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(record), ensure_ascii=False) + "\n")
+        """Write a record to the end of the file, and have it there when this returns.
+
+        Raises:
+            EvaluationError: The file cannot be written.
+
+        """
+        append_line(self.path, asdict(record))
         self._keys.add(record.key)
 
 
-def read(path: Path, *, repair: bool = False) -> Iterator[Record]:
+def read(path: Path) -> Iterator[Record]:
     """Records of a file; none if it is not there.
 
-    Args:
-        path: JSON lines.
-        repair: Cut off a last line that is not whole; else it is only passed over.
-
     Raises:
-        EvaluationError: A line is no record.
+        EvaluationError: The file cannot be read, or a line is no record.
 
     """
-    if not path.is_file():
-        return
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if repair and len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     names = {f.name for f in fields(Record)}
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+    for number, values in read_lines(path):
         try:
-            values = json.loads(line)
             record = Record(**{name: values[name] for name in names if name in values})
-        except (ValueError, TypeError, KeyError) as error:
+            hash(record.key)
+        except (TypeError, KeyError) as error:
             raise EvaluationError(f"{path}, line {number}, is no result: {error}") from error
         yield record
 

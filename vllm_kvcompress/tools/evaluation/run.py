@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import shlex
 import sys
@@ -16,10 +15,18 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_kvcompress.tools.arguments import STOPPED, CommandError, numbers, split
+from vllm_kvcompress.tools.arguments import (
+    STOPPED,
+    CommandError,
+    check_folder,
+    numbers,
+    split,
+)
 from vllm_kvcompress.tools.bench.machine import hardware
+from vllm_kvcompress.tools.engine_arguments import check_engine_arguments
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.backend import Backend
+from vllm_kvcompress.tools.evaluation.json_lines import append_line
 from vllm_kvcompress.tools.evaluation.record import PROTOCOLS, RECORDS, Store
 from vllm_kvcompress.tools.evaluation.runner import PromptSet, Runner, longest, prepare
 from vllm_kvcompress.tools.evaluation.setting import Setting
@@ -43,11 +50,13 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
         0, or 130 after an interrupt.
 
     Raises:
-        CommandError: An argument is not a number.
+        CommandError: An argument is not a number, or the results cannot be written.
         EvaluationError: The user can correct tasks, data, settings or engine options.
 
     """
     console = Console(stderr=True)
+    _check(args, settings)
+    store = Store(args.output / RECORDS)
     cells = [
         PromptSet(task, length, protocol, seed, args.prompts)
         for length in numbers(args.lengths, "lengths", 1)
@@ -65,17 +74,20 @@ def evaluate(args: argparse.Namespace, settings: list[Setting], words: Sequence[
     )
     if args.dry_run:
         return 0
-    store = Store(args.output / RECORDS)
     backend = _backend(args, longest(batches))
     try:
-        backend.check(settings)
         runner = Runner(backend, args.model, args.dtype, store)
         stopped = _answer(runner, batches, settings, words, console)
     finally:
         backend.close()
+    if stopped and not len(store):
+        return STOPPED
     from vllm_kvcompress.tools.evaluation.markdown_page import write_results
 
-    page, *_ = write_results(args.output, command=_command(words), versions=versions())
+    try:
+        page, *_ = write_results(args.output, command=_command(words), versions=versions())
+    except OSError as error:
+        raise CommandError(f"cannot write {error.filename}: {error.strerror}") from error
     console.print(f"written: {page}")
     return STOPPED if stopped else 0
 
@@ -142,19 +154,34 @@ def _log(path: Path, batch: PromptSet, answers: int, seconds: float, words: Sequ
         "versions": versions(),
         "device": hardware(),
     }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(path, line)
 
 
-def _backend(args: argparse.Namespace, max_model_len: int) -> Backend:
+def _check(args: argparse.Namespace, settings: Sequence[Setting]) -> None:
+    """Refuse before anything is made what would only show after the prompts or with the engine."""
+    check_folder(args.output, (RECORDS, RUNS, "results.md", "cells.csv"))
     if args.backend == "kvpress":
         try:
-            from vllm_kvcompress.tools.evaluation.kvpress_backend import KvpressBackend
+            from vllm_kvcompress.tools.evaluation.kvpress_backend import check_setting
         except ImportError as error:
             raise CommandError(
                 f"--backend kvpress runs in an environment of its own, which "
                 f"scripts/setup_kvpress_env.sh makes: {error}"
             ) from error
+        for setting in settings:
+            check_setting(setting, args.block_size)
+        return
+    from vllm_kvcompress.tools.evaluation.vllm_backend import check_settings
+
+    check_settings(settings, args.block_size, plain=args.backend == "plain")
+    if args.engine_args:
+        check_engine_arguments(args.engine_args)
+
+
+def _backend(args: argparse.Namespace, max_model_len: int) -> Backend:
+    if args.backend == "kvpress":
+        from vllm_kvcompress.tools.evaluation.kvpress_backend import KvpressBackend
+
         return KvpressBackend(args.model, dtype=args.dtype, block_size=args.block_size)
     from vllm_kvcompress.tools.evaluation.vllm_backend import VllmBackend
 

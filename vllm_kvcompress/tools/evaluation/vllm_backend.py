@@ -98,15 +98,7 @@ class VllmBackend(Backend):
 
     def check(self, settings: Sequence[Setting]) -> None:
         """Refuse what the plugin refuses, and compression where the engine is plain vLLM."""
-        for setting in settings:
-            if setting.is_full:
-                continue
-            if self._plain:
-                raise EvaluationError("plain vLLM answers with the full cache only")
-            try:
-                config_of(setting).check_block_size(self.block_size)
-            except ValueError as error:
-                raise EvaluationError(f"{setting.label}: {error}") from error
+        check_settings(settings, self.block_size, plain=self._plain)
 
     def cases_at_once(self, longest: int) -> int:
         """As many prompts as fit the pool, with half as much again for their compressed copies."""
@@ -188,6 +180,24 @@ class VllmBackend(Backend):
             kept_tokens=kept,
             nll=nll,
         )
+
+
+def check_settings(settings: Sequence[Setting], block_size: int, *, plain: bool) -> None:
+    """Refuse what the plugin refuses, and compression where the engine is plain vLLM.
+
+    Raises:
+        EvaluationError: One sentence that names the setting.
+
+    """
+    for setting in settings:
+        if setting.is_full:
+            continue
+        if plain:
+            raise EvaluationError("plain vLLM answers with the full cache only")
+        try:
+            config_of(setting).check_block_size(block_size)
+        except ValueError as error:
+            raise EvaluationError(f"{setting.label}: {error}") from error
 
 
 def config_of(setting: Setting) -> KVCompressionConfig:

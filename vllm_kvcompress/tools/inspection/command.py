@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         raise CommandError(
             f"drawing needs {', '.join(missing)}: pip install 'vllm_kvcompress[inspect]'"
         )
-    check_prefix(args.output)
+    check_prefix(args.output, (".png", ".html", ".npz") if args.raw else (".png", ".html"))
     job = make_job(args)
 
     from vllm_kvcompress.tools.inspection.run import inspect
