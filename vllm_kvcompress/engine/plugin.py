@@ -5,6 +5,7 @@ import functools
 import json
 from typing import Any
 
+from vllm_kvcompress.engine.command_line import ends_command, mark_from_words
 from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.planning.config import (
     CONFIG_KEY,
@@ -43,7 +44,7 @@ def merge_settings(
     """
     extra = dict(additional_config or {})
     if method is None:
-        if budget is not None or params:
+        if budget is not None or params is not None:
             raise ValueError(
                 "--kv-compression-budget and --kv-compression-config need --kv-compression METHOD"
             )
@@ -137,12 +138,12 @@ def _read_flags(original: Any) -> Any:
         method = getattr(args, "kv_compression", None)
         budget = getattr(args, "kv_compression_budget", None)
         params = getattr(args, "kv_compression_config", None)
-        if method is not None or budget is not None or params:
+        if method is not None or budget is not None or params is not None:
             args = argparse.Namespace(**vars(args))
             args.additional_config = merge_settings(
                 getattr(args, "additional_config", None), method, budget, params
             )
-        return original(cls, args)
+        return mark_from_words(original(cls, args))
 
     return from_cli_args
 
@@ -156,11 +157,13 @@ def _switch_on_when_asked(original: Any) -> Any:
         # Imported here: a vLLM without some hook must still serve those who did not ask.
         from vllm_kvcompress.engine.checks import check_version
 
-        check_version()
-        KVCompressionConfig.parse(extra[CONFIG_KEY])
+        with ends_command(self):
+            check_version()
+            KVCompressionConfig.parse(extra[CONFIG_KEY])
         vllm_config = original(self, *args, **kwargs)
 
-        switch_on(vllm_config)
+        with ends_command(self):
+            switch_on(vllm_config)
         return vllm_config
 
     return create_engine_config
