@@ -22,7 +22,9 @@ PAGE = 2 * 2 * 16 * 16 * 2
 
 def test_figures_of_a_hybrid_by_hand(tmp_path: Path) -> None:
     words = "--device cpu --block-size 32 --max-num-batched-tokens 256 --context 1024 --output 48"
-    model = folder(tmp_path, **GEMMA | {"head_dim": 32, "sliding_window": 80})
+    model = folder(
+        tmp_path, **GEMMA | {"head_dim": 32, "sliding_window": 80, "max_position_embeddings": 2048}
+    )
     report = plan(model, *words.split(), "--budget", "128", memory="4MiB")
     plain, compressed = report.plain, report.compressed
     page = 4 * PAGE  # of 32 tokens, with heads of 32
