@@ -22,9 +22,10 @@ def test_the_printed_command_starts_on_the_cpu(tmp_path: Path) -> None:
     assert command[:3] == ["vllm", "serve", model]
     log = tmp_path / "log"
     # This tree's plugin is on the path; serve() runs the command and waits for its answer.
-    with serve(model, [*command[3:], *DUMMY], log, timeout=280):
-        said = log.read_text()
-    assert "KV-cache compression is on: cake, budget 128 tokens per layer" in said
+    with serve(model, [*command[3:], *DUMMY], log, timeout=280) as server:
+        metrics = server.get("/metrics", timeout=30)
+    assert metrics is not None
+    assert "vllm:kv_compression_cuts_total" in metrics
 
 
 @pytest.mark.parametrize("words", [["--block-size", "32"], []])
