@@ -249,14 +249,16 @@ def test_a_program_that_is_refused_gets_the_error(folder: Path) -> None:
 
 
 def test_vllm_serve_says_one_sentence(folder: Path) -> None:
-    """The real command: what vLLM logs before it, the sentence, and nothing after it."""
+    """The real command: one sentence, and no traceback."""
     script = Path(sys.executable).parent / "vllm"
     words = [*COMMAND, "--port", "0", "--kv-cache-dtype", "fp8", "--api-server-count", "2"]
     done = run(script, "serve", folder, *words)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("vllm: error: a quantized KV cache on the CPU is not supported"), last
+    # Triton's compiler may have the last word as the process ends.
+    said = [line for line in done.stderr.splitlines() if line.startswith("vllm: error: ")]
+    assert len(said) == 1
+    assert "a quantized KV cache on the CPU is not supported" in said[0]
 
 
 # --- keyword arguments ---------------------------------------------------------------------------
