@@ -70,7 +70,11 @@ setup(
     },
     entry_points={
         "console_scripts": ["kvcompress = vllm_kvcompress.tools.cli:main"],
-        "vllm.general_plugins": ["kvcompress = vllm_kvcompress.engine.plugin:register"],
+        # By either name in VLLM_PLUGINS; loading both changes nothing.
+        "vllm.general_plugins": [
+            "kvcompress = vllm_kvcompress.engine.plugin:register",
+            "vllm_kvcompress = vllm_kvcompress.engine.plugin:register",
+        ],
     },
     install_requires=[
         "msgspec",

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_kvcompress.engine.checks import BLOCK_STEPS
 from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaScheduler
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
@@ -225,7 +227,7 @@ class World:
 
 
 def _configure(folder: str, rows: int, compression: dict[str, Any] | None) -> VllmConfig:
-    return EngineArgs(
+    arguments = EngineArgs(
         model=folder,
         skip_tokenizer_init=True,
         load_format="dummy",
@@ -234,7 +236,10 @@ def _configure(folder: str, rows: int, compression: dict[str, Any] | None) -> Vl
         max_num_batched_tokens=max(rows * (PROMPT + SIZE), MAX_LEN),
         block_size=SIZE,
         additional_config={"kv_compression": compression} if compression else {},
-    ).create_engine_config()
+    )
+    # Blocks as a GPU has them, which CPU attention, of which nothing runs, could not read.
+    with patch.dict(BLOCK_STEPS, cpu=1):
+        return arguments.create_engine_config()
 
 
 def main() -> None:

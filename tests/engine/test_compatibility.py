@@ -33,6 +33,7 @@ from tests.support.fake_cuda import become_cuda
 from tests.support.refusals import (
     FP8_CACHE,
     GEMMA3,
+    LLAMA,
     REFUSED_MODELS,
     SHAPE,
     Layer,
@@ -44,6 +45,7 @@ from tests.support.refusals import (
 from vllm_kvcompress.engine import checks
 from vllm_kvcompress.engine.attention.backend_choice import check_backends
 from vllm_kvcompress.engine.attention.cpu_attn import ArenaCPUImpl
+from vllm_kvcompress.engine.layer_checks import check_specs
 from vllm_kvcompress.engine.requests import check_request
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 
@@ -104,6 +106,8 @@ def configs(root: Path, patch: pytest.MonkeyPatch) -> Cases:
         ("tensor and pipeline parallelism", {"pipeline_parallel_size": 2}),
         ("FP8 KV cache on the CPU", {"kv_cache_dtype": "fp8"}),
         ("FP8 KV cache on the CPU", {"model": FP8_CACHE}),
+        ("block sizes that attention's kernels cannot read", {"block_size": 24}),
+        ("head sizes that CPU_ATTN has no kernel for", {"model": {**LLAMA, "head_dim": 16}}),
         ("other quantized KV caches", {"kv_cache_dtype": "fp8_e5m2"}),
         (
             "FlashInfer, FlexAttention, ROCm's and all other backends",
@@ -203,14 +207,14 @@ def layers() -> Cases:
     setattr(reader, "kv_sharing_target_layer_name", "layers.0")  # noqa: B010
     yield (
         "layers that share KV caches (Gemma 3n)",
-        lambda: checks.check_specs(
+        lambda: check_specs(
             {"layers.0": same}, {"layers.0": Layer(), "layers.1": reader}, ArenaCPUImpl
         ),
     )
     alone: dict[str, KVCacheSpec] = {"layers.0": SlidingWindowSpec(**SHAPE, sliding_window=128)}
     yield (
         "layers that see neither the whole context nor a sliding window beside it",
-        lambda: checks.check_specs(alone, {"layers.0": Layer()}, ArenaCPUImpl),
+        lambda: check_specs(alone, {"layers.0": Layer()}, ArenaCPUImpl),
     )
 
 
@@ -219,7 +223,8 @@ def requests(root: Path) -> Cases:
         "input that is streamed into a running request",
         lambda: check_request(SimpleNamespace(resumable=True, sampling_params=None), None),
     )
-    config = start(root, settings={"method": "uniform", "budget": 400}, block_size=100)
+    config = start(root, settings={"method": "uniform", "budget": 400}, block_size=32)
+    config.cache_config.block_size = 100
     config.cache_config.num_gpu_blocks = 9  # one of them is the null block
     config.model_config.max_model_len = 2000
     request = SimpleNamespace(
@@ -286,6 +291,6 @@ def test_layers_of_every_other_kind_are_refused(spec: KVCacheSpec) -> None:
 def test_the_first_layer_is_checked_too() -> None:
     specs: dict[str, KVCacheSpec] = {"layers.0": ArenaSpec(**SHAPE, non_causal=True)}
     with pytest.raises(checks.Unsupported) as caught:
-        checks.check_specs(specs, {"layers.0": Layer()}, ArenaCPUImpl)
+        check_specs(specs, {"layers.0": Layer()}, ArenaCPUImpl)
     later = refusals()["layers that see later tokens"]
     assert str(caught.value) == later.replace("layers.1", "layers.0")

@@ -72,7 +72,8 @@ specs.KVCacheSpecRegistry._ensure_registered()
 names = [spec.__name__ for spec in specs._REGISTRY_KVCACHESPEC_LIST]
 assert "FullAttentionSpec" in names and "ArenaSpec" not in names, names
 loaded = sorted(m for m in sys.modules if m.startswith("vllm_kvcompress.engine."))
-assert loaded == [f"vllm_kvcompress.engine.{name}" for name in ("hooks", "plugin")], loaded
+ours = [f"vllm_kvcompress.engine.{name}" for name in ("command_line", "hooks", "plugin")]
+assert loaded == ours, loaded
 print("off means off")
 """
 
@@ -182,7 +183,11 @@ def test_the_setting_given_twice_is_refused(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--kv-compression-budget", "64"], ["--kv-compression-config", '{"gamma": 3}']],
+    [
+        ["--kv-compression-budget", "64"],
+        ["--kv-compression-config", '{"gamma": 3}'],
+        ["--kv-compression-config", "{}"],
+    ],
 )
 def test_settings_without_a_method_are_refused(
     parser: FlexibleArgumentParser, capsys: pytest.CaptureFixture[str], arguments: list[str]
@@ -226,6 +231,58 @@ def test_parsed_arguments_are_not_changed(parser: FlexibleArgumentParser) -> Non
     assert vars(args) == before
 
 
+# --- refusals of a command -----------------------------------------------------------------------
+
+COMMAND = ["--skip-tokenizer-init", "--load-format", "dummy", "--kv-compression", "cake"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--tensor-parallel-size", "2"], "tensor or pipeline parallelism is not yet supported"),
+        (["--kv-cache-dtype", "fp8"], "a quantized KV cache on the CPU is not supported"),
+        (["--kv-compression-budget", "40"], "kv-compression-budget 40 is too small"),
+    ],
+)
+def test_a_command_that_is_refused_ends_like_argparse_ends(
+    parser: FlexibleArgumentParser,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    sentence: str,
+) -> None:
+    arguments = AsyncEngineArgs.from_cli_args(
+        parser.parse_args(["--model", str(folder), *COMMAND, *words])
+    )
+    with pytest.raises(SystemExit) as caught:
+        arguments.create_engine_config()
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f": error: {sentence}" in error
+
+
+def test_a_program_that_is_refused_gets_the_error(folder: Path) -> None:
+    extra = {"kv_compression": {"method": "cake"}}
+    arguments = EngineArgs(
+        model=str(folder), skip_tokenizer_init=True, additional_config=extra, tensor_parallel_size=2
+    )
+    with pytest.raises(ValueError, match="parallelism is not yet supported"):
+        arguments.create_engine_config()
+
+
+def test_vllm_serve_says_one_sentence(folder: Path) -> None:
+    """The real command: one sentence, and no traceback."""
+    script = Path(sys.executable).parent / "vllm"
+    words = [*COMMAND, "--port", "0", "--kv-cache-dtype", "fp8", "--api-server-count", "2"]
+    done = run(script, "serve", folder, *words)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    # Triton's compiler may have the last word as the process ends.
+    said = [line for line in done.stderr.splitlines() if line.startswith("vllm: error: ")]
+    assert len(said) == 1
+    assert "a quantized KV cache on the CPU is not supported" in said[0]
+
+
 # --- keyword arguments ---------------------------------------------------------------------------
 
 
@@ -247,6 +304,7 @@ def test_keyword_arguments_merge_like_flags() -> None:
     [
         ((None, None, 64, None), "need --kv-compression METHOD"),
         ((None, None, None, {"gamma": 3}), "need --kv-compression METHOD"),
+        ((None, None, None, {}), "need --kv-compression METHOD"),
         (({"kv_compression": {"method": "cake"}}, None, 64, None), "need --kv-compression METHOD"),
         (({"kv_compression": {"method": "cake"}}, "cake", None, None), "set twice"),
         ((None, "snap", None, None), 'unknown method "snap"'),

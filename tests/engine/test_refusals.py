@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 from tests.support.refusals import GEMMA3, SHAPE, Layer, gpu_config, start
 from vllm_kvcompress.engine import checks
 from vllm_kvcompress.engine.attention.cpu_attn import ArenaCPUImpl
+from vllm_kvcompress.engine.layer_checks import check_specs
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 
 
@@ -27,7 +28,7 @@ def refusal(root: Path, *names: str, **options: Any) -> None:
 
 def test_equal_full_attention_layers_are_accepted() -> None:
     specs: dict[str, KVCacheSpec] = {f"layers.{i}": ArenaSpec(**SHAPE) for i in range(3)}
-    checks.check_specs(specs, {name: Layer() for name in specs}, ArenaCPUImpl)
+    check_specs(specs, {name: Layer() for name in specs}, ArenaCPUImpl)
 
 
 def test_sliding_windows_beside_full_attention_are_accepted() -> None:
@@ -37,7 +38,7 @@ def test_sliding_windows_beside_full_attention_are_accepted() -> None:
     }
     # They stay as they are, so it does not matter what attention they have.
     layers = {"layers.0": Layer(object), "layers.1": Layer()}
-    checks.check_specs(specs, layers, ArenaCPUImpl)
+    check_specs(specs, layers, ArenaCPUImpl)
 
 
 # --- settings ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from tests.support.model_classes import inspect_in_process
 from vllm_kvcompress.engine import checks
 from vllm_kvcompress.engine.attention.cpu_attn import ArenaCPUImpl
+from vllm_kvcompress.engine.layer_checks import check_specs
 from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 
@@ -136,6 +137,35 @@ BLOOM = {
     "seq_length": 512,
     "torch_dtype": "bfloat16",
 }
+GEMMA4 = {
+    **GEMMA3,
+    "architectures": ["Gemma4ForCausalLM"],
+    "model_type": "gemma4_text",
+    "global_head_dim": 64,
+    "num_kv_shared_layers": 0,
+    "vocab_size_per_layer_input": 256,
+    "hidden_size_per_layer_input": 0,
+}
+# The second layer is larger; it and the others with full attention cannot share pages.
+MIXED = {**GEMMA4, "per_layer_config": {"1": {"head_dim": 64}}}
+QWEN2 = {
+    **BASE,
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "use_sliding_window": True,
+    "sliding_window": 128,
+    "max_window_layers": 1,
+}
+QWEN3 = {**QWEN2, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32}
+QWEN_MOE = {
+    **QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
 REFUSED_MODELS: dict[str, list[dict[str, Any]]] = {
     "multi-head latent attention (DeepSeek)": [MLA],
     "Mamba, and hybrids with recurrent layers (Jamba)": [MAMBA, MAMBA2, JAMBA],
@@ -145,7 +175,14 @@ REFUSED_MODELS: dict[str, list[dict[str, Any]]] = {
     "chunked-local attention (Llama 4)": [CHUNKED],
     "embedding, classification and other pooling models": [BERT],
     "sliding windows in every layer": [MISTRAL],
+    "sliding windows in some layers of Qwen 2 and 3, which vLLM does not have either": [
+        QWEN2,
+        QWEN3,
+        QWEN_MOE,
+    ],
     "ALiBi": [BLOOM],
+    "the same, as the config says": [GEMMA4],
+    "full-attention layers of several shapes, as the config says": [MIXED],
 }
 """Feature of docs/compatibility.md -> models that are refused because they have it."""
 
@@ -216,4 +253,4 @@ def refused_layer(spec: KVCacheSpec, layer: Layer | None = None) -> Callable[[],
     """Check two layers, of which the second is the wrong one."""
     specs = {"layers.0": ArenaSpec(**SHAPE), "layers.1": spec}
     layers = {"layers.0": Layer(), "layers.1": layer or Layer()}
-    return partial(checks.check_specs, specs, layers, ArenaCPUImpl)
+    return partial(check_specs, specs, layers, ArenaCPUImpl)

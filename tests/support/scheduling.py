@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_kvcompress.engine.checks import BLOCK_STEPS
 from vllm_kvcompress.engine.model_layers import layers_of, pool_for_arena
 from vllm_kvcompress.engine.plugin import register
 from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaAsyncScheduler, ArenaScheduler
@@ -92,7 +94,7 @@ def configure(folder: Path, *, max_len: int = 200, **options: Any) -> VllmConfig
     for option in fields(KVCompressionConfig):
         if option.name in options:
             compression[option.name] = options.pop(option.name)
-    return EngineArgs(
+    arguments = EngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
         load_format="dummy",
@@ -100,7 +102,10 @@ def configure(folder: Path, *, max_len: int = 200, **options: Any) -> VllmConfig
         block_size=SIZE,
         additional_config={"kv_compression": compression},
         **options,
-    ).create_engine_config()
+    )
+    # No attention runs, so blocks can be as small as is good to look at.
+    with patch.dict(BLOCK_STEPS, cpu=1):
+        return arguments.create_engine_config()
 
 
 def pool_of(config: VllmConfig, blocks: int) -> KVCacheConfig:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from vllm.config import ModelConfig
-from vllm.config.model_arch import ModelArchitectureConfig
 from vllm.platforms.interface import UnspecifiedPlatform
 
 from tests.support.commands import LLAMA, folder, plan, refusal
@@ -27,7 +26,11 @@ MEMORY = ("--kv-cache-memory", "1MiB")
         ('--config {"budget":1}', "budget does not belong"),
         ("--tensor-parallel-size 2", "tensor or pipeline parallelism is not yet supported"),
         ("--device cpu --kv-cache-dtype fp8", "a quantized KV cache on the CPU is not"),
-        ("--block-size 24", "--block-size must be a multiple of 16 on a GPU, got 24"),
+        ("--block-size 24", "a block size of 24 is not supported with --kv-compression; set --blo"),
+        ("--device cpu --block-size 24", "a block size of 24 is not supported"),
+        ("--device cpu --block-size 48", "a block size of 48 is not supported"),
+        ("--device cpu", "attention with heads of 16 on the CPU is not supported"),
+        ("--max-num-seqs 65 --max-num-batched-tokens 64", "--max-num-seqs 65 is more than"),
         ("--gpu-memory-utilization 0.5", "--gpu-memory-utilization needs --gpu-memory"),
     ],
 )
@@ -52,15 +55,6 @@ def test_models_that_the_engine_refuses_are_refused_with_its_sentence(
     for model in REFUSED_MODELS.get(feature, [LLAMA]):
         (root / "config.json").write_text(json.dumps(model))
         assert refusal(capsys, ["plan", "--model", str(root), *MEMORY]) == refusals()[feature]
-
-
-def test_layers_of_several_shapes_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    overrides = property(lambda _: [{}, {"head_size": 32}])
-    monkeypatch.setattr(ModelArchitectureConfig, "per_layer_overrides", overrides, raising=False)
-    said = refusal(capsys, ["plan", "--model", folder(tmp_path), *MEMORY])
-    assert "one shape of KV cache for all layers" in said
 
 
 def test_a_machine_without_a_device_plans_the_same(

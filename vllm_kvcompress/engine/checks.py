@@ -1,16 +1,20 @@
 """What is refused at start: each reason is one sentence that says what to change."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import vllm
 from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
-from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from vllm_kvcompress.engine.attention import BACKENDS, FP8_CACHES, GPU_BACKENDS, PLAIN_CACHES
 from vllm_kvcompress.engine.hook_table import HOOKS
 from vllm_kvcompress.engine.hooks import HookTable, differences
-from vllm_kvcompress.engine.model_layers import layer_types, layers_of, layers_of_model
+from vllm_kvcompress.engine.model_layers import (
+    layer_shapes,
+    layer_types,
+    layers_of,
+    layers_of_model,
+)
 
 TESTED_VERSION = "0.32"
 
@@ -150,6 +154,7 @@ def _rules(vllm_config: VllmConfig) -> list[Rule]:
 
 def _model_rules(model: ModelConfig) -> list[Rule]:
     groups, kinds = layers_of_model(model).full_groups, set(layer_types(model))
+    full, others = layer_shapes(model)
     return [
         (model.runner_type != "generate", "models that do not generate text are not", DROP),
         (model.is_encoder_decoder, "encoder-decoder models are not", DROP),
@@ -175,7 +180,28 @@ def _model_rules(model: ModelConfig) -> list[Rule]:
             "models with a sliding window in every layer are not",
             DROP,
         ),
-        (bool(model.uses_alibi), "models with ALiBi are not", DROP),
+        (
+            # vLLM ends on an assertion, or builds them without their windows (mixtures of experts).
+            {"sliding_attention", "full_attention"} <= kinds
+            and model.hf_text_config.model_type.startswith(("qwen2", "qwen3")),
+            "Qwen models with sliding windows in some layers are not",
+            "set use_sliding_window to false and drop layer_types in the model's config.json",
+        ),
+        (
+            bool(model.uses_alibi) or "Step1ForCausalLM" in model.architectures,
+            "models with ALiBi are not",
+            DROP,
+        ),
+        (
+            len(full) > 1,
+            "models whose full-attention layers differ in heads or head size are not",
+            DROP,
+        ),
+        (
+            len({shape.page for shape in full + others}) > 1,
+            "models whose sliding-window layers have pages of another size are not",
+            DROP,
+        ),
         (
             groups > 1,
             f"a model whose full-attention layers fill {groups} KV-cache groups is not",
@@ -193,14 +219,21 @@ def _cache_rules(vllm_config: VllmConfig) -> list[Rule]:
     on_cpu = vllm_config.parallel_config.worker_cls != GPU_WORKER
     dtype, scheme = cache_dtype_of(vllm_config), _scheme(vllm_config)
     backends = " or ".join(GPU_BACKENDS)
+    # Another backend on the CPU is a test's, as in tests/e2e/gpu_worker_stand_in.py.
+    device = "cpu" if on_cpu and (chosen is None or chosen.name == "CPU_ATTN") else "gpu"
     return [
+        *kernel_rules(
+            device,
+            vllm_config.cache_config.block_size,
+            vllm_config.model_config.get_head_size(),
+        ),
         (
             dtype not in (*PLAIN_CACHES, *FP8_CACHES),
             f"KV-cache dtype {dtype} is not",
             "drop --kv-cache-dtype or set it to fp8",
         ),
         (
-            dtype in FP8_CACHES and on_cpu and (chosen is None or chosen.name == "CPU_ATTN"),
+            dtype in FP8_CACHES and device == "cpu",
             *QUANTIZED_ON_CPU,
         ),
         (
@@ -232,6 +265,48 @@ def cache_dtype_of(vllm_config: VllmConfig) -> str:
     return "fp8" if dtype == "auto" and _scheme(vllm_config) else dtype
 
 
+BLOCK_STEPS = {"cpu": 32, "gpu": 16}
+"""Tokens of which attention's kernels on each device want a multiple in a block."""
+
+
+def kernel_rules(device: str, block_size: int | None, head_size: int) -> list[Rule]:
+    """What attention's kernels cannot do, which vLLM says only once it has made the model.
+
+    Args:
+        device: ``gpu`` or ``cpu``.
+        block_size: Tokens per block; None: vLLM chooses.
+        head_size: Elements of a head.
+
+    """
+    step, unserved = BLOCK_STEPS[device], False
+    if device == "cpu":
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        unserved = head_size not in CPUAttentionBackend.get_supported_head_sizes()
+    return [
+        (
+            bool(block_size and block_size % step),
+            f"a block size of {block_size} is not",
+            f"set --block-size to a multiple of {step}",
+        ),
+        (
+            unserved,
+            f"attention with heads of {head_size} on the CPU is not",
+            "take another model, as plain vLLM has no kernel for it there either",
+        ),
+    ]
+
+
+def check_kernels(device: str, block_size: int, head_size: int) -> None:
+    """Refuse what attention's kernels cannot do; see :func:`kernel_rules`.
+
+    Raises:
+        Unsupported: The first reason found.
+
+    """
+    _check(kernel_rules(device, block_size, head_size))
+
+
 def _scheme(vllm_config: VllmConfig) -> Mapping[str, Any]:
     """What a checkpoint says of an FP8 cache; empty: nothing."""
     return getattr(vllm_config.quant_config, "kv_cache_scheme", None) or {}
@@ -257,86 +332,3 @@ def _gpu_rules(vllm_config: VllmConfig) -> list[Rule]:
             "drop --enable-dbo",
         ),
     ]
-
-
-def check_specs(
-    specs: Mapping[str, KVCacheSpec],
-    layers: Mapping[str, Any],
-    impl_cls: type[Any],
-    backends: Sequence[str] = (),
-) -> None:
-    """Refuse models whose full-attention layers cannot share one arena.
-
-    Args:
-        specs: KV-cache spec by layer.
-        layers: The model's attention layers by name; some may have no spec of their own.
-        impl_cls: The attention implementation that every compressed layer must have.
-        backends: Attention backends that a user can choose from on this device.
-
-    Raises:
-        Unsupported: Names the first layer that does not fit.
-
-    """
-    from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
-
-    if any(getattr(layer, "kv_sharing_target_layer_name", None) for layer in layers.values()):
-        raise unsupported(*SHARED_CACHES)
-    first = next((name for name, spec in specs.items() if isinstance(spec, ArenaSpec)), None)
-    for name, spec in specs.items():
-        if type(spec) is SlidingWindowSpec and first is not None:
-            if _page(spec) != _page(specs[first]):
-                raise Unsupported(
-                    f"layer {name} has pages of another size than full-attention layer {first}, "
-                    "which is not supported with --kv-compression; drop the flag for this model"
-                )
-            continue
-        _check_impl(name, layers[name], impl_cls, backends)
-        if not isinstance(spec, ArenaSpec) or spec.sliding_window or spec.attention_chunk_size:
-            raise Unsupported(
-                f"layer {name} does not attend to the whole context ({type(spec).__name__}), "
-                "which is not supported with --kv-compression but for sliding-window layers "
-                "beside full-attention ones; drop the flag for this model"
-            )
-        heads = getattr(layers[name].impl, "num_heads", None)
-        if first is not None and heads != getattr(layers[first].impl, "num_heads", None):
-            raise Unsupported(
-                f"layer {name} has another number of query heads ({heads}) than layer {first}, "
-                "which is not supported with --kv-compression; drop the flag for this model"
-            )
-        if spec.non_causal:
-            raise Unsupported(
-                f"layer {name} sees later tokens (non-causal attention), which is not supported "
-                "with --kv-compression; drop the flag for this model"
-            )
-        if first is not None and spec != specs[first]:
-            raise Unsupported(
-                f"layer {name} has another KV-cache shape than layer {first}, so they cannot "
-                "share pages; drop --kv-compression"
-            )
-
-
-def _page(spec: KVCacheSpec) -> tuple[int, int]:
-    return spec.page_size_bytes, spec.block_size
-
-
-def _check_impl(name: str, layer: Any, impl_cls: type[Any], backends: Sequence[str]) -> None:
-    """Refuse a layer whose attention is not ours or looks at positions that eviction changes."""
-    impl: Any = getattr(layer, "impl", None)
-    if not isinstance(impl, impl_cls):
-        # On CUDA a model asks for such attention; elsewhere a platform may prefer it.
-        choice = f"set --attention-backend to {' or '.join(backends)}, or " if backends else ""
-        raise Unsupported(
-            f"layer {name} uses attention {type(impl).__name__}, which is not supported with "
-            f"--kv-compression; {choice}{DROP}"
-        )
-    if impl.kv_cache_dtype not in impl.cache_dtypes:
-        raise Unsupported(
-            f"layer {name} has a KV cache of dtype {impl.kv_cache_dtype}, which is not "
-            f"supported with --kv-compression and {type(impl).__name__}; drop --kv-cache-dtype"
-        )
-    if getattr(impl, "alibi_slopes", None) is not None:
-        # The kernel would take a survivor's place in the cache for its position in the text.
-        raise Unsupported(
-            f"layer {name} uses ALiBi, which is not supported with --kv-compression; "
-            "drop the flag for this model"
-        )

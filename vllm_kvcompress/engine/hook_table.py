@@ -36,11 +36,12 @@ HOOKS: HookTable = {
             (
                 "runner_type is_encoder_decoder use_mla is_attention_free is_hybrid "
                 "is_mm_prefix_lm uses_alibi hf_text_config attention_chunk_size max_model_len "
-                "dtype served_model_name"
+                "dtype served_model_name architectures model_arch_config"
             ),
         ),
         "ModelConfig.get_total_num_hidden_layers": (CALL, "self"),
         "ModelConfig.get_sliding_window": (CALL, "self"),
+        "ModelConfig.get_total_num_kv_heads": (CALL, "self"),
         "ModelConfig.get_num_attention_heads": (CALL, "self, parallel_config"),
         "ModelConfig.get_num_kv_heads": (CALL, "self, parallel_config"),
         "ModelConfig.get_head_size": (CALL, "self"),

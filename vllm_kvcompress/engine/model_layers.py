@@ -4,12 +4,41 @@ Read from the config alone; the worker compares it with vLLM's real groups once 
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from vllm.config import ModelConfig, VllmConfig
 
-from vllm_kvcompress.planning.layer_groups import LayerGroups, group_layers
+from vllm_kvcompress.planning.layer_groups import LayerGroups, compressed_numbers, group_layers
 
-__all__ = ["LayerGroups", "layer_types", "layers_of", "layers_of_model", "pool_for_arena"]
+__all__ = [
+    "LayerGroups",
+    "LayerShape",
+    "layer_shapes",
+    "layer_types",
+    "layers_of",
+    "layers_of_model",
+    "pool_for_arena",
+]
+
+
+class LayerShape(NamedTuple):
+    """Sizes of one layer's attention.
+
+    Attributes:
+        heads: Number of query heads H.
+        kv_heads: Number of KV heads N.
+        head_size: Elements of a head D.
+
+    """
+
+    heads: int
+    kv_heads: int
+    head_size: int
+
+    @property
+    def page(self) -> int:
+        """Elements of one token's keys."""
+        return self.kv_heads * self.head_size
 
 
 def layers_of(vllm_config: VllmConfig) -> LayerGroups:
@@ -36,6 +65,30 @@ def layer_types(model: ModelConfig) -> Sequence[str]:
     """Return the kind of each layer, as transformers names it; empty: all are of one kind."""
     types: Sequence[str] = getattr(model.hf_text_config, "layer_types", None) or ()
     return types
+
+
+def layer_shapes(model: ModelConfig) -> tuple[list[LayerShape], list[LayerShape]]:
+    """Return the shapes of the compressed layers and of the others, each shape once.
+
+    Args:
+        model: As for :func:`layers_of_model`. Only its numbers of the whole model are looked at
+            where no layer differs.
+
+    """
+    arch, groups = model.model_arch_config, layers_of_model(model)
+    if arch.per_layer_overrides is None:
+        shape = LayerShape(
+            arch.total_num_attention_heads, model.get_total_num_kv_heads(), model.get_head_size()
+        )
+        return [shape], [shape] if groups.window_groups else []
+    numbers = range(len(arch.per_layer_overrides))
+    compressed = set(compressed_numbers(layer_types(model), groups) or numbers)
+    found: tuple[dict[LayerShape, None], dict[LayerShape, None]] = ({}, {})
+    for number in numbers:
+        one = arch[number]
+        shape = LayerShape(one.total_num_attention_heads, one.total_num_kv_heads, one.head_size)
+        found[number not in compressed][shape] = None
+    return list(found[0]), list(found[1])
 
 
 def pool_for_arena(vllm_config: VllmConfig, blocks: int, block_size: int) -> int:

@@ -5,6 +5,7 @@ import functools
 import json
 from typing import Any
 
+from vllm_kvcompress.engine.command_line import ends_command, mark_from_words
 from vllm_kvcompress.engine.hooks import wrap_once
 from vllm_kvcompress.planning.config import (
     CONFIG_KEY,
@@ -47,7 +48,7 @@ def merge_settings(
     """
     extra = dict(additional_config or {})
     if method is None:
-        if budget is not None or params:
+        if budget is not None or params is not None:
             raise ValueError(
                 "--kv-compression-budget and --kv-compression-config need --kv-compression METHOD"
             )
@@ -157,7 +158,7 @@ def _move_flags_of(parser: Any) -> Any:
 def _read_flags(original: Any) -> Any:
     def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
         move_flags(args)
-        return original(cls, args)
+        return mark_from_words(original(cls, args))
 
     return from_cli_args
 
@@ -176,7 +177,7 @@ def move_flags(args: argparse.Namespace) -> None:
 
     """
     method, budget, params = (vars(args).pop(name, None) for name in _FLAGS)
-    if method is not None or budget is not None or params:
+    if method is not None or budget is not None or params is not None:
         args.additional_config = merge_settings(
             getattr(args, "additional_config", None), method, budget, params
         )
@@ -185,19 +186,21 @@ def move_flags(args: argparse.Namespace) -> None:
 def _switch_on_when_asked(original: Any) -> Any:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         extra = self.additional_config
-        if isinstance(extra, dict):
-            check_names(extra)
+        with ends_command(self):
+            check_names(extra if isinstance(extra, dict) else {})
         asked = isinstance(extra, dict) and extra.get(CONFIG_KEY) is not None
         if not asked:
             return original(self, *args, **kwargs)
         # Imported here: a vLLM without some hook must still serve those who did not ask.
         from vllm_kvcompress.engine.checks import check_version
 
-        check_version()
-        KVCompressionConfig.parse(extra[CONFIG_KEY])
+        with ends_command(self):
+            check_version()
+            KVCompressionConfig.parse(extra[CONFIG_KEY])
         vllm_config = original(self, *args, **kwargs)
 
-        switch_on(vllm_config)
+        with ends_command(self):
+            switch_on(vllm_config)
         return vllm_config
 
     return create_engine_config

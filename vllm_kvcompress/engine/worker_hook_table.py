@@ -58,6 +58,7 @@ WORKER_HOOKS: HookTable = {
     "vllm.v1.attention.backends.cpu_attn": {
         "CPUAttentionBackend": (SUBCLASS, ""),
         "CPUAttentionBackend.get_impl_cls": (OVERRIDE, ""),
+        "CPUAttentionBackend.get_supported_head_sizes": (CALL, ""),
         "CPUAttentionBackend.get_builder_cls": (OVERRIDE, ""),
         "CPUAttentionMetadata": (
             READ,

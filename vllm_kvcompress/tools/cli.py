@@ -9,7 +9,13 @@ from typing import NoReturn
 from vllm_kvcompress import __version__
 from vllm_kvcompress.tools.arguments import STOPPED, CommandError
 
-COMMANDS = {"bench": "bench", "eval": "evaluation", "inspect": "inspection", "plan": "plan"}
+COMMANDS = {
+    "bench": "bench",
+    "doctor": "doctor",
+    "eval": "evaluation",
+    "inspect": "inspection",
+    "plan": "plan",
+}
 """Name of a sub-command -> its package beside this module, in the order of --help."""
 
 USAGE_ERROR = 2

@@ -59,6 +59,22 @@ def check_backends(vllm_config: VllmConfig) -> None:
             raise _refusal(capability, config)
 
 
+def serving_backends(capability: Any, head_size: int) -> list[str]:
+    """Names of the wrapped backends that serve plain layers in half precision.
+
+    Args:
+        capability: Of the GPU.
+        head_size: Elements of a head.
+
+    """
+    # Before bfloat16 vLLM serves models in float16.
+    dtype = torch.bfloat16 if capability.major >= 8 else torch.float16
+    config = AttentionSelectorConfig(
+        head_size=head_size, dtype=dtype, kv_cache_dtype="auto", block_size=None
+    )
+    return [name for name in GPU_BACKENDS if _serves(name, capability, config)]
+
+
 def choose_wrapped() -> None:
     """Let vLLM choose among the wrapped backends for layers of engines with compression on."""
     wrap_once(selector, "_cached_get_attn_backend", _choose_first)

@@ -16,9 +16,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm_kvcompress.engine.attention import register_backends
 from vllm_kvcompress.engine.attention.backend_choice import choose_wrapped
 from vllm_kvcompress.engine.attention.common import ArenaBuilder, ArenaImpl
-from vllm_kvcompress.engine.checks import check_specs, check_version
+from vllm_kvcompress.engine.checks import check_version
 from vllm_kvcompress.engine.compile_cache import share_compiled_models
 from vllm_kvcompress.engine.hooks import wrap_once
+from vllm_kvcompress.engine.layer_checks import check_specs
 from vllm_kvcompress.engine.model_layers import LayerGroups, layers_of
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 from vllm_kvcompress.engine.settings import resolver_of

@@ -132,12 +132,14 @@ def make_job(args: argparse.Namespace) -> BenchJob:
     from vllm.platforms import current_platform
 
     from vllm_kvcompress.tools.bench.job import BenchJob
+    from vllm_kvcompress.tools.kv_space import check_kv_space
     from vllm_kvcompress.tools.plan.model import read_model
     from vllm_kvcompress.tools.plan.weights import bytes_of_step
 
     measured = {name: getattr(args, name) for name in MEASURED}
     served, loaded = read_model(args.model, args.dtype)
     mib = args.kv_cache_mib
+    check_kv_space("--kv-cache-mib" if mib else "the size of the KV cache that a bench takes")
     job = BenchJob(
         model=args.model,
         served=served,

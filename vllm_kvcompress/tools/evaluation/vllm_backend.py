@@ -14,6 +14,7 @@ from vllm_kvcompress.tools.evaluation.backend import Answer, Asked, Backend, Enc
 from vllm_kvcompress.tools.evaluation.metrics import METRICS
 from vllm_kvcompress.tools.evaluation.setting import Setting, kept_tokens
 from vllm_kvcompress.tools.evaluation.task import EvaluationError
+from vllm_kvcompress.tools.kv_space import check_kv_space
 
 ENVIRONMENT = {
     # In this process the engine starts sooner and a step costs less.
@@ -45,6 +46,7 @@ class VllmBackend(Backend):
 
     Raises:
         EvaluationError: vLLM or the plugin refuses the options.
+        CommandError: A variable would overrule cache_mib.
 
     """
 
@@ -73,6 +75,7 @@ class VllmBackend(Backend):
             "logits_processors": [ForcedTokens],
         }
         if cache_mib is not None:
+            check_kv_space("--cache-mib")
             settings["kv_cache_memory_bytes"] = cache_mib << 20
         self.block_size = block_size
         self._plain = plain

@@ -20,6 +20,7 @@ from vllm_kvcompress.tools.engine_arguments import (
     user_errors,
 )
 from vllm_kvcompress.tools.inspection.kept_tokens import Inspection, Run
+from vllm_kvcompress.tools.kv_space import check_kv_space
 from vllm_kvcompress.tools.plan.model import ServedModel, read_model
 
 if TYPE_CHECKING:
@@ -191,13 +192,14 @@ def start(job: InspectionJob, model: ServedModel, max_model_len: int) -> Any:
     """Start an engine with the first method whose requests may ask for the others.
 
     Raises:
-        CommandError: vLLM has no such argument.
+        CommandError: vLLM has no such argument, or a variable overrules the size of the KV cache.
         ValueError: vLLM or the plugin refuses a setting.
 
     """
     from vllm_kvcompress import LLM
 
     check_engine_arguments(job.engine_args)
+    check_kv_space("the size of the KV cache that kvcompress inspect takes")
     first, *others = job.configs
     allowed = {"method": [config.method for config in others], "params": True}
     return LLM(

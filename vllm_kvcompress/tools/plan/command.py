@@ -15,6 +15,7 @@ from vllm_kvcompress.tools.arguments import (
     count,
 )
 from vllm_kvcompress.tools.byte_sizes import format_bytes, parse_bytes
+from vllm_kvcompress.tools.kv_space import VARIABLE, kv_space
 
 if TYPE_CHECKING:
     from vllm_kvcompress.planning.request_settings import SettingsResolver
@@ -117,6 +118,7 @@ def make_report(args: argparse.Namespace) -> PlanReport:
         CommandError: What the user can put right.
 
     """
+    from vllm_kvcompress.engine.checks import check_kernels
     from vllm_kvcompress.planning.request_settings import SettingsResolver
     from vllm_kvcompress.tools.plan.figures import (
         Pool,
@@ -134,6 +136,7 @@ def make_report(args: argparse.Namespace) -> PlanReport:
     work = _workload(args, model)
     server = _server(args, work.context)
     try:
+        check_kernels(server.device, server.block_size, model.head_size)
         resolver = SettingsResolver(settings, server.block_size, server.limits(model.groups))
     except ValueError as error:
         raise CommandError(str(error)) from None
@@ -186,8 +189,11 @@ def _check_combinations(args: argparse.Namespace) -> None:
         )
     if args.device == "cpu" and args.kv_cache_dtype == "fp8":
         raise CommandError(str(checks.unsupported(*checks.QUANTIZED_ON_CPU)))
-    if args.device == "gpu" and args.block_size is not None and args.block_size % 16:
-        raise CommandError(f"--block-size must be a multiple of 16 on a GPU, got {args.block_size}")
+    if args.max_num_seqs and args.max_num_seqs > (args.max_num_batched_tokens or args.max_num_seqs):
+        raise CommandError(
+            f"--max-num-seqs {args.max_num_seqs} is more than --max-num-batched-tokens "
+            f"{args.max_num_batched_tokens}, with which vLLM does not start"
+        )
 
 
 def _workload(args: argparse.Namespace, model: ServedModel) -> Any:
@@ -274,6 +280,11 @@ def _assumptions(
         said.append(
             f"Steps of {server.max_num_batched_tokens:,} tokens and {server.max_num_seqs:,} "
             f"requests, where not given: what vllm serve takes {where}."
+        )
+    if server.device == "cpu" and kv_space():
+        said.append(
+            f"{VARIABLE}={kv_space()} is set here; vLLM would take it for the KV cache's GiB in "
+            "place of the flag, so start the server without it."
         )
     if beside:
         how = "taken off its pool" if args.gpu_memory else "not part of the size given"

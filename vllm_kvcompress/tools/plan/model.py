@@ -15,7 +15,7 @@ from vllm_kvcompress.tools.engine_arguments import sentence
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-_VARYING = {"head_size", "total_num_attention_heads", "total_num_kv_heads"}
+_SHAPE = ("head_size", "total_num_attention_heads", "total_num_hidden_layers", "total_num_kv_heads")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def read_model(name: str, dtype: str) -> tuple[ServedModel, Any]:
 
     """
     from vllm_kvcompress.engine.checks import Unsupported, check_model
-    from vllm_kvcompress.engine.model_layers import layer_types, layers_of_model
+    from vllm_kvcompress.engine.model_layers import layer_shapes, layer_types, layers_of_model
 
     path = Path(name)
     folder = str(path.parent) if path.name == "config.json" and path.is_file() else name
@@ -93,7 +93,7 @@ def read_model(name: str, dtype: str) -> tuple[ServedModel, Any]:
     except Unsupported as error:
         raise CommandError(str(error)) from None
     _check_shape(name, config)
-    groups = layers_of_model(config)
+    groups, shape = layers_of_model(config), layer_shapes(config)[0][0]
     stated = config.model_arch_config.derived_max_model_len_and_key[0]
     # With LongRoPE vLLM's default is below what it allows, with other RoPE types it is above what
     # the configuration states.
@@ -104,9 +104,9 @@ def read_model(name: str, dtype: str) -> tuple[ServedModel, Any]:
         layers=config.get_total_num_hidden_layers(),
         groups=groups,
         compressed=compressed_numbers(layer_types(config), groups),
-        heads=config.model_arch_config.total_num_attention_heads,
-        kv_heads=config.get_total_num_kv_heads(),
-        head_size=config.get_head_size(),
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_size=shape.head_size,
         dtype=config.dtype,
         max_model_len=max(config.max_model_len, int(stated)) if known else None,
         default_model_len=config.max_model_len if known else None,
@@ -145,12 +145,6 @@ def _reason(error: Exception) -> str:
 
 def _check_shape(name: str, config: "ModelConfig") -> None:
     """Refuse what the figures have no place for."""
-    shape = config.model_arch_config
-    for field in ("total_num_hidden_layers", *sorted(_VARYING)):
-        if getattr(shape, field) < 1:
+    for field in _SHAPE:
+        if getattr(config.model_arch_config, field) < 1:
             raise CommandError(f"--model {name}: the configuration states no {field}")
-    if any(_VARYING & layer.keys() for layer in shape.per_layer_overrides or ()):
-        raise CommandError(
-            f"--model {name}: kvcompress plan counts one shape of KV cache for all layers, and the "
-            "layers of this model differ"
-        )

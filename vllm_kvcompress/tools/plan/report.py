@@ -108,8 +108,11 @@ def show(report: PlanReport, file: TextIO) -> None:
             )
             console.print(item, soft_wrap=True)
     plain, compressed = report.commands().values()
-    for title, words in (("Plain, to compare", plain), ("Compressed", compressed)):
-        console.print(f"\n{title}")
+    for title, words, figures in (
+        ("Plain, to compare", plain, report.plain),
+        ("Compressed", compressed, report.compressed),
+    ):
+        console.print(f"\n{title}{'' if figures.starts else ' (does not start: see the table)'}")
         # Never wrapped: what is pasted must stay one command.
         console.print(_command(words), soft_wrap=True)
 

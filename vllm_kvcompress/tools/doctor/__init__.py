@@ -1,0 +1,1 @@
+"""``kvcompress doctor``: what this environment would do with compression, and why."""
