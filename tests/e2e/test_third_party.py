@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,24 @@ def test_requests_set_its_parameters_and_compose_it(served: Server, text: str) -
     assert served.lines("KVCOMPRESS")[-1]["method"] == METHOD
     assert served.lines("KVCOMPRESS")[-1]["tokens_per_layer"] != own["tokens_per_layer"]
     assert len(served.lines("KVCOMPRESS")) == len(before) + 1
+
+
+def test_a_request_for_which_it_fails_is_served_all_the_same(served: Server, text: str) -> None:
+    """A span that no tensor can take: the method did not say that there is a largest one."""
+    expected = quote(served, text)
+    with ThreadPoolExecutor() as pool:
+        good = pool.submit(quote, served, text)
+        failed = pool.submit(
+            quote, served, text[40:], kv_compression_config=f'{{"span": {10**30}}}'
+        )
+        assert good.result() == expected
+    assert failed.result()
+    (facts,) = [facts for facts in served.lines("KVCOMPRESS") if "fallback" in facts]
+    assert facts["fallback"].startswith(f"{METHOD}: scoring layer 0 has raised ")
+    assert set(facts["tokens_per_layer"]) == {BUDGET}
+    with urllib.request.urlopen(f"{served.url}/metrics", timeout=30) as page:
+        shown = page.read().decode()
+    assert re.search(rf'kv_compression_fallbacks_total{{.*method="{METHOD}".*}} 1\.0', shown)
 
 
 @pytest.mark.parametrize(

@@ -5,170 +5,30 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.support.cut_world import BUDGET, BUFFER, KV_HEADS, LAYERS, World
+from tests.support.faulty_methods import FAULTS, WINDOW, faulty, oops
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.methods import (
-    WINDOW_NEEDS,
-    Allocator,
     LayerInput,
-    LayerScores,
-    MethodSpec,
-    Scorer,
     available,
     registry,
-    window_votes,
 )
 from vllm_kvcompress.paging.strided_codec import StridedPageCodec
 
-WINDOW, FAULTY_LAYER = 8, 3
-Maker = Callable[..., Any]
-
-
-class OopsError(Exception):
-    """What only the method knows."""
-
-
-def oops(*_: Any) -> Any:
-    raise OopsError("no such thing")
-
-
-def good(layer: LayerInput) -> Tensor:
-    return window_votes(layer, kernel=3)
-
-
-def one_of(tokens: Tensor, number: float) -> Tensor:
-    tokens = tokens.clone()
-    tokens[1, 17] = number
-    return tokens
-
-
-SCORES: dict[str, tuple[Maker, str]] = {
-    "raise": (oops, "scoring layer 3 has raised OopsError: no such thing"),
-    "exhausted": (
-        lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")),
-        "scoring layer 3 has raised OutOfMemoryError: out of memory",
-    ),
-    "nothing": (lambda _: None, "the scorer has returned NoneType for layer 3, not a tensor"),
-    "whole": (
-        lambda layer: torch.arange(layer.num_tokens).float().repeat(layer.num_kv_heads, 1),
-        r"torch.float32 \[2, 92\] for layer 3 \(KV heads, .*\), got torch.float32 \[2, 100\]",
-    ),
-    "short": (lambda layer: good(layer)[:, 3:], r"\[2, 92\] .*, got torch.float32 \[2, 89\]"),
-    "heads": (lambda layer: good(layer)[:1], r"\[2, 92\] .*, got torch.float32 \[1, 92\]"),
-    "flat": (lambda layer: good(layer)[0], r"\[2, 92\] .*, got torch.float32 \[92\]"),
-    "integers": (lambda layer: good(layer).long(), r"\[2, 92\] .*, got torch.int64 \[2, 92\]"),
-    "device": (lambda layer: good(layer).to("meta"), "has returned scores on meta for layer 3"),
-    "nan": (lambda layer: one_of(good(layer), math.nan), "1 of 184 scores of layer 3 are not fin"),
-    "infinite": (lambda layer: one_of(good(layer), math.inf), "1 of 184 scores of layer 3 are not"),
-}
-STATS: dict[str, tuple[Maker, str]] = {
-    "stats raise": (oops, "scoring layer 3 has raised OopsError: no such thing"),
-    "stats list": (lambda _: [1.0], "stats of layer 3 must be a mapping, got list"),
-    "stats text": (lambda _: {"x": "1"}, r'the stat "x" of layer 3 must be a number .*, got str'),
-    "stats nan": (lambda _: {"x": math.nan}, 'the stat "x" of layer 3 is NaN'),
-    "stats nan tensor": (lambda _: {"x": torch.tensor(math.nan)}, 'the stat "x" of layer 3 is NaN'),
-}
-WEIGHTS: dict[str, tuple[Maker, str]] = {
-    "weights raise": (oops, "weighing the layers has raised OopsError: no such thing"),
-    "weights nan": (
-        lambda n: np.full(n, math.nan),
-        "must be finite and not negative, got nan",
-    ),
-    "weights inf": (lambda n: [math.inf] * n, "weights must be finite and not negative, got inf"),
-    "weights negative": (lambda n: [-1.0] * n, "weights must be finite and not negative, got -1.0"),
-    "weights few": (lambda n: np.ones(n - 1), r"weights must have shape \(5,\), got \(4,\)"),
-    "weights words": (lambda n: ["a"] * n, "weighing the layers has raised ValueError: could not"),
-    "weights nothing": (lambda n: None, r"weights must have shape \(5,\), got \(\)"),
-}
-CHOICES: dict[str, tuple[Maker, str]] = {
-    "select raise": (oops, "selecting tokens has raised OopsError: no such thing"),
-    "select few": (
-        lambda ids: ids[:, 1:],
-        r"return integers \[2, \d+\] .*, got torch.int64 \[2,",
-    ),
-    "select floats": (
-        lambda ids: ids.float(),
-        r"return integers \[2, \d+\] .*, got torch.float32 \[",
-    ),
-    "select twice": (
-        lambda ids: torch.cat([ids[:, 1:2], ids[:, 1:]], dim=1),
-        "must return ascending tokens below 92, each once",
-    ),
-    "select beyond": (lambda ids: ids + 92, "must return ascending tokens below 92, each once"),
-    "select below": (lambda ids: ids - 92, "must return ascending tokens below 92, each once"),
-}
-LIMITS: dict[str, tuple[Maker, str]] = {
-    "cap raise": (oops, "its cap has raised OopsError: no such thing"),
-    "cap float": (lambda: 1.5, "its cap must be an integer of at least 0, got 1.5"),
-    "floor negative": (lambda: -1, "its floor must be an integer of at least 0, got -1"),
-}
-FAULTS = {**SCORES, **STATS, **WEIGHTS, **CHOICES, **LIMITS}
-
-
-def faulty(kind: str) -> MethodSpec:
-    """A method of another package that does as asked but for one fault."""
-    make = FAULTS[kind][0]
-
-    @dataclass(frozen=True, kw_only=True)
-    class FaultyScorer(Scorer):
-        needs = WINDOW_NEEDS
-        uses_window_statistics: ClassVar[bool] = True
-
-        def score(self, layer: LayerInput) -> Tensor:
-            fails = kind in SCORES and layer.layer == FAULTY_LAYER
-            found: Tensor = make(layer) if fails else good(layer)
-            return found
-
-    @dataclass(frozen=True, kw_only=True)
-    class ChoosingScorer(FaultyScorer):
-        def select(self, tokens: Tensor, count: int) -> Tensor:
-            found: Tensor = make(super().select(tokens, count))
-            return found
-
-        budgets_are_nested: ClassVar[bool] = True
-
-    @dataclass(frozen=True, kw_only=True)
-    class FaultyAllocator(Allocator):
-        needs = WINDOW_NEEDS
-
-        @property
-        def layers_per_division(self) -> int:
-            return 2
-
-        def stats(self, layer: LayerInput) -> Mapping[str, float | Tensor]:
-            fails = kind in STATS and layer.layer == FAULTY_LAYER
-            return make(layer) if fails else {"x": 1.0}  # type: ignore[no-any-return]
-
-        def weights(self, seen: Sequence[LayerScores], *, base: int, num_layers: int) -> Any:
-            if kind in WEIGHTS and len(seen) == num_layers:
-                return make(len(seen))
-            return np.arange(1.0, 1.0 + len(seen))
-
-        def cap(self, history: int, base: int) -> int:
-            return make() if kind.startswith("cap") else history  # type: ignore[no-any-return]
-
-        def floor(self, history: int, base: int) -> int:
-            return make() if kind.startswith("floor") else 0  # type: ignore[no-any-return]
-
-    scorer = ChoosingScorer if kind in CHOICES else FaultyScorer
-    return MethodSpec(name="faulty", scorer=scorer, allocator=FaultyAllocator, window=WINDOW, api=1)
-
 
 @pytest.fixture
-def make_faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def make_faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     available()
 
-    def known(kind: str) -> None:
-        monkeypatch.setitem(registry._methods, "faulty", faulty(kind))
+    def known(kind: str, at: int = 3) -> None:
+        monkeypatch.setitem(registry._methods, "faulty", faulty(kind, at))
 
     return known
 
@@ -188,7 +48,7 @@ def make_request(world: World, method: str, tokens: int = 100, **more: Any) -> W
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("kind", FAULTS)
 def test_it_keeps_its_last_tokens_and_the_others_theirs(
-    kind: str, together: bool, make_faulty: Callable[[str], None]
+    kind: str, together: bool, make_faulty: Callable[..., None]
 ) -> None:
     make_faulty(kind)
 
@@ -216,7 +76,7 @@ def test_it_keeps_its_last_tokens_and_the_others_theirs(
 
 
 def test_a_log_line_a_request_and_a_traceback_a_method(
-    make_faulty: Callable[[str], None], caplog: pytest.LogCaptureFixture
+    make_faulty: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     make_faulty("raise")
     world = World("torch", {"method": "snapkv"})
@@ -238,7 +98,7 @@ def test_a_log_line_a_request_and_a_traceback_a_method(
 
 @pytest.mark.parametrize("kind", ["raise", "weights nan", "select twice"])
 def test_pinned_tokens_stay_and_later_cuts_follow(
-    kind: str, make_faulty: Callable[[str], None]
+    kind: str, make_faulty: Callable[..., None]
 ) -> None:
     make_faulty(kind)
     world = World("torch", {"method": "snapkv"})
@@ -286,9 +146,7 @@ def test_faithful_forms_fall_back_too(faithful: str) -> None:
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-def test_a_cascade_goes_on_without_its_method(
-    kind: str, make_faulty: Callable[[str], None]
-) -> None:
+def test_a_cascade_goes_on_without_its_method(kind: str, make_faulty: Callable[..., None]) -> None:
     make_faulty(kind)
     world = World("torch", {"method": "snapkv"})
     request = make_request(world, "faulty", kv_compression_keep=[2, 4, 30, 33])
@@ -314,11 +172,10 @@ def test_a_cascade_goes_on_without_its_method(
 
 @pytest.mark.parametrize("layer", [0, 3])
 def test_a_cascade_gives_every_layer_what_it_can(
-    layer: int, make_faulty: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    layer: int, make_faulty: Callable[..., None]
 ) -> None:
     """All layers alike if no layer holds less already."""
-    monkeypatch.setattr("tests.eviction.test_method_faults.FAULTY_LAYER", layer)
-    make_faulty("raise")
+    make_faulty("raise", layer)
     world = World("torch", {"method": "snapkv"})
     request = make_request(world, "faulty")
     world.begin_cascade(request)
@@ -329,7 +186,7 @@ def test_a_cascade_gives_every_layer_what_it_can(
     assert [len(own[0]) for own in kept_of(world, "bad")] == [BUDGET] * LAYERS
 
 
-def test_a_layer_that_is_scored_in_the_step(make_faulty: Callable[[str], None]) -> None:
+def test_a_layer_that_is_scored_in_the_step(make_faulty: Callable[..., None]) -> None:
     make_faulty("raise")
     world = World("torch", {"method": "snapkv"})
     request = make_request(world, "faulty")
@@ -347,7 +204,7 @@ class LostError(torch.AcceleratorError):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, LostError, SystemExit])
 def test_what_is_no_fault_of_the_method_is_not_caught(
-    error: type[BaseException], make_faulty: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    error: type[BaseException], make_faulty: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(_: LayerInput) -> Tensor:
         raise error

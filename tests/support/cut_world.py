@@ -77,6 +77,7 @@ class World:
         """Give a request the blocks of a cascade prefill in place of its own."""
         assert request.next_cut is not None
         whole = request.settings.planner.cascade_prefill_blocks(request.prompt_len)
+        assert whole is not None
         request.prefill_blocks = whole
         request.blocks = self.blocks(whole + request.next_cut.blocks)
 

@@ -119,8 +119,7 @@ class RequestScorer:
         for job, (held, layer) in enumerate(layers):
             read = partial(self._codec.read_keys, held.pages[layer], held.lengths[layer])
             try:
-                found = self.score_layer(held, layer, read_keys=read, batch=batch, job=job)
-                scores.append(found)
+                scores.append(self.score_layer(held, layer, read_keys=read, batch=batch, job=job))
             except MethodError as fault:
                 scores.append(fault)
         return scores
