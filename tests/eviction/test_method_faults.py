@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcompress_kernels import selection
 from tests.support.cut_world import BUDGET, BUFFER, KV_HEADS, LAYERS, World
 from tests.support.faulty_methods import FAULTS, WINDOW, faulty, oops
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.methods import (
     LayerInput,
     available,
+    parts,
     registry,
 )
 from vllm_kvcompress.paging.strided_codec import StridedPageCodec
@@ -45,26 +47,40 @@ def make_request(world: World, method: str, tokens: int = 100, **more: Any) -> W
     return world.request(tokens, extra)
 
 
+def cut_three(method: str, together: bool) -> World:
+    """Cut a request of some method between two of others."""
+    world = World("torch", {"method": "snapkv"})
+    requests = {
+        "first": make_request(world, "snapkv", 133),
+        "bad": make_request(world, method),
+        "second": make_request(world, "cake", 90),
+    }
+    world.cut(requests, together)  # verifies pages and blocks
+    return world
+
+
+@pytest.fixture(scope="module")
+def without_faults() -> dict[bool, dict[str, Any]]:
+    """What the two others keep."""
+    found = {together: cut_three("snapkv", together) for together in (False, True)}
+    return {
+        together: {name: kept_of(world, name) for name in ("first", "second")}
+        for together, world in found.items()
+    }
+
+
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("kind", FAULTS)
 def test_it_keeps_its_last_tokens_and_the_others_theirs(
-    kind: str, together: bool, make_faulty: Callable[..., None]
+    kind: str,
+    together: bool,
+    make_faulty: Callable[..., None],
+    without_faults: dict[bool, dict[str, Any]],
 ) -> None:
     make_faulty(kind)
-
-    def cut(method: str) -> World:
-        world = World("torch", {"method": "snapkv"})
-        requests = {
-            "first": make_request(world, "snapkv", 133),
-            "bad": make_request(world, method),
-            "second": make_request(world, "cake", 90),
-        }
-        world.cut(requests, together)  # verifies pages and blocks
-        return world
-
-    world, expected = cut("faulty"), cut("snapkv")
+    world = cut_three("faulty", together)
     for name in ("first", "second"):
-        assert kept_of(world, name) == kept_of(expected, name)
+        assert kept_of(world, name) == without_faults[together][name]
     assert kept_of(world, "bad") == [[list(range(100 - BUDGET, 100))] * KV_HEADS] * LAYERS
     assert world.reporter.report.fallbacks == {"faulty": 1}
     told = {r.request_id: r.fallback for r in world.reporter.records or []}
@@ -73,6 +89,25 @@ def test_it_keeps_its_last_tokens_and_the_others_theirs(
     assert told["bad"] is not None
     assert told["bad"].startswith("faulty: ")
     assert re.search(FAULTS[kind][1], told["bad"]), told["bad"]
+
+
+def test_beside_others_on_the_kernels_of_a_gpu(
+    make_faulty: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    make_faulty("raise", 1)
+    for module in (parts, selection):
+        monkeypatch.setattr(module, "use_triton", lambda tensor, wanted: wanted != "torch")
+
+    def kept(implementation: Any, method: str) -> World:
+        world = World(implementation, {"method": "snapkv"}, 2)
+        requests = {name: make_request(world, name, 90) for name in ("snapkv", method)}
+        world.cut(requests, True)
+        return world
+
+    world = kept("triton", "faulty")
+    assert kept_of(world, "snapkv") == kept_of(kept("triton", "tova"), "snapkv")
+    assert kept_of(world, "faulty") == [[list(range(90 - BUDGET, 90))] * KV_HEADS] * 2
 
 
 def test_a_log_line_a_request_and_a_traceback_a_method(

@@ -91,6 +91,8 @@ CHOICES: dict[str, tuple[Maker, str]] = {
         lambda ids: ids.float(),
         r"return integers \[2, \d+\] .*, got torch.float32 \[",
     ),
+    "select nothing": (lambda _: None, "select has returned NoneType, not a tensor"),
+    "select elsewhere": (lambda ids: ids.to("meta"), r"on cpu, got torch.int64 \[2, \d+\] on meta"),
     "select twice": (
         lambda ids: torch.cat([ids[:, 1:2], ids[:, 1:]], dim=1),
         "must return ascending tokens below 92, each once",

@@ -13,7 +13,7 @@ from vllm_kvcompress.eviction.apportionment import Floats
 from vllm_kvcompress.eviction.layer_budgets import page_division
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, rank_first
 from vllm_kvcompress.methods import LayerScores, Method, MethodError
-from vllm_kvcompress.methods.faults import check_choice_of_tokens, method_code
+from vllm_kvcompress.methods.faults import check_choice, method_code
 from vllm_kvcompress.paging.arena import IntArray
 
 
@@ -134,11 +134,10 @@ def tokens_to_keep(
     worth = [s.tokens for s in scores]
     with method_code(method.name, "selecting tokens"):
         chosen = method.scorer.select_layers(worth, counts)
-    if method.scorer.selects_itself:
-        histories, heads = [own.shape[1] for own in worth], len(worth[0])
-        check_choice_of_tokens(method.name, chosen, counts, histories, heads)
-        if pinned is not None:
-            _check_pinned(method, chosen, pinned, histories)
+        if method.scorer.selects_itself:
+            check_choice(method.name, worth, chosen, counts)
+            if pinned is not None:
+                _check_pinned(method, chosen, pinned, [own.shape[1] for own in worth])
     if order is not Order.TEXT:
         chosen = [by_worth(ids, s.tokens) for ids, s in zip(chosen, scores, strict=True)]
     if order is Order.BEST_FIRST:

@@ -8,6 +8,7 @@ NaN. Either is the matter of one request, never of the engine, so all code of a 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite, isnan
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +67,7 @@ def check_scores(
     if not isinstance(tokens, Tensor):
         kind = type(tokens).__name__
         raise MethodError(f"{name}: the scorer has returned {kind} for layer {layer}, not a tensor")
-    if tokens.shape != shape or tokens.dtype != torch.float32:
+    if tokens.shape != shape or tokens.dtype != torch.float32 or tokens.is_sparse:
         raise MethodError(
             f"{name}: score must return torch.float32 {list(shape)} for layer {layer} (KV heads, "
             f"tokens before the window), got {tokens.dtype} {list(tokens.shape)}"
@@ -82,7 +83,7 @@ def check_scores(
         kind = type(stats).__name__
         raise MethodError(f"{name}: stats of layer {layer} must be a mapping, got {kind}")
     for stat, value in stats.items():
-        if not isinstance(value, Tensor | int | float) or (
+        if not isinstance(value, Tensor | Real) or (
             isinstance(value, Tensor) and value.is_complex()
         ):
             raise MethodError(
@@ -158,8 +159,8 @@ def check_limit(name: str, limit: str, tokens: object) -> int:
     return int(tokens)
 
 
-def check_choice_of_tokens(
-    name: str, chosen: Sequence[object], counts: Sequence[int], histories: Sequence[int], heads: int
+def check_choice(
+    name: str, worth: Sequence[Tensor], chosen: Sequence[object], counts: Sequence[int]
 ) -> None:
     """Check the tokens that a scorer's own ``select`` has chosen; waits for a device once.
 
@@ -168,29 +169,29 @@ def check_choice_of_tokens(
 
     Args:
         name: The method's.
-        chosen: Per layer, as they came.
+        worth: Per layer the scores, [N, S'].
+        chosen: Per layer the tokens, as they came.
         counts: Per layer how many there must be.
-        histories: Per layer how many there are to choose from.
-        heads: KV heads N.
 
     Raises:
         MethodError: They are not what ``select`` is to return.
 
     """
     right = []
-    for ids, count, history in zip(chosen, counts, histories, strict=True):
-        shape = list(ids.shape) if isinstance(ids, Tensor) else None
-        integers = isinstance(ids, Tensor) and ids.dtype in (torch.int64, torch.int32)
-        if not isinstance(ids, Tensor) or not integers or shape != [heads, count]:
-            got = f"{ids.dtype} {shape}" if isinstance(ids, Tensor) else type(ids).__name__
+    for ids, scores, count in zip(chosen, worth, counts, strict=True):
+        heads, history = scores.shape
+        if not isinstance(ids, Tensor):
+            raise MethodError(f"{name}: select has returned {type(ids).__name__}, not a tensor")
+        integers = ids.dtype in (torch.int64, torch.int32)
+        if not integers or ids.shape != (heads, count) or ids.device != scores.device:
             raise MethodError(
-                f"{name}: select must return integers {[heads, count]} (KV heads, tokens to keep), "
-                f"got {got}"
+                f"{name}: select must return integers {[heads, count]} (KV heads, tokens to keep) "
+                f"on {scores.device}, got {ids.dtype} {list(ids.shape)} on {ids.device}"
             )
         if count:
             ascending = (ids.diff(dim=1) > 0).all()
             right.append(ascending & (ids[:, 0] >= 0).all() & (ids[:, -1] < history).all())
     if right and not bool(torch.stack(right).all()):
         raise MethodError(
-            f"{name}: select must return ascending tokens below {histories[0]}, each once"
+            f"{name}: select must return ascending tokens below {worth[0].shape[1]}, each once"
         )
