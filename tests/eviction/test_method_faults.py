@@ -8,15 +8,17 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from kvcompress_kernels import selection
 from tests.support.cut_world import BUDGET, BUFFER, KV_HEADS, LAYERS, World
-from tests.support.faulty_methods import FAULTS, WINDOW, faulty, oops
+from tests.support.faulty_methods import FAULTS, WINDOW, OopsError, faulty, oops
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.methods import (
+    Allocator,
     LayerInput,
     available,
     parts,
@@ -269,3 +271,28 @@ def test_pages_that_cannot_be_read_are_ours(
     else:
         world.cut({"bad": request}, True)
         assert world.reporter.report.fallbacks == {"knorm": 1}
+
+
+def test_who_only_stood_beside_a_fault_is_cut_as_ever(
+    make_faulty: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One call weighs the layers of both; the one whose weights are good loses nothing."""
+    monkeypatch.setitem(FAULTS, "weights", (np.ones, ""))
+    make_faulty("weights")
+    allocator = type(registry._methods["faulty"]().allocator)
+
+    def by_stage(self: Allocator, divisions: Any, *, num_layers: int) -> Any:
+        if any(len(d.layers[0].tokens[0]) > 100 for d in divisions):
+            raise OopsError("too long")
+        return Allocator.weights_by_stage(self, divisions, num_layers=num_layers)
+
+    monkeypatch.setattr(allocator, "weights_by_stage", by_stage, raising=False)
+    world = World("torch", {"method": "snapkv"})
+    requests = {name: make_request(world, "faulty", n) for name, n in (("bad", 133), ("good", 90))}
+    world.cut(requests, True)
+    assert kept_of(world, "bad") == [[list(range(133 - BUDGET, 133))] * KV_HEADS] * LAYERS
+    assert kept_of(world, "good") != [[list(range(90 - BUDGET, 90))] * KV_HEADS] * LAYERS
+    assert world.reporter.report.fallbacks == {"faulty": 1}
+    assert "while request good was cut beside others, and not for it alone" in caplog.text

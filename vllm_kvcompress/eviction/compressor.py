@@ -82,10 +82,13 @@ class Compressor:
                 raise ValueError(f"request {each.request_id} is never cut")
             held = self._held(each.request_id, each.request, cut, each.windows)
             together.append((each, held))
-        for each in self._shared.make(together):  # their method has failed, or another's with it
-            self.cut(each.request_id, each.request, each.windows)
+        for each, fault in self._shared.make(together):
+            if not self.cut(each.request_id, each.request, each.windows):
+                self._reporter.tell_of_neighbour(each.request_id, each.request, fault)
 
-    def cut(self, request_id: str, request: WorkerRequest, windows: Tensor | None) -> None:
+    def cut(
+        self, request_id: str, request: WorkerRequest, windows: Tensor | None
+    ) -> MethodError | None:
         """Make a request's next cut. Mutates the request, the arena, and pages of its own blocks.
 
         If the method fails, every layer keeps as many tokens as the others, the most recent ones.
@@ -94,6 +97,9 @@ class Compressor:
             request_id: The request's id.
             request: Its tokens up to the cut are computed.
             windows: Queries of the last tokens, [L, w, H, D]; None if the method looks at none.
+
+        Returns:
+            What the method has failed with; None if it has not.
 
         Raises:
             ValueError: It is never cut.
@@ -122,6 +128,7 @@ class Compressor:
             growth_column=request.tail_start,
         )
         self._reporter.note(request_id, request, cut, pages, timer.laps, fault)
+        return fault
 
     def _held(
         self, request_id: str, request: WorkerRequest, cut: Cut, windows: Tensor | None

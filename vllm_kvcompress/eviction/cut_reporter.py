@@ -141,6 +141,17 @@ class CutReporter:
             line["fallback"] = str(fault)
         logger.info("KVCOMPRESS %s", json.dumps(line))
 
+    def tell_of_neighbour(
+        self, request_id: str, request: WorkerRequest, fault: MethodError
+    ) -> None:
+        """Log a fault in a call for several requests that this one alone does not have."""
+        logger.warning(
+            "method %s failed while request %s was cut beside others, and not for it alone: %s",
+            request.method.name,
+            request_id,
+            fault,
+        )
+
     def tell_of_warm_up(self, method: str, fault: MethodError) -> None:
         """Log a fault that no request has met, with the traceback once a method."""
         logger.error(

@@ -6,14 +6,13 @@ request keeps does not depend on the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from vllm_kvcompress.eviction.apportionment import Floats
 from vllm_kvcompress.eviction.cut_reporter import CutReporter, PhaseTimer
-from vllm_kvcompress.eviction.layer_budgets import WEIGHING, BudgetDivision, page_division
+from vllm_kvcompress.eviction.layer_budgets import WEIGHING, page_division
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, rank_first
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.eviction.request_scorer import HeldTokens, RequestScorer
@@ -54,6 +53,7 @@ class _Open:
         pages: Pages that each layer keeps, int64 [L]; None until they are known.
         weights: The allocator's, fp64 [L]; None if it was not asked.
         tables: Per layer the pages that it holds afterwards.
+        fault: What the method has failed with; the cut is not made then.
 
     """
 
@@ -65,6 +65,7 @@ class _Open:
     scores: list[LayerScores] = field(default_factory=list)
     weights: Floats | None = None
     tables: list[IntArray] = field(default_factory=list)
+    fault: MethodError | None = None
 
     @property
     def method(self) -> Method:
@@ -104,15 +105,15 @@ class SharedCuts:
             and not request.scores
         )
 
-    def make(self, due: Sequence[tuple[DueCut, HeldTokens]]) -> list[DueCut]:
+    def make(self, due: Sequence[tuple[DueCut, HeldTokens]]) -> list[tuple[DueCut, MethodError]]:
         """Make cuts. Mutates the requests, the arena, and pages of the requests' own blocks.
 
         Args:
             due: Cuts of requests that :meth:`takes` takes, and what their layers hold.
 
         Returns:
-            Those that could not be made, because their method has failed for them or for another
-            request of the group: nothing of them has changed, and each is to be tried alone.
+            Those that could not be made, and why: their method has failed, for them or for another
+            request in the same call. Nothing of them has changed, and each is to be tried alone.
 
         """
         return [left for group in self._groups(due) for left in self._make(group)]
@@ -133,7 +134,7 @@ class SharedCuts:
         if group:
             yield group
 
-    def _make(self, due: Sequence[tuple[DueCut, HeldTokens]]) -> list[DueCut]:
+    def _make(self, due: Sequence[tuple[DueCut, HeldTokens]]) -> list[tuple[DueCut, MethodError]]:
         timer = PhaseTimer({})
         cuts = [self._open(each, held) for each, held in due]
         # Those that move come first, and equal methods side by side.
@@ -144,22 +145,24 @@ class SharedCuts:
             scorer = self._scorer(same[0].method)
             found = scorer.score_together([cut.held for cut in same], jobs.part(first, stop))
             for cut, scores in zip(same, found, strict=True):
-                if not isinstance(scores, MethodError):
+                if isinstance(scores, MethodError):
+                    cut.fault = scores
+                else:
                     cut.scores = scores
             first = stop
-        divided = self._to_numbers([cut for cut in cuts if cut.cut.moves and cut.scores])
+        self._to_numbers([cut for cut in cuts if cut.cut.moves and not cut.fault])
         timer.lap("score")
-        for same in _same_method(divided):
+        for same in _same_method([cut for cut in cuts if cut.cut.moves and not cut.fault]):
             self._divide(same)
         timer.lap("allocate")
-        ready = [cut for cut in cuts if cut.scores and cut.pages is not None]
-        if len(ready) < len(cuts):
-            jobs = self._jobs(ready) if ready else jobs
+        ready = [cut for cut in cuts if not cut.fault]
+        if ready and len(ready) < len(cuts):
+            jobs = self._jobs(ready)
         made = self._finish(ready, jobs, timer) if ready else {}
         for each, _ in due:
             if each.request_id in made:
                 self._close(*made[each.request_id])
-        return [each for each, _ in due if each.request_id not in made]
+        return [(cut.due, cut.fault) for cut in cuts if cut.fault]
 
     def _jobs(self, cuts: Sequence[_Open]) -> JobPages:
         """Open the pages of all layers of some cuts."""
@@ -196,24 +199,22 @@ class SharedCuts:
             pages=None if cut.moves else self._arena.dealt_pages(due.request_id),
         )
 
-    def _to_numbers(self, cuts: Sequence[_Open]) -> list[_Open]:
-        """Fetch what the allocators read, of all requests in one transfer; returns good ones."""
+    def _to_numbers(self, cuts: Sequence[_Open]) -> None:
+        """Fetch what the allocators read, of all requests in one transfer, and look at it."""
         numbers = iter(to_numbers([scores for cut in cuts for scores in cut.scores]))
-        good = []
         for cut in cuts:
             cut.scores = [next(numbers) for _ in cut.scores]
-            with suppress(MethodError):  # tried alone, which tells of it
+            try:
                 check_stats(cut.method.name, cut.scores)
-                good.append(cut)
-        return good
+            except MethodError as fault:
+                cut.fault = fault
 
     def _divide(self, cuts: Sequence[_Open]) -> None:
-        """Divide the pools of requests with one method; where that fails, leave them undivided."""
+        """Divide the pools of requests with one method; one call of it serves all of them."""
         method, layers = cuts[0].method, self._arena.geometry.num_layers
-        divisions: list[tuple[_Open, BudgetDivision]] = []
-        with suppress(MethodError):  # tried alone, which tells of it
-            for cut in cuts:
-                division = page_division(
+        try:
+            divisions = [
+                page_division(
                     method,
                     num_layers=layers,
                     pages_per_layer=cut.held.capacity // self._block_size,
@@ -221,14 +222,21 @@ class SharedCuts:
                     lengths=cut.held.lengths,
                     pinned=cut.pinned.count if cut.pinned else 0,
                 )
-                divisions.append((cut, division))
-            staged = [division.staged(cut.scores) for cut, division in divisions]
+                for cut in cuts
+            ]
+            staged = [d.staged(cut.scores) for d, cut in zip(divisions, cuts, strict=True)]
             with method_code(method.name, WEIGHING):
                 weights = method.allocator.weights_by_stage(staged, num_layers=layers)
-                found = list(zip(divisions, staged, weights, strict=True))
-            for (cut, division), stages, own in found:
-                with suppress(MethodError):
-                    cut.pages, cut.weights = division.divide_by(stages, own), division.weights
+                found = list(zip(cuts, divisions, staged, weights, strict=True))
+        except MethodError as fault:
+            for cut in cuts:
+                cut.fault = fault
+            return
+        for cut, division, stages, own in found:
+            try:
+                cut.pages, cut.weights = division.divide_by(stages, own), division.weights
+            except MethodError as fault:
+                cut.fault = fault
 
     def _deal(self, cut: _Open) -> None:
         """Put the cut behind the request, and find its layers' pages."""
