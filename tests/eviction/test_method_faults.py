@@ -279,7 +279,7 @@ def test_who_only_stood_beside_a_fault_is_cut_as_ever(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """One call weighs the layers of both; the one whose weights are good loses nothing."""
-    monkeypatch.setitem(FAULTS, "weights", (np.ones, ""))
+    monkeypatch.setitem(FAULTS, "weights", (lambda n: np.ones(n), ""))
     make_faulty("weights")
     allocator = type(registry._methods["faulty"]().allocator)
 
