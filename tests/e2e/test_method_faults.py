@@ -63,7 +63,7 @@ def test_others_answers_do_not_change(
 
 def test_while_it_generates(engines: Engines, prose: list[int], noted: Any) -> None:
     engine = engines.limited()
-    prompts, tokens = [prose[:300], prose[700:1000]], 100
+    prompts, tokens = [prose[:300], prose[700:1000]], 70
     last = setting("streamingllm", window=WINDOW, sinks=0)
     good = engine.generate(prompts[:1], tokens)[0]
     expected = engine.generate(prompts[1:], tokens, **last)[0]
