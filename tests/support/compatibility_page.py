@@ -43,6 +43,31 @@ def backend_table() -> list[list[str]]:
     return [found[0][0], *(row for _, row in found)] if found else []
 
 
+def family_table() -> dict[str, tuple[str, str]]:
+    """Family -> its state, and the quoted sentence if it is not served."""
+    found = [row for head, row in _cells() if head[0] == "family"]
+    return {family: (state, said.strip("`")) for family, _, state, said in found}
+
+
+def write_family_table(lines: list[tuple[str, str, str, str]]) -> None:
+    """Replace the page's table of families.
+
+    Args:
+        lines: Per family its name, ``model_type``, state and what is said.
+
+    """
+    path = ROOT / "docs" / "compatibility.md"
+    text = path.read_text(encoding="utf-8")
+    head = "| family | `model_type` | state | what is said |\n| --- | --- | --- | --- |\n"
+    start = text.index(head) + len(head)
+    end = start
+    while text.startswith("|", end):
+        end = text.index("\n", end) + 1
+    cells = [(n, f"`{kind}`", state, f"`{said}`" if said else "") for n, kind, state, said in lines]
+    table = "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in cells)
+    path.write_text(text[:start] + table + text[end:], encoding="utf-8")
+
+
 def _cells() -> Iterator[tuple[list[str], list[str]]]:
     """The cells of each line of a table, after those of the table's head."""
     head: list[str] = []
