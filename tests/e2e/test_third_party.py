@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,22 @@ BUDGET = 128
 METHOD = "novelty"
 PAGE = REPO / "docs" / "adding-a-method.md"
 FILES = {"pyproject.toml", "kvc_novelty.py", "test_kvc_novelty.py"}
+
+BRITTLE = '''
+"""Another package's method, which fails at every request."""
+
+from dataclasses import replace
+
+from kvc_novelty import Novelty, NoveltyScorer
+
+
+class BrittleScorer(NoveltyScorer):
+    def score(self, layer):
+        raise KeyError("oops")
+
+
+BRITTLE = replace(Novelty, name="brittle", scorer=BrittleScorer)
+'''
 
 
 def code_blocks(page: str) -> dict[str, str]:
@@ -52,6 +70,12 @@ def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert any(target.glob("kvc_novelty-*.dist-info/entry_points.txt"))
+    (target / "kvc_brittle.py").write_text(BRITTLE, encoding="utf-8")
+    about = target / "kvc_brittle-0.1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Name: kvc-brittle\nVersion: 0.1.0\n", encoding="utf-8")
+    entry = "[vllm_kvcompress.methods]\nbrittle = kvc_brittle:BRITTLE\n"
+    (about / "entry_points.txt").write_text(entry, encoding="utf-8")
     return target
 
 
@@ -131,6 +155,21 @@ def test_requests_set_its_parameters_and_compose_it(served: Server, text: str) -
     assert served.lines("KVCOMPRESS")[-1]["method"] == METHOD
     assert served.lines("KVCOMPRESS")[-1]["tokens_per_layer"] != own["tokens_per_layer"]
     assert len(served.lines("KVCOMPRESS")) == len(before) + 1
+
+
+def test_a_request_whose_method_fails_is_served_all_the_same(served: Server, text: str) -> None:
+    expected = quote(served, text)
+    with ThreadPoolExecutor() as pool:
+        good = pool.submit(quote, served, text)
+        failed = pool.submit(quote, served, text[40:], kv_compression="brittle")
+        assert good.result() == expected
+    assert failed.result()
+    (facts,) = [facts for facts in served.lines("KVCOMPRESS") if "fallback" in facts]
+    assert facts["fallback"] == "brittle: scoring layer 0 has raised KeyError: 'oops'"
+    assert set(facts["tokens_per_layer"]) == {BUDGET}
+    with urllib.request.urlopen(f"{served.url}/metrics", timeout=30) as page:
+        shown = page.read().decode()
+    assert re.search(r'kv_compression_fallbacks_total{.*method="brittle".*} 1\.0', shown)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,9 @@ from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaScheduler
 from vllm_kvcompress.engine.step.measurement_channel import attach, report_of
 from vllm_kvcompress.eviction.measurements import CutReport
 
-REPORT = CutReport([("score", 0.25), ("move", 0.5)], {"cake": 800}, {"cake": 200}, [300, 100])
+REPORT = CutReport(
+    [("score", 0.25), ("move", 0.5)], {"cake": 800}, {"cake": 200}, [300, 100], {"cake": 2}
+)
 STATS = CompressionStats(
     BlockGauges(held=3, reserved=5, free=7, running_held=2, running_plain=8),
     CompressionCounters(
@@ -169,6 +171,7 @@ def test_a_server_of_several_engines_shows_each_ones_figures(folder: Path) -> No
         assert value("vllm:kv_compression_blocks_reserved", engine) == 5
         assert value("vllm:kv_compression_blocks_freed_total", engine) == 11 * times
         assert value("vllm:kv_compression_cuts_total", engine, kind="decode") == 4 * times
+        assert value("vllm:kv_compression_fallbacks_total", engine, method="cake") == 2 * times
         name = "vllm:kv_compression_layer_tokens_kept_total"
         assert value(name, engine, layer="0") == 300 * times
         assert value("vllm:kv_compression_layer_kept_share", engine, layer="0") == 300 / 800

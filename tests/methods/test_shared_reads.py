@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.count_cut_launches import LaunchCounter
 from kvcompress_kernels.scoring import PagedStatistics
 from kvcompress_kernels.winners import out_of_background
 from tests.support.budgets import page_budgets
@@ -84,3 +85,15 @@ def test_a_layer_is_compared_with_its_background_once(monkeypatch):
         division.add(scores)
     assert len(compared) == 12
     assert division.held.tolist() == whole.tolist()
+
+
+def test_stats_on_the_host_and_on_a_device_come_together() -> None:
+    """As in a step that cuts a request of another package's method beside one of cake."""
+    with LaunchCounter() as device:
+        values = torch.empty(4, device="meta")
+        scores = [LayerScores(torch.zeros(1, 1), {"x": value}) for value in values]
+        scores.append(LayerScores(torch.zeros(1, 1), {"x": torch.tensor(2.5)}))
+        found = to_numbers(scores)
+    assert found[-1].stats == {"x": 2.5}
+    assert len({s.stat("x") for s in found}) == 5
+    assert device.found["sync"] == 1

@@ -12,6 +12,7 @@ GROUPS = (
         "tests/e2e/test_traffic.py",
         "tests/e2e/test_plan_figures.py",
         "tests/e2e/test_cascade.py",
+        "tests/e2e/test_method_faults.py",
         "tests/e2e/test_decode_budget.py",
         "tests/e2e/test_streaming.py",
         "tests/e2e/test_random_traffic.py",

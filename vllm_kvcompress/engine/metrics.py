@@ -54,6 +54,11 @@ class CompressionMetrics:
         self._layers = _counter(
             "layer_tokens_kept", "Tokens of compressed prompts that a layer has kept.", "layer"
         )
+        self._fallbacks = _counter(
+            "fallbacks",
+            "Compressions in which the method failed, and the most recent tokens were kept.",
+            "method",
+        )
         self._share = _gauge(
             "layer_kept_share",
             "Share of the tokens of all compressed prompts that a layer has kept.",
@@ -96,6 +101,8 @@ class CompressionMetrics:
             self._seen.labels(**own, method=method).inc(count)
         for method, count in report.tokens_kept.items():
             self._kept.labels(**own, method=method).inc(count)
+        for method, count in report.fallbacks.items():
+            self._fallbacks.labels(**own, method=method).inc(count)
         for layer, count in enumerate(report.layer_tokens_kept):
             self._layers.labels(**own, layer=str(layer)).inc(count)
         for layer, share in enumerate(stats.layer_shares):

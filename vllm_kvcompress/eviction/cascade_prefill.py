@@ -8,7 +8,7 @@ from vllm_kvcompress.eviction.cut_reporter import CutReporter, PhaseTimer
 from vllm_kvcompress.eviction.layerwise import LayerwiseEviction
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.eviction.request_scorer import HeldTokens, RequestScorer
-from vllm_kvcompress.methods import LayerScores
+from vllm_kvcompress.methods import LayerScores, MethodError
 from vllm_kvcompress.paging.arena import IntArray, PageArena
 from vllm_kvcompress.paging.page_codec import PageCodec
 
@@ -81,19 +81,29 @@ class CascadePrefill:
             self._cut.blocks * self._arena.geometry.block_size,
             self._request.window,
         )
-        if keys is not None:
-            scores = self._scorer.score_layer(held, layer, keys=keys)
-        else:
-            (scores,) = self._scorer.score_some(held, range(layer, layer + 1))
+        scores = None if self._eviction.fault else self._score(held, layer, keys)
         timer.lap("score")
-        if self._reporter.records is not None:
-            self._scores.append(scores)
-        placements = self._eviction.take(scores)
+        if scores is None:
+            placements = self._eviction.take_without_scores(self._codec.num_kv_heads)
+        else:
+            if self._reporter.records is not None:
+                self._scores.append(scores)
+            placements = self._eviction.take(scores)
         timer.lap("select")
         for place in placements:
             at_hand = (keys, values) if place.layer == layer else (None, None)
             self._codec.hold(self.sources[place.layer], place.tokens, place.pages, *at_hand)
         timer.lap("move")
+
+    def _score(self, held: HeldTokens, layer: int, keys: Tensor | None) -> LayerScores | None:
+        """Scores of a layer; None if the method has failed, after which it is not asked again."""
+        try:
+            if keys is not None:
+                return self._scorer.score_layer(held, layer, keys=keys)
+            return self._scorer.score_from_pages(held, layer)
+        except MethodError as fault:
+            self._eviction.fall_back(fault, self._codec.num_kv_heads)
+            return None
 
     def finish(self) -> None:
         """Put survivors in their final order. Mutates request, arena and the arena's pages.
@@ -112,13 +122,18 @@ class CascadePrefill:
         orders = [eviction.in_order(layer) for layer in range(len(eviction.tables))]
         self._codec.settle(eviction.tables, orders)
         timer.lap("move")
-        recorded = len(self._scores) == len(self._lengths)
+        fault = eviction.fault
+        if fault is not None:
+            self._scores = []
+        recorded = self._reporter.records is not None and (
+            fault is not None or len(self._scores) == len(self._lengths)
+        )
         # Nobody else asks, and it is work.
         stored = eviction.stored() if recorded or self._pinned is not None else []
         request.advance()
         if recorded:
             self._reporter.record(
-                self._request_id, request, cut, self._scores, stored, eviction.weights
+                self._request_id, request, cut, self._scores, stored, eviction.weights, fault
             )
         request.follow_pinned(cut, self._pinned, stored, self._lengths)
         self._arena.drop(self._request_id)
@@ -130,4 +145,4 @@ class CascadePrefill:
             slack=cut.slack,
             growth_column=request.tail_start,
         )
-        self._reporter.note(self._request_id, request, cut, eviction.tables, timer.laps)
+        self._reporter.note(self._request_id, request, cut, eviction.tables, timer.laps, fault)

@@ -14,11 +14,13 @@ from torch import Tensor
 
 from vllm_kvcompress.eviction.cascade_prefill import CascadePrefill
 from vllm_kvcompress.eviction.cut_reporter import CutReporter, PhaseTimer
+from vllm_kvcompress.eviction.fallback import fallback_of, fallback_scores
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.eviction.request_scorer import HeldTokens, RequestScorer
 from vllm_kvcompress.eviction.selection import Selection, select_survivors
 from vllm_kvcompress.eviction.shared_cuts import DueCut, SharedCuts
-from vllm_kvcompress.methods import LayerScores, Method, to_numbers
+from vllm_kvcompress.methods import LayerScores, Method, MethodError, to_numbers
+from vllm_kvcompress.methods.faults import check_stats
 from vllm_kvcompress.paging.arena import IntArray, PageArena, deal_pages
 from vllm_kvcompress.paging.attention_layer import AttentionParams
 from vllm_kvcompress.paging.page_codec import PageCodec
@@ -80,15 +82,24 @@ class Compressor:
                 raise ValueError(f"request {each.request_id} is never cut")
             held = self._held(each.request_id, each.request, cut, each.windows)
             together.append((each, held))
-        self._shared.make(together)
+        for each, fault in self._shared.make(together):
+            if not self.cut(each.request_id, each.request, each.windows):
+                self._reporter.tell_of_neighbour(each.request_id, each.request, fault)
 
-    def cut(self, request_id: str, request: WorkerRequest, windows: Tensor | None) -> None:
+    def cut(
+        self, request_id: str, request: WorkerRequest, windows: Tensor | None
+    ) -> MethodError | None:
         """Make a request's next cut. Mutates the request, the arena, and pages of its own blocks.
+
+        If the method fails, every layer keeps as many tokens as the others, the most recent ones.
 
         Args:
             request_id: The request's id.
             request: Its tokens up to the cut are computed.
             windows: Queries of the last tokens, [L, w, H, D]; None if the method looks at none.
+
+        Returns:
+            What the method has failed with; None if it has not.
 
         Raises:
             ValueError: It is never cut.
@@ -99,11 +110,12 @@ class Compressor:
             raise ValueError(f"request {request_id} is never cut")
         timer = PhaseTimer({"score": request.score_seconds} if request.scores else {})
         held = self._held(request_id, request, cut, windows)
+        fault = None
         if request.method.scorer.keeps_all:
             request.advance()
             pages = self._scatter(request, cut, held)
         else:
-            selection = self._select(request_id, request, cut, held, timer)
+            selection, fault = self._select(request_id, request, cut, held, timer)
             pages = self._move(request, cut, held, selection)
         timer.lap("move")
         self._arena.drop(request_id)
@@ -115,7 +127,8 @@ class Compressor:
             slack=cut.slack,
             growth_column=request.tail_start,
         )
-        self._reporter.note(request_id, request, cut, pages, timer.laps)
+        self._reporter.note(request_id, request, cut, pages, timer.laps, fault)
+        return fault
 
     def _held(
         self, request_id: str, request: WorkerRequest, cut: Cut, windows: Tensor | None
@@ -136,30 +149,49 @@ class Compressor:
         cut: Cut,
         held: HeldTokens,
         timer: PhaseTimer,
-    ) -> Selection:
+    ) -> tuple[Selection, MethodError | None]:
         """Choose the survivors, and put the cut behind the request."""
-        scores = to_numbers(self._scores(request, held))
-        timer.lap("score")
-        pinned = request.pinned_places(cut, held.lengths, self._codec.num_kv_heads)
-        selection = select_survivors(
-            request.method,
-            scores,
-            capacity=held.capacity,
-            block_size=self._block_size,
-            lengths=held.lengths,
-            lap=timer.lap,
-            pages=None if cut.moves else self._arena.dealt_pages(request_id),
-            pinned=pinned,
-        )
+        heads = self._codec.num_kv_heads
+        pinned = request.pinned_places(cut, held.lengths, heads)
+
+        def choose(method: Method, scores: Sequence[LayerScores]) -> Selection:
+            timer.lap("score")
+            return select_survivors(
+                method,
+                scores,
+                capacity=held.capacity,
+                block_size=self._block_size,
+                lengths=held.lengths,
+                lap=timer.lap,
+                pages=None if cut.moves else self._arena.dealt_pages(request_id),
+                pinned=pinned,
+            )
+
+        fault = None
+        try:
+            scores = self._scores(request, held)
+            selection = choose(request.method, scores)
+        except MethodError as found:
+            fault = found
+            scores = fallback_scores(request.method, held.lengths, heads)
+            selection = choose(fallback_of(request.method), scores)
         request.advance()
-        self._reporter.record(request_id, request, cut, scores, selection.tokens, selection.weights)
+        self._reporter.record(
+            request_id, request, cut, scores, selection.tokens, selection.weights, fault
+        )
         request.follow_pinned(cut, pinned, selection.tokens, held.lengths)
-        return selection
+        return selection, fault
 
     def _scores(self, request: WorkerRequest, held: HeldTokens) -> list[LayerScores]:
+        if request.fault is not None:  # while the step ran
+            raise request.fault
         if len(request.scores) == self._num_layers:  # scored while the step ran
-            return [request.scores[layer] for layer in range(self._num_layers)]
-        return self._scorer(request.method).score_all(held)
+            scores = [request.scores[layer] for layer in range(self._num_layers)]
+        else:
+            scores = self._scorer(request.method).score_all(held)
+        numbers = to_numbers(scores)
+        check_stats(request.method.name, numbers)
+        return numbers
 
     def _move(
         self, request: WorkerRequest, cut: Cut, held: HeldTokens, selection: Selection
@@ -191,7 +223,8 @@ class Compressor:
 
         Args:
             layer: Index in the arena.
-            request: The request; mutated: its window is read, its scores are kept in it.
+            request: The request; mutated: its window is read, its scores are kept in it, or what
+                the method failed with.
             keys: All the prompt's keys after RoPE, [N, S, D].
 
         Raises:
@@ -201,11 +234,17 @@ class Compressor:
         cut = request.next_cut
         if cut is None:
             raise ValueError("only requests that are cut are scored")
+        if request.fault is not None:
+            return
         start = time.perf_counter()
         held = HeldTokens(
             [], [cut.position] * self._num_layers, cut.blocks * self._block_size, request.window
         )
-        request.scores[layer] = self._scorer(request.method).score_layer(held, layer, keys=keys)
+        scorer = self._scorer(request.method)
+        try:
+            request.scores[layer] = scorer.score_layer(held, layer, keys=keys)
+        except MethodError as fault:
+            request.fault = fault
         request.score_seconds += time.perf_counter() - start
 
     def begin_cascade(self, request_id: str, request: WorkerRequest) -> CascadePrefill:
@@ -240,7 +279,8 @@ class Compressor:
 
         What is compiled on first use is compiled by it, and too little memory beside the pool
         shows at the start: the first method gets the longest prompt there can be. All prompts lie
-        in the null block; nothing is mutated.
+        in the null block; nothing is mutated. A method that fails with their zeros is told of and
+        may do well with a prompt.
 
         Args:
             methods: What requests can have (:mod:`~vllm_kvcompress.planning.possible_methods`).
@@ -276,12 +316,15 @@ class Compressor:
         """Choose tokens of a request in the null block."""
         pages = self._arena.geometry.all_pages([0] * cdiv(max(lengths), self._block_size))
         held = HeldTokens(list(pages), lengths, kept, window)
-        select_survivors(
-            method,
-            to_numbers(self._scorer(method).score_all(held)),
-            capacity=held.capacity,
-            block_size=self._block_size,
-            lengths=lengths,
-            lap=PhaseTimer({}).lap,
-            pages=pages_kept,
-        )
+        try:
+            select_survivors(
+                method,
+                to_numbers(self._scorer(method).score_all(held)),
+                capacity=held.capacity,
+                block_size=self._block_size,
+                lengths=lengths,
+                lap=PhaseTimer({}).lap,
+                pages=pages_kept,
+            )
+        except MethodError as fault:
+            self._reporter.tell_of_warm_up(method.name, fault)

@@ -11,7 +11,7 @@ from vllm_kvcompress.eviction.apportionment import Floats
 from vllm_kvcompress.eviction.measurements import CutReport
 from vllm_kvcompress.eviction.records import CutRecord, make_record
 from vllm_kvcompress.eviction.request import WorkerRequest
-from vllm_kvcompress.methods import LayerScores
+from vllm_kvcompress.methods import LayerScores, MethodError
 from vllm_kvcompress.paging.arena import IntArray
 from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.compression_schedule import Cut
@@ -59,6 +59,7 @@ class CutReporter:
         self.seconds: dict[str, float] = {}
         self.records: list[CutRecord] | None = None
         self.report = CutReport()
+        self._failed: set[str] = set()
 
     def record(
         self,
@@ -68,6 +69,7 @@ class CutReporter:
         scores: Sequence[LayerScores],
         tokens: Sequence[Tensor],
         weights: Floats | None,
+        fault: MethodError | None = None,
     ) -> None:
         """Describe a cut that is being made, if anybody asked. Mutates the records.
 
@@ -85,6 +87,7 @@ class CutReporter:
                 number=request.cuts_made,
                 prompt_len=cut.position,
                 block_size=self._block_size,
+                fault=fault,
             )
         )
 
@@ -95,6 +98,7 @@ class CutReporter:
         cut: Cut,
         tables: Sequence[IntArray],
         laps: dict[str, float],
+        fault: MethodError | None = None,
     ) -> None:
         """Count and log a cut that was just made. Mutates seconds and report.
 
@@ -104,8 +108,11 @@ class CutReporter:
             cut: The cut.
             tables: Per layer the pages it holds now.
             laps: Seconds it took, by phase.
+            fault: What the method has failed with, if it has.
 
         """
+        if fault is not None:
+            self._tell(request_id, request, fault)
         for phase, seconds in laps.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
             self.report.phase_times.append((phase, seconds))
@@ -130,4 +137,48 @@ class CutReporter:
             "tokens_per_layer": tokens,
             "seconds": {k: round(v, 4) for k, v in laps.items()},
         }
+        if fault is not None:
+            line["fallback"] = str(fault)
         logger.info("KVCOMPRESS %s", json.dumps(line))
+
+    def tell_of_neighbour(
+        self, request_id: str, request: WorkerRequest, fault: MethodError
+    ) -> None:
+        """Log a fault in a call for several requests that this one alone does not have."""
+        logger.warning(
+            "method %s failed while request %s was cut beside others, and not for it alone: %s",
+            request.method.name,
+            request_id,
+            fault,
+        )
+
+    def tell_of_warm_up(self, method: str, fault: MethodError) -> None:
+        """Log a fault that no request has met, with the traceback once a method."""
+        logger.error(
+            "method %s failed while kernels were warmed up: %s",
+            method,
+            fault,
+            exc_info=self._first_of(method, fault),
+        )
+
+    def _tell(self, request_id: str, request: WorkerRequest, fault: MethodError) -> None:
+        """Count a fault, and log it once a request, with the traceback once a method."""
+        name = request.method.name
+        self.report.fallbacks[name] += 1
+        if request.told_of_fault:
+            return
+        request.told_of_fault = True
+        logger.error(
+            "method %s failed for request %s, which keeps its most recent tokens instead: %s",
+            name,
+            request_id,
+            fault,
+            exc_info=self._first_of(name, fault),
+        )
+
+    def _first_of(self, method: str, fault: MethodError) -> MethodError | None:
+        """The fault if it is the method's first one."""
+        if method in self._failed:
+            return None
+        self._failed.add(method)
+        return fault

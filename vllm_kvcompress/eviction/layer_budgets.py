@@ -12,7 +12,11 @@ import numpy.typing as npt
 
 from vllm_kvcompress.eviction.apportionment import Floats, Ints, apportion
 from vllm_kvcompress.methods import LayerScores, Method, StagedDivision
+from vllm_kvcompress.methods.faults import check_limit, check_weights, method_code
 from vllm_kvcompress.paging.rounding import cdiv
+
+WEIGHING = "weighing the layers"
+"""What a method does, for the sentence about its faults."""
 
 
 class BudgetDivision:
@@ -75,14 +79,19 @@ class BudgetDivision:
             layer.
 
         Raises:
-            ValueError: All layers have been seen, or the method returns unusable weights.
+            ValueError: All layers have been seen.
+            MethodError: The method has failed; nothing has changed.
 
         """
+        seen, weights = [*self._seen, scores], None
+        count = self._check_count(1)
+        if count >= self._num_layers or (self._every and not count % self._every):
+            with method_code(self._method.name, WEIGHING):
+                found = self._method.weights(seen, base=self._base, num_layers=self._num_layers)
+            weights = check_weights(self._method.name, found, count)
         self._see([scores])
-        count = len(self._seen)
-        if count < self._num_layers and (not self._every or count % self._every):
+        if weights is None:
             return None
-        weights = self._method.weights(self._seen, base=self._base, num_layers=self._num_layers)
         self._divide(weights)
         return self.held
 
@@ -94,10 +103,14 @@ class BudgetDivision:
 
         Raises:
             ValueError: As :meth:`add`.
+            MethodError: As :meth:`add`.
 
         """
         staged = self.staged(layers)
-        (weights,) = self._method.allocator.weights_by_stage([staged], num_layers=self._num_layers)
+        with method_code(self._method.name, WEIGHING):
+            (weights,) = self._method.allocator.weights_by_stage(
+                [staged], num_layers=self._num_layers
+            )
         return self.divide_by(staged, weights)
 
     def staged(self, layers: Sequence[LayerScores]) -> StagedDivision:
@@ -120,30 +133,47 @@ class BudgetDivision:
             weights: The allocator's, at each of its stages.
 
         Raises:
-            ValueError: The method has returned unusable weights.
+            MethodError: The method has returned unusable weights; nothing has changed.
 
         """
-        for seen, own in zip(staged.stages, weights, strict=True):
+        name = self._method.name
+        with method_code(name, WEIGHING):
+            pairs = list(zip(staged.stages, weights, strict=True))
+        checked = [(seen, check_weights(name, own, seen)) for seen, own in pairs]
+        for seen, own in checked:
             self._see(staged.layers[len(self._seen) : seen])
             self._divide(own)
         return self.held
 
+    def share_equally(self, fallback: Method) -> None:
+        """Go on with another method, after the same layers as before. Mutates the division.
+
+        What layers hold already never rises. If the pool can be spent exactly with the former
+        method, it can with this one, as that depends on what layers hold and not on their weights.
+
+        Args:
+            fallback: Weighs all layers alike.
+
+        """
+        self._method = fallback
+
     def _see(self, layers: Sequence[LayerScores]) -> None:
         first = len(self._seen)
-        if first + len(layers) > self._num_layers:
-            raise ValueError(f"all {self._num_layers} layers have been seen already")
+        self._check_count(len(layers))
         self._seen.extend(layers)
         self._shared = np.append(self._shared, self._caps[first : len(self._seen)])
 
-    def _divide(self, weights: npt.NDArray[np.float64]) -> None:
+    def _check_count(self, more: int) -> int:
+        """Return how many layers will have been seen after some more; ValueError if too many."""
+        count = len(self._seen) + more
+        if count > self._num_layers:
+            raise ValueError(f"all {self._num_layers} layers have been seen already")
+        return count
+
+    def _divide(self, weights: Floats) -> None:
         """Divide the whole pool between the layers seen so far, within what each still holds."""
-        count = len(self._seen)
-        if np.shape(weights) != (count,):
-            raise ValueError(
-                f"{self._method.name}: weights must have shape ({count},), got {np.shape(weights)}"
-            )
-        self.weights = np.asarray(weights, dtype=np.float64)
-        floors = np.full(count, self._floor, dtype=np.int64)
+        self.weights = weights
+        floors = np.full(len(self._seen), self._floor, dtype=np.int64)
         self._shared = apportion(weights, self._shared, self._pool, floors=floors)
 
 
@@ -172,6 +202,7 @@ def page_division(
 
     Raises:
         ValueError: The lengths leave nothing to evict, or the window does not fit R pages.
+        MethodError: The method's cap or floor cannot be used.
 
     """
     held = np.broadcast_to(np.asarray(lengths, dtype=np.int64), (num_layers,))
@@ -191,15 +222,19 @@ def page_division(
         )
     base = capacity - method.window
     history = (held - method.window).tolist()
+    with method_code(method.name, "its cap"):
+        limits = [method.allocator.cap(tokens, base) for tokens in history]
     own = [
-        max(cdiv(method.allocator.cap(tokens, base), block_size), pages_per_layer - reserved)
-        for tokens in history
+        max(cdiv(check_limit(method.name, "cap", limit), block_size), pages_per_layer - reserved)
+        for limit in limits
     ]
     caps = np.minimum(full, own)
     if caps.sum() < pool:  # layers that hold little cannot make up for those that may not
         caps = full
+    with method_code(method.name, "its floor"):
+        least = method.allocator.floor(min(history), base)
     # Where the pool is too small for all floors none of them would hold, so let them fit.
-    least = max(min(method.allocator.floor(min(history), base), base), pinned)
+    least = max(min(check_limit(method.name, "floor", least), base), pinned)
     return BudgetDivision(
         method,
         pool=pool,

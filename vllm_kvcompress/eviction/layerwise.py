@@ -8,16 +8,19 @@ first pages is all there is to do, and nothing moves.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vllm_kvcompress.eviction.apportionment import Floats
+from vllm_kvcompress.eviction.fallback import fallback_of, fallback_scores
 from vllm_kvcompress.eviction.layer_budgets import page_division
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces
 from vllm_kvcompress.eviction.selection import Order, tokens_to_keep
-from vllm_kvcompress.methods import LayerScores, Method, to_numbers
+from vllm_kvcompress.methods import LayerScores, Method, MethodError, to_numbers
+from vllm_kvcompress.methods.faults import check_stats
 from vllm_kvcompress.paging.arena import IntArray, PageGeometry
 from vllm_kvcompress.paging.rounding import cdiv
 from vllm_kvcompress.planning.compression_schedule import Cut
@@ -56,6 +59,7 @@ class LayerwiseEviction:
         sources: Per layer the flat ids of the pages where its tokens are while it runs, int64 [n].
         tables: Per layer seen and cut, the pages it holds now, lowest scores first.
         kept: Per layer seen and cut, its tokens in that order, int [N, T].
+        fault: What the method has failed with; None as long as it has not.
 
     Raises:
         ValueError: The workspace is too small.
@@ -77,20 +81,27 @@ class LayerwiseEviction:
         self.cut = cut
         self.tables: list[IntArray] = []
         self.kept: list[Tensor] = []
+        self.fault: MethodError | None = None
         self._method = method
         self._num_layers = geometry.num_layers
         self._block_size = geometry.block_size
         self._free: list[int] = geometry.all_pages(arena).T.reshape(-1).tolist()
         self._waiting: list[LayerScores] = []
         self._pinned = pinned
-        self._division = page_division(
-            method,
+        divide = partial(
+            page_division,
             num_layers=geometry.num_layers,
             pages_per_layer=cut.blocks,
             block_size=geometry.block_size,
             lengths=cut.position,
             pinned=pinned.count if pinned else 0,
         )
+        try:
+            self._division = divide(method)
+        except MethodError as fault:  # in its cap or floor
+            self.fault, self._method = fault, fallback_of(method)
+            self._division = divide(self._method)
+        self._known_ahead = self._method.allocator.budgets_ignore_scores
         self._given: IntArray | None = None
         self.sources = self._lay_out(geometry, cached, workspace, layers_per_division)
 
@@ -124,8 +135,34 @@ class LayerwiseEviction:
         """The allocator's weights of the layers at the last division; None before it."""
         return self._division.weights
 
+    def fall_back(self, fault: MethodError, heads: int) -> None:
+        """Go on without the method. Mutates this.
+
+        Layers that are cut keep what the method has chosen, and give back what later ones need;
+        the others, those that wait for a division among them, keep their most recent tokens. All
+        weigh the same from now on, unless budgets were known before the first layer.
+
+        Args:
+            fault: What the method has failed with.
+            heads: KV heads N.
+
+        """
+        self.fault = fault
+        self._method = fallback_of(self._method)
+        self._division.share_equally(self._method)
+        self._waiting = self._recent(heads) * len(self._waiting)
+
+    def take_without_scores(self, heads: int) -> list[Placement]:
+        """As :meth:`take`, for a layer of ``heads`` KV heads after the method has failed."""
+        return self.take(*self._recent(heads))
+
+    def _recent(self, heads: int) -> list[LayerScores]:
+        return fallback_scores(self._method, [self.cut.position], heads)
+
     def take(self, scores: LayerScores) -> list[Placement]:
         """Take in the next layer; where the arena is divided, say what to copy. Mutates this.
+
+        A fault of the method ends in :meth:`fall_back`.
 
         Args:
             scores: Scores of the layer whose attention has just run.
@@ -136,30 +173,44 @@ class LayerwiseEviction:
 
         """
         self._waiting.append(scores)
-        pages = self._pages()
+        heads = len(scores.tokens)
+        try:
+            pages = self._pages()
+        except MethodError as fault:
+            self.fall_back(fault, heads)
+            pages = self._pages()
         if pages is None:
             return []
         for layer, left in enumerate(pages[: len(self.tables)].tolist()):
             self._shrink(layer, left)
         placements = []
-        for waiting in self._waiting:
+        for place in range(len(self._waiting)):
             layer = len(self.tables)
             count = int(pages[layer])
             taken, self._free = self._free[:count], self._free[count:]
-            (tokens,) = tokens_to_keep(
-                self._method,
-                [waiting],
-                [count],
-                block_size=self._block_size,
-                lengths=[self.cut.position],
-                order=Order.WORST_FIRST,
-                pinned=[self._pinned.places[layer]] if self._pinned else None,
-            )
+            try:
+                tokens = self._choose(layer, place, count)
+            except MethodError as fault:
+                self.fall_back(fault, heads)
+                tokens = self._choose(layer, place, count)
             self.tables.append(np.asarray(taken, dtype=np.int64))
             self.kept.append(tokens)
             placements.append(Placement(layer, tokens, self.tables[-1]))
         self._waiting = []
         return placements
+
+    def _choose(self, layer: int, place: int, pages: int) -> Tensor:
+        """Tokens of a waiting layer that fill some pages, the least worthy first."""
+        (tokens,) = tokens_to_keep(
+            self._method,
+            [self._waiting[place]],
+            [pages],
+            block_size=self._block_size,
+            lengths=[self.cut.position],
+            order=Order.WORST_FIRST,
+            pinned=[self._pinned.places[layer]] if self._pinned else None,
+        )
+        return tokens
 
     def in_order(self, layer: int) -> Tensor:
         """Where a layer's tokens lie now, in their final storage order: int64 [N, T]."""
@@ -179,8 +230,10 @@ class LayerwiseEviction:
     def _pages(self) -> IntArray | None:
         """Pages of at least the layers seen, int64; None where the arena is not divided now."""
         newest = self._waiting[-1]
-        if not self._method.allocator.budgets_ignore_scores:
-            return self._division.add(to_numbers([newest])[0])
+        if not self._known_ahead:
+            (numbers,) = to_numbers([newest])
+            check_stats(self._method.name, [numbers], len(self.tables) + len(self._waiting) - 1)
+            return self._division.add(numbers)
         if self._given is None:  # shapes are all that matters, and those of all layers are the same
             self._given = self._division.divide_all([newest] * self._num_layers)
         return self._given

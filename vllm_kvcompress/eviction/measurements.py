@@ -14,6 +14,7 @@ class CutReport:
         tokens_seen: Tokens of compressed prompts, by method.
         tokens_kept: Tokens that an average layer kept of them, by method.
         layer_tokens_kept: Tokens that each layer kept of them, [L]; empty without such a prompt.
+        fallbacks: Cuts in which the method failed, by method.
 
     """
 
@@ -22,6 +23,7 @@ class CutReport:
     tokens_seen: dict[str, int] = field(default_factory=Counter)
     tokens_kept: dict[str, int] = field(default_factory=Counter)
     layer_tokens_kept: list[int] = field(default_factory=list)
+    fallbacks: dict[str, int] = field(default_factory=Counter)
 
     def __bool__(self) -> bool:
         return bool(self.phase_times or self.tokens_seen)

@@ -87,10 +87,14 @@ def rank_first(worth: Tensor, places: Tensor) -> Tensor:
         worth: fp32 [N, S'], scores of the history.
         places: int64 [N, K], tokens by their place; those beyond the history are protected anyway.
 
+    A score that is infinite or NaN counts as the largest finite one: none comes before a pinned
+    token, whatever was not or could not be looked at before (on a GPU).
+
     """
     history = worth.shape[1]
     places = places.to(worth.device)
     room = max(int(places.max()) + 1 - history, 0) if places.numel() else 0
     wide = torch.cat([worth, worth.new_zeros(len(worth), room)], dim=1)
+    wide.nan_to_num_(torch.finfo(wide.dtype).max)
     wide.scatter_(1, places, torch.inf)
     return wide[:, :history].contiguous()

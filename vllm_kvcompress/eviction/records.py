@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from vllm_kvcompress.methods import LayerScores, Method, to_numbers
+from vllm_kvcompress.methods import LayerScores, Method, MethodError, to_numbers
 from vllm_kvcompress.paging.arena import IntArray
 
 
@@ -29,6 +29,7 @@ class CutRecord:
             ``log_entropy`` and ``log_shift``, natural logarithms.
         weights: fp64 [L], the allocator's weights of the layers, which sum to 1; None if it treats
             all layers alike, or was not asked because every layer keeps the pages it has.
+        fallback: Why the method failed, so that the most recent tokens were kept; None: it did not.
 
     """
 
@@ -41,6 +42,7 @@ class CutRecord:
     kept: tuple[IntArray, ...]
     stats: tuple[Mapping[str, float], ...]
     weights: npt.NDArray[np.float64] | None
+    fallback: str | None = None
 
 
 def make_record(
@@ -53,6 +55,7 @@ def make_record(
     number: int,
     prompt_len: int,
     block_size: int,
+    fault: MethodError | None = None,
 ) -> CutRecord:
     """Describe a compression.
 
@@ -65,6 +68,7 @@ def make_record(
         number: Number of the cut, from 1.
         prompt_len: Tokens of the text before the cut.
         block_size: Tokens per block.
+        fault: What the method has failed with, if it has.
 
     """
     found = to_numbers(scores)
@@ -84,4 +88,5 @@ def make_record(
             {k: v for k, v in s.stats.items() if isinstance(v, int | float)} for s in found
         ),
         weights=None if weights is None else weights / weights.sum(),
+        fallback=None if fault is None else str(fault),
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, PinnedTokens
-from vllm_kvcompress.methods import LayerScores, Method
+from vllm_kvcompress.methods import LayerScores, Method, MethodError
 from vllm_kvcompress.planning.compression_schedule import NEVER, CompressionSchedule, Cut
 from vllm_kvcompress.planning.request_settings import RequestSettings
 
@@ -32,6 +32,8 @@ class WorkerRequest:
             are collected.
         scores: Layers already scored, in a prompt that runs in one step.
         score_seconds: Time that scoring them took.
+        fault: What the method failed with while they were scored.
+        told_of_fault: Whether a fault of the request has been logged.
         pinned: Where its pinned tokens lie; None if it has none.
 
     """
@@ -50,6 +52,8 @@ class WorkerRequest:
     window: Tensor | None = field(default=None, repr=False)
     scores: dict[int, LayerScores] = field(default_factory=dict, repr=False)
     score_seconds: float = 0.0
+    fault: MethodError | None = field(default=None, repr=False)
+    told_of_fault: bool = False
     pinned: PinnedTokens | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -154,6 +158,7 @@ class WorkerRequest:
         """Let go of what was collected for scoring. Mutates the request."""
         self.window = None
         self.scores = {}
+        self.fault = None
         self.score_seconds = 0.0
 
     def _look_ahead(self) -> None:

@@ -12,7 +12,8 @@ from kvcompress_kernels.selection_torch import worst_first
 from vllm_kvcompress.eviction.apportionment import Floats
 from vllm_kvcompress.eviction.layer_budgets import page_division
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, rank_first
-from vllm_kvcompress.methods import LayerScores, Method
+from vllm_kvcompress.methods import LayerScores, Method, MethodError
+from vllm_kvcompress.methods.faults import check_choice, method_code
 from vllm_kvcompress.paging.arena import IntArray
 
 
@@ -68,6 +69,7 @@ def select_survivors(
 
     Raises:
         ValueError: As :func:`.layer_budgets.page_division`.
+        MethodError: The method has failed.
 
     """
     weights = None
@@ -119,6 +121,9 @@ def tokens_to_keep(
     Returns:
         Per layer int [N, pages * block_size], places of tokens in storage order.
 
+    Raises:
+        MethodError: The method has failed.
+
     """
     if pinned is not None:
         scores = [
@@ -126,7 +131,13 @@ def tokens_to_keep(
             for s, places in zip(scores, pinned, strict=True)
         ]
     counts = (np.asarray(pages) * block_size - method.window).tolist()
-    chosen = method.scorer.select_layers([s.tokens for s in scores], counts)
+    worth = [s.tokens for s in scores]
+    with method_code(method.name, "selecting tokens"):
+        chosen = method.scorer.select_layers(worth, counts)
+        if method.scorer.selects_itself:
+            check_choice(method.name, worth, chosen, counts)
+            if pinned is not None:
+                _check_pinned(method, chosen, pinned, [own.shape[1] for own in worth])
     if order is not Order.TEXT:
         chosen = [by_worth(ids, s.tokens) for ids, s in zip(chosen, scores, strict=True)]
     if order is Order.BEST_FIRST:
@@ -134,6 +145,20 @@ def tokens_to_keep(
     return [
         with_window(ids, length, method.window) for ids, length in zip(chosen, lengths, strict=True)
     ]
+
+
+def _check_pinned(
+    method: Method, chosen: Sequence[Tensor], pinned: Sequence[Tensor], histories: Sequence[int]
+) -> None:
+    """MethodError if a scorer's own rule has left out tokens that are pinned."""
+    for ids, places, history in zip(chosen, pinned, histories, strict=True):
+        has = torch.zeros(len(places), history, dtype=torch.bool)
+        has.scatter_(1, ids.to("cpu", torch.int64), True)
+        # Those in the window are kept anyway.
+        if not bool((has.gather(1, places.clamp(max=history - 1)) | (places >= history)).all()):
+            raise MethodError(
+                f"{method.name}: select has left out pinned tokens, whose scores are infinite"
+            )
 
 
 def with_window(history: Tensor, num_tokens: int, window: int) -> Tensor:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from vllm_kvcompress.eviction.apportionment import Floats
 from vllm_kvcompress.eviction.cut_reporter import CutReporter, PhaseTimer
-from vllm_kvcompress.eviction.layer_budgets import page_division
+from vllm_kvcompress.eviction.layer_budgets import WEIGHING, page_division
 from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, rank_first
 from vllm_kvcompress.eviction.request import WorkerRequest
 from vllm_kvcompress.eviction.request_scorer import HeldTokens, RequestScorer
-from vllm_kvcompress.methods import LayerScores, Method, Scorer, to_numbers
+from vllm_kvcompress.methods import LayerScores, Method, MethodError, to_numbers
+from vllm_kvcompress.methods.faults import check_stats, method_code
 from vllm_kvcompress.paging.arena import IntArray, PageArena, deal_pages
-from vllm_kvcompress.paging.page_codec import PageCodec
+from vllm_kvcompress.paging.page_codec import JobPages, PageCodec
 from vllm_kvcompress.paging.strided_codec import SHARED_BYTES
 from vllm_kvcompress.planning.compression_schedule import Cut
 
@@ -52,6 +53,7 @@ class _Open:
         pages: Pages that each layer keeps, int64 [L]; None until they are known.
         weights: The allocator's, fp64 [L]; None if it was not asked.
         tables: Per layer the pages that it holds afterwards.
+        fault: What the method has failed with; the cut is not made then.
 
     """
 
@@ -63,6 +65,7 @@ class _Open:
     scores: list[LayerScores] = field(default_factory=list)
     weights: Floats | None = None
     tables: list[IntArray] = field(default_factory=list)
+    fault: MethodError | None = None
 
     @property
     def method(self) -> Method:
@@ -97,21 +100,23 @@ class SharedCuts:
         return (
             self._codec.shares_launches
             and not scorer.keeps_all
-            and scorer.budgets_are_nested
-            and type(scorer).select_layers is Scorer.select_layers
+            and not scorer.selects_itself
             and not scorer.stores_by_worth
             and not request.scores
         )
 
-    def make(self, due: Sequence[tuple[DueCut, HeldTokens]]) -> None:
+    def make(self, due: Sequence[tuple[DueCut, HeldTokens]]) -> list[tuple[DueCut, MethodError]]:
         """Make cuts. Mutates the requests, the arena, and pages of the requests' own blocks.
 
         Args:
             due: Cuts of requests that :meth:`takes` takes, and what their layers hold.
 
+        Returns:
+            Those that could not be made, and why: their method has failed, for them or for another
+            request in the same call. Nothing of them has changed, and each is to be tried alone.
+
         """
-        for group in self._groups(due):
-            self._make(group)
+        return [left for group in self._groups(due) for left in self._make(group)]
 
     def _groups(
         self, due: Sequence[tuple[DueCut, HeldTokens]]
@@ -129,27 +134,45 @@ class SharedCuts:
         if group:
             yield group
 
-    def _make(self, due: Sequence[tuple[DueCut, HeldTokens]]) -> None:
+    def _make(self, due: Sequence[tuple[DueCut, HeldTokens]]) -> list[tuple[DueCut, MethodError]]:
         timer = PhaseTimer({})
         cuts = [self._open(each, held) for each, held in due]
         # Those that move come first, and equal methods side by side.
         cuts.sort(key=lambda c: (not c.cut.moves, c.method.name, repr(c.method)))
-        pages = [own for cut in cuts for own in cut.held.pages]
-        lengths = [length for cut in cuts for length in cut.held.lengths]
-        jobs = self._codec.open(pages, lengths)
-        first = 0
+        jobs, first = self._jobs(cuts), 0
         for same in _same_method(cuts):
             stop = first + sum(len(cut.held.pages) for cut in same)
             scorer = self._scorer(same[0].method)
             found = scorer.score_together([cut.held for cut in same], jobs.part(first, stop))
             for cut, scores in zip(same, found, strict=True):
-                cut.scores = scores
+                if isinstance(scores, MethodError):
+                    cut.fault = scores
+                else:
+                    cut.scores = scores
             first = stop
-        self._to_numbers([cut for cut in cuts if cut.cut.moves])
+        self._to_numbers([cut for cut in cuts if cut.cut.moves and not cut.fault])
         timer.lap("score")
-        for same in _same_method([cut for cut in cuts if cut.cut.moves]):
+        for same in _same_method([cut for cut in cuts if cut.cut.moves and not cut.fault]):
             self._divide(same)
         timer.lap("allocate")
+        ready = [cut for cut in cuts if not cut.fault]
+        if ready and len(ready) < len(cuts):
+            jobs = self._jobs(ready)
+        made = self._finish(ready, jobs, timer) if ready else {}
+        for each, _ in due:
+            if each.request_id in made:
+                self._close(*made[each.request_id])
+        return [(cut.due, cut.fault) for cut in cuts if cut.fault]
+
+    def _jobs(self, cuts: Sequence[_Open]) -> JobPages:
+        """Open the pages of all layers of some cuts."""
+        pages = [own for cut in cuts for own in cut.held.pages]
+        return self._codec.open(pages, [length for cut in cuts for length in cut.held.lengths])
+
+    def _finish(
+        self, cuts: Sequence[_Open], jobs: JobPages, timer: PhaseTimer
+    ) -> dict[str, tuple[_Open, list[Tensor], dict[str, float]]]:
+        """Select and move what is divided; returns what :meth:`_close` takes, by request."""
         for cut in cuts:
             self._deal(cut)
         size = self._block_size
@@ -163,9 +186,7 @@ class SharedCuts:
         timer.lap("move")
         laps = {phase: seconds / len(cuts) for phase, seconds in timer.laps.items()}
         tokens = iter(kept)
-        by_id = {cut.due.request_id: (cut, [next(tokens) for _ in cut.scores]) for cut in cuts}
-        for each, _ in due:
-            self._close(*by_id[each.request_id], laps)
+        return {cut.due.request_id: (cut, [next(tokens) for _ in cut.scores], laps) for cut in cuts}
 
     def _open(self, due: DueCut, held: HeldTokens) -> _Open:
         cut = due.request.next_cut
@@ -179,29 +200,43 @@ class SharedCuts:
         )
 
     def _to_numbers(self, cuts: Sequence[_Open]) -> None:
-        """Fetch what the allocators read, of all requests in one transfer."""
+        """Fetch what the allocators read, of all requests in one transfer, and look at it."""
         numbers = iter(to_numbers([scores for cut in cuts for scores in cut.scores]))
         for cut in cuts:
             cut.scores = [next(numbers) for _ in cut.scores]
+            try:
+                check_stats(cut.method.name, cut.scores)
+            except MethodError as fault:
+                cut.fault = fault
 
     def _divide(self, cuts: Sequence[_Open]) -> None:
-        """Divide the pools of requests with one method."""
+        """Divide the pools of requests with one method; one call of it serves all of them."""
         method, layers = cuts[0].method, self._arena.geometry.num_layers
-        divisions = [
-            page_division(
-                method,
-                num_layers=layers,
-                pages_per_layer=cut.held.capacity // self._block_size,
-                block_size=self._block_size,
-                lengths=cut.held.lengths,
-                pinned=cut.pinned.count if cut.pinned else 0,
-            )
-            for cut in cuts
-        ]
-        staged = [d.staged(cut.scores) for d, cut in zip(divisions, cuts, strict=True)]
-        weights = method.allocator.weights_by_stage(staged, num_layers=layers)
-        for cut, division, stages, own in zip(cuts, divisions, staged, weights, strict=True):
-            cut.pages, cut.weights = division.divide_by(stages, own), division.weights
+        try:
+            divisions = [
+                page_division(
+                    method,
+                    num_layers=layers,
+                    pages_per_layer=cut.held.capacity // self._block_size,
+                    block_size=self._block_size,
+                    lengths=cut.held.lengths,
+                    pinned=cut.pinned.count if cut.pinned else 0,
+                )
+                for cut in cuts
+            ]
+            staged = [d.staged(cut.scores) for d, cut in zip(divisions, cuts, strict=True)]
+            with method_code(method.name, WEIGHING):
+                weights = method.allocator.weights_by_stage(staged, num_layers=layers)
+                found = list(zip(cuts, divisions, staged, weights, strict=True))
+        except MethodError as fault:
+            for cut in cuts:
+                cut.fault = fault
+            return
+        for cut, division, stages, own in found:
+            try:
+                cut.pages, cut.weights = division.divide_by(stages, own), division.weights
+            except MethodError as fault:
+                cut.fault = fault
 
     def _deal(self, cut: _Open) -> None:
         """Put the cut behind the request, and find its layers' pages."""

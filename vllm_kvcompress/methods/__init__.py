@@ -13,6 +13,7 @@ from vllm_kvcompress.methods.checks import (
     check_share,
 )
 from vllm_kvcompress.methods.dynamickv import DynamicKV
+from vllm_kvcompress.methods.faults import MethodError
 from vllm_kvcompress.methods.h2o import H2O
 from vllm_kvcompress.methods.keep_all import NoCompression, Scatter
 from vllm_kvcompress.methods.keydiff import KeyDiff
@@ -68,6 +69,7 @@ __all__ = [
     "LayerInput",
     "LayerScores",
     "Method",
+    "MethodError",
     "MethodSpec",
     "Need",
     "NoCompression",

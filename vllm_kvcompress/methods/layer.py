@@ -159,6 +159,8 @@ def _fetch(waiting: Sequence[Tensor]) -> list[float]:
         for value, place in zip(values, at, strict=True):
             places[id(value)] = end + place - first
         end += size
+    if len({stretch.device for stretch in stretches}) > 1:  # some methods keep theirs on the host
+        stretches = [stretch.cpu() for stretch in stretches]
     whole = stretches[0] if len(stretches) == 1 else torch.cat(stretches)
     numbers: list[float] = whole.tolist()
     return [numbers[places[id(value)]] for value in waiting]

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from vllm_kvcompress.methods.checks import check_bool
+from vllm_kvcompress.methods.faults import check_scores
 from vllm_kvcompress.methods.layer import LayerInput, LayerScores, Need
 from vllm_kvcompress.methods.parts import Allocator, EqualShares, Inseparable, Part, Scorer
 
@@ -56,8 +57,15 @@ class Method:
         return self.scorer.uses_window_statistics or self.allocator.uses_window_statistics
 
     def score(self, layer: LayerInput) -> LayerScores:
-        """Return the tokens' worth by the scorer and the allocator's statistics of a layer."""
-        return LayerScores(self.scorer.score(layer), self.allocator.stats(layer))
+        """Return the tokens' worth by the scorer and the allocator's statistics of a layer.
+
+        Raises:
+            MethodError: They are not what the parts are to return.
+
+        """
+        tokens, stats = self.scorer.score(layer), self.allocator.stats(layer)
+        check_scores(self.name, layer.layer, tokens, stats, (layer.num_kv_heads, layer.history))
+        return LayerScores(tokens, stats)
 
     def select(self, scores: LayerScores, count: int) -> Tensor:
         return self.scorer.select(scores.tokens, count)

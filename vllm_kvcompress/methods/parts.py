@@ -91,10 +91,16 @@ class Scorer(Part):
 
     def select_layers(self, tokens: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
         """``select`` for several layers of one prompt, in one launch on an accelerator."""
-        if not (self.budgets_are_nested and use_triton(tokens[0], "auto")):
+        if self.selects_itself or not use_triton(tokens[0], "auto"):
             return [self.select(layer, count) for layer, count in zip(tokens, counts, strict=True)]
         ids = select_tokens([layer.float() for layer in tokens], counts)
         return [ids[layer, :, :count] for layer, count in enumerate(counts)]
+
+    @property
+    def selects_itself(self) -> bool:
+        """Whether it chooses by code of its own."""
+        own = type(self)
+        return own.select is not Scorer.select or own.select_layers is not Scorer.select_layers
 
     @property
     def budgets_are_nested(self) -> bool:

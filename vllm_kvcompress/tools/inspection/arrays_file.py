@@ -17,7 +17,9 @@ def save_arrays(inspection: Inspection, path: Path) -> None:
     ``r_kept`` int64 [N, sum of T_l] holds the kept ids of all layers one after another,
     ``r_lengths`` int64 [L] is T_l, ``r_weights`` fp64 [L] (empty if the method has none) and
     ``r_NAME`` fp64 [L] every number the allocator read. ``meta`` is a JSON text: model, budget,
-    question, the layers' numbers in the model, and per run method, window and block size.
+    question, the layers' numbers in the model, and per run method, window and block size, and
+    ``fallback``: why the method failed, so that the most recent tokens were kept; null if it did
+    not.
 
     Raises:
         OSError: The file cannot be written.
@@ -29,7 +31,12 @@ def save_arrays(inspection: Inspection, path: Path) -> None:
         "question": inspection.question,
         "layers": inspection.layer_numbers,
         "runs": [
-            {"method": run.method, "window": run.window, "block_size": run.block_size}
+            {
+                "method": run.method,
+                "window": run.window,
+                "block_size": run.block_size,
+                "fallback": run.fallback,
+            }
             for run in inspection.runs
         ],
     }

@@ -46,7 +46,8 @@ def headline(inspection: Inspection) -> str:
 
 def run_title(run: Run) -> str:
     """Method, what it kept of the cache and how many tokens that are in a layer."""
-    return f"{run.method}: {run.kept_share:.1%} of the cache, {run.mean_length:.0f} tokens a layer"
+    name = run.method if run.fallback is None else f"{run.method} (failed, most recent tokens kept)"
+    return f"{name}: {run.kept_share:.1%} of the cache, {run.mean_length:.0f} tokens a layer"
 
 
 def window_note(inspection: Inspection) -> str:
