@@ -103,7 +103,9 @@ class Pair:
     ) -> None:
         # The memory that start-up asks for is one request's; tests of a full pool want less.
         options["max_model_len"] = min(options.get("max_model_len", 400), (blocks - 1) * SIZE)
-        classes = (AsyncScheduler, ArenaAsyncScheduler) if asynchronous else (Scheduler, ArenaScheduler)
+        classes = (
+            (AsyncScheduler, ArenaAsyncScheduler) if asynchronous else (Scheduler, ArenaScheduler)
+        )
         self.depth = 1 + asynchronous
         self.sides = []
         for cls, compression in zip(classes, (None, compression_of(way)), strict=True):
@@ -122,11 +124,11 @@ class Pair:
 
     def both(self, act: Callable[[Side], Any]) -> Any:
         """Do something to both; what comes back must be equal, and so must their states."""
-        plain, ours = (act(side) for side in self.sides)
-        assert plain == ours
+        results = [act(side) for side in self.sides]
+        assert results[-1] == results[0]
         states = [state_of(side.scheduler) for side in self.sides]
-        assert states[0] == states[1]
-        return plain
+        assert states[-1] == states[0]
+        return results[0]
 
     def add(
         self,
@@ -165,13 +167,17 @@ class Pair:
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Plan one step and leave it in flight; returns plain vLLM's message."""
 
+        outputs: list[SchedulerOutput] = []
+
         def act(side: Side) -> dict[str, Any]:
             output = side.scheduler.schedule(throttle_prefills)
-            side.in_flight.append(output)
+            outputs.append(output)
+            if output.num_scheduled_tokens:
+                side.in_flight.append(output)
             return message_of(output)
 
         self.both(act)
-        return self.sides[0].in_flight[-1]
+        return outputs[0]
 
     def process(self) -> dict[str, tuple[list[int], str | None]]:
         """Hand back the oldest step; by request, its new tokens and why it ended."""
@@ -214,7 +220,8 @@ class Pair:
         while len(flying) < self.depth:
             if not self.schedule().num_scheduled_tokens:
                 break
-        self.process()
+        if flying:
+            self.process()
 
     def run(self, limit: int = 2000) -> None:
         """Go on until nothing is left, with every block back in the pool."""
@@ -222,12 +229,18 @@ class Pair:
             self.step()
             limit -= 1
             assert limit, "a request waits forever"
-        assert not self.plain.running and not self.plain.waiting
+        assert not self.plain.running
+        assert not self.plain.waiting
         assert self.free == self.plain.kv_cache_manager.block_pool.num_gpu_blocks - 1
+
+    def run_until(self, name: str) -> None:
+        """Go on until a request has ended."""
+        while name in self.plain.requests:
+            self.step()
 
     def finish(self, name: str, status: RequestStatus = RequestStatus.FINISHED_ABORTED) -> None:
         """End a request from outside."""
-        self.both(lambda side: [str(n) for n in side.scheduler.finish_requests(name, status)])
+        self.both(lambda side: len(side.scheduler.finish_requests(name, status)))
 
     def preempt(self, name: str) -> None:
         """Preempt a running request, as vLLM does for want of blocks."""
