@@ -212,6 +212,28 @@ def test_running_requests_can_be_sent_back_to_empty_it(folder: Path, way, asynch
 
 
 @EACH_KIND
+def test_a_reset_never_takes_a_row_too_many(folder: Path, way, asynchronous) -> None:
+    pair = Pair(folder, way, asynchronous, max_num_seqs=2, scheduling_policy="priority")
+    rows: set[str] = set()
+    for name, priority in (("a", 5), ("b", 5), ("c", 0), ("d", 1)):
+        pair.add(name, DOCUMENT, 6, priority=priority)
+    requests = dict(pair.sides[0].requests)
+    for turn in range(40):
+        if turn in (1, 2, 6):
+            pair.reset_prefix_cache(reset_running_requests=True)
+        if not pair.plain.has_unfinished_requests():
+            break
+        output = pair.schedule()
+        rows -= output.finished_req_ids | (output.preempted_req_ids or set())
+        rows |= set(output.num_scheduled_tokens)
+        assert len(rows) <= 2
+        if pair.sides[0].in_flight:
+            pair.process()
+    pair.run()
+    assert {request.num_output_tokens for request in requests.values()} == {6}
+
+
+@EACH_KIND
 def test_a_preempted_request_is_looked_up_and_counted_again(folder, way, asynchronous) -> None:
     pair = Pair(folder, way, asynchronous)
     pair.add("one", [*DOCUMENT, *[1] * 3], 8)
