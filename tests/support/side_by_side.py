@@ -21,12 +21,17 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_request_block_
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from tests.support.scheduling import SIZE
+from tests.support.scheduling import SIZE, SLIDING
 from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaAsyncScheduler, ArenaScheduler
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 from vllm_kvcompress.planning.request_settings import METHOD_KEY
@@ -62,11 +67,16 @@ def config_of(folder: Path, compression: dict[str, Any] | None, **options: Any) 
 
 
 def pool_of(config: VllmConfig, blocks: int, kind: type[FullAttentionSpec]) -> KVCacheConfig:
-    """Return what vLLM's start-up makes of memory for so many blocks of the two-layer model."""
+    """Return what vLLM's start-up makes of memory for so many blocks; two layers have ``kind``."""
     config.cache_config.kv_cache_layout = "LBHNC"
-    spec = kind(block_size=SIZE, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
+    shape: dict[str, Any] = {"block_size": SIZE, "num_kv_heads": 1, "head_size": 32}
+    spec = kind(**shape, dtype=torch.bfloat16)
+    beside = SlidingWindowSpec(**shape, dtype=torch.bfloat16, sliding_window=SLIDING)
+    kinds = getattr(config.model_config.hf_text_config, "layer_types", None) or ["", ""]
+    specs: dict[str, KVCacheSpec] = {
+        f"layer{i}": beside if name == "sliding_attention" else spec for i, name in enumerate(kinds)
+    }
     memory = 2 * blocks * spec.page_size_bytes
-    specs: dict[str, Any] = {"layer0": spec, "layer1": spec}
     (pool,) = get_kv_cache_configs(config, [specs], [memory])
     return pool
 
@@ -102,7 +112,8 @@ class Pair:
         **options: Any,
     ) -> None:
         # The memory that start-up asks for is one request's; tests of a full pool want less.
-        options["max_model_len"] = min(options.get("max_model_len", 400), (blocks - 1) * SIZE)
+        most = (blocks - 1) * SIZE - 1  # ours asks for a block more at a whole number of blocks
+        options["max_model_len"] = min(options.get("max_model_len", 400), most)
         classes = (
             (AsyncScheduler, ArenaAsyncScheduler) if asynchronous else (Scheduler, ArenaScheduler)
         )

@@ -152,7 +152,7 @@ class BlockPlanner:
         prompts = {min(one_step + 1, longest)}
         for start in range(0, longest, size):
             prompts |= {start + 1, min(start + size, longest)}
-        return max(self.peak_blocks(prompt, min(prompt + 1, max_model_len)) for prompt in prompts)
+        return max(self.peak_blocks(prompt, prompt + 1) for prompt in prompts)
 
     def most_tokens(
         self, prompt_len: int, max_model_len: int, pool_blocks: int, decode: bool = True
