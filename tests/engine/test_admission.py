@@ -305,7 +305,7 @@ def test_blocks_that_others_keep_are_not_counted_on(deep: Path, cls: AnySchedule
 
 
 def test_a_newcomer_pays_for_what_a_running_prompt_will_not_get_back(deep: Path) -> None:
-    for spare, admitted in ((6, False), (7, True)):
+    for spare, admitted in ((5, False), (6, True)):
         engine = Engine(ArenaScheduler, configure(deep, max_len=300), 60)
         engine.leave_free(15 + spare)
         document = list(range(100))

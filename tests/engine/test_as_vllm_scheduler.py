@@ -13,17 +13,11 @@ from typing import Any
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.support.scheduling import GEMMA, SIZE, make_folder
+from tests.support.scheduling import SIZE
 from tests.support.side_by_side import EOS, WAYS, Pair
 
 KINDS = [(WAYS[0], False), (WAYS[0], True), (WAYS[2], False)]
 EACH_KIND = pytest.mark.parametrize(("way", "asynchronous"), KINDS)
-
-
-@pytest.fixture(scope="module")
-def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with two full-attention layers and six of a sliding window."""
-    return make_folder(tmp_path_factory.mktemp("gemma"), model=GEMMA)
 
 
 def begun(output: Any) -> list[str]:
@@ -350,20 +344,6 @@ def test_random_traffic_in_a_pool_that_preempts(folder, way, asynchronous, polic
             pair.step()
         if not random.randrange(8):
             pair.finish(random.choice(list(pair.sides[0].requests)))
-    requests = dict(pair.sides[0].requests)
-    pair.run()
-    assert any(request.num_preemptions for request in requests.values()), "all had room"
-
-
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_sliding_windows_beside_it_change_nothing(hybrid: Path, asynchronous: bool) -> None:
-    random = Random(5)
-    pair = Pair(hybrid, WAYS[0], asynchronous, 60, max_model_len=120, max_num_seqs=6)
-    for number in range(30):
-        prompt = [random.randrange(3)] * (SIZE * random.randrange(1, 10) - random.randrange(2))
-        pair.add(str(number), prompt, random.randrange(1, 30))
-        for _ in range(random.randrange(4)):
-            pair.step()
     requests = dict(pair.sides[0].requests)
     pair.run()
     assert any(request.num_preemptions for request in requests.values()), "all had room"
