@@ -195,7 +195,7 @@ class Engine:
             # is admitted with room for its known tokens, as in plain vLLM.
             state = self.arena.reservations.get(request.request_id)
             promised = state is not None and state.reserved_until > 0
-            if promised and state.schedule is None:
+            if state is not None and promised and state.schedule is None:
                 promised = request.num_computed_tokens < state.known_tokens
             assert blocks is not None or not promised, request.request_id
             return blocks
