@@ -16,8 +16,10 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
 
 from tests.support.interpreted_kernels import import_interpreted
+from tests.support.poison import poison_allocations
 
 import_interpreted()
+poison_allocations()
 
 # A busy machine is no failure.
 settings.register_profile("suite", deadline=None)

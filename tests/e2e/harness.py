@@ -143,6 +143,7 @@ class Engines:
             size = memory_of(path, wanted)
             while self._made and size + sum(n for _, n in self._made.values()) > self._memory:
                 self._close(next(iter(self._made)))
+            from tests.support import poisoned_pool  # noqa: F401 - of all engines from now on
             from vllm_kvcompress import LLM
 
             self._made[key] = Engine(LLM(**wanted), compressed=method is not None), size

@@ -305,7 +305,7 @@ def test_blocks_that_others_keep_are_not_counted_on(deep: Path, cls: AnySchedule
 
 
 def test_a_newcomer_pays_for_what_a_running_prompt_will_not_get_back(deep: Path) -> None:
-    for spare, admitted in ((7, False), (8, True)):
+    for spare, admitted in ((6, False), (7, True)):
         engine = Engine(ArenaScheduler, configure(deep, max_len=300), 60)
         engine.leave_free(15 + spare)
         document = list(range(100))
@@ -315,7 +315,7 @@ def test_a_newcomer_pays_for_what_a_running_prompt_will_not_get_back(deep: Path)
         engine.preempt("resumed")
         # It will hold 13 blocks of prompt and 2 for survivors, then these and 16 for its answer.
         engine.add("shares", document[:16], max_tokens=1)
-        engine.add("next", 8, max_tokens=1)
+        engine.add("next", 9, max_tokens=1)
         scheduled = engine.schedule().num_scheduled_tokens
         assert engine.held("resumed") == 15
         # One of its 13 is shared now and does not come back: 4 are missing instead of 3.

@@ -196,11 +196,13 @@ class Engine:
 
         def allocate_slots(request: Request, *args: Any, **kwargs: Any) -> Any:
             blocks = original(request, *args, **kwargs)
-            # A request that was admitted must get what it was admitted with.
+            # A request that was admitted must get what it was admitted with. One that is not cut
+            # is admitted with room for its known tokens, as in plain vLLM.
             state = self.arena.reservations.get(request.request_id)
-            assert blocks is not None or state is None or not state.reserved_until, (
-                request.request_id
-            )
+            promised = state is not None and state.reserved_until > 0
+            if state is not None and promised and state.schedule is None:
+                promised = request.num_computed_tokens < state.known_tokens
+            assert blocks is not None or not promised, request.request_id
             return blocks
 
         manager.allocate_slots = allocate_slots

@@ -141,7 +141,9 @@ class Reservations(dict[str, Reservation]):
         if released not in reservation.peaks:
             end = min(reservation.reserved_until + 1, self._max_len)
             if reservation.schedule is None:
-                reservation.peaks[released] = cdiv(end, self._planner.block_size)
+                # As in plain vLLM, which has no slot for a token before there is one.
+                known = reservation.reserved_until
+                reservation.peaks[released] = cdiv(known, self._planner.block_size)
             else:
                 reservation.peaks[released] = reservation.schedule.peak_blocks(
                     end, self._planner.limits.lag, reservation.prefill_blocks, released
