@@ -14,6 +14,7 @@ GROUPS = (
         "tests/e2e/test_cascade.py",
         "tests/e2e/test_decode_budget.py",
         "tests/e2e/test_streaming.py",
+        "tests/e2e/test_seeds.py",
         "tests/e2e/test_random_traffic.py",
         "tests/e2e/test_scatter.py",
         "tests/e2e/test_compatibility.py",
