@@ -28,7 +28,7 @@ class BudgetDivision:
         method: Weighs the layers, and says after which of them to divide.
         pool: Units, tokens or pages, that the layers share.
         cap: Most units of one layer, or of each, int [num_layers].
-        floor: Units that every layer gets first.
+        floor: Units that every layer gets first, or each, int [num_layers].
         base: History tokens of an average layer, for the method.
         num_layers: L.
         reserved: Units that every layer has beside its part of the pool.
@@ -45,7 +45,7 @@ class BudgetDivision:
         *,
         pool: int,
         cap: int | Sequence[int],
-        floor: int,
+        floor: int | Sequence[int],
         base: int,
         num_layers: int,
         reserved: int = 0,
@@ -54,7 +54,7 @@ class BudgetDivision:
         self._method = method
         self._pool = pool
         self._caps: Ints = np.broadcast_to(np.asarray(cap, dtype=np.int64), (num_layers,))
-        self._floor = floor
+        self._floors: Ints = np.broadcast_to(np.asarray(floor, dtype=np.int64), (num_layers,))
         self._base = base
         self._num_layers = num_layers
         self._reserved = reserved
@@ -143,8 +143,7 @@ class BudgetDivision:
                 f"{self._method.name}: weights must have shape ({count},), got {np.shape(weights)}"
             )
         self.weights = np.asarray(weights, dtype=np.float64)
-        floors = np.full(count, self._floor, dtype=np.int64)
-        self._shared = apportion(weights, self._shared, self._pool, floors=floors)
+        self._shared = apportion(weights, self._shared, self._pool, floors=self._floors[:count])
 
 
 def page_division(
@@ -154,7 +153,7 @@ def page_division(
     pages_per_layer: int,
     block_size: int,
     lengths: int | Sequence[int],
-    pinned: int = 0,
+    pinned: int | Sequence[int] = 0,
 ) -> BudgetDivision:
     """Prepare the division of an arena's whole pages.
 
@@ -168,7 +167,8 @@ def page_division(
             C = R * block_size tokens.
         block_size: Tokens per page.
         lengths: Tokens that each layer holds now; one number if all hold as many.
-        pinned: History tokens that every layer must have room for, at most C - window.
+        pinned: History tokens that every layer must have room for, or each of them; on average at
+            most C - window.
 
     Raises:
         ValueError: The lengths leave nothing to evict, or the window does not fit R pages.
@@ -199,15 +199,27 @@ def page_division(
     if caps.sum() < pool:  # layers that hold little cannot make up for those that may not
         caps = full
     least = method.allocator.floor(min(history), base)
-    if pinned:
+    needed = np.broadcast_to(np.asarray(pinned, dtype=np.int64), (num_layers,))
+    floors = _floors(method.window, least, needed, block_size)
+    if needed.any():
         # Where the pool is too small for all floors none of them would hold, so let them fit.
-        least = max(min(least, base), pinned)
+        least = min(least, base)
+        while (floors := _floors(method.window, least, needed, block_size)).sum() > pool and least:
+            least = max(least - block_size, 0)
+        caps = np.maximum(caps, np.minimum(floors, full))
     return BudgetDivision(
         method,
         pool=pool,
         cap=caps.tolist(),
-        floor=cdiv(method.window + least, block_size) - reserved,
+        floor=floors.tolist(),
         base=base,
         num_layers=num_layers,
         reserved=reserved,
     )
+
+
+def _floors(window: int, least: int, needed: Ints, block_size: int) -> Ints:
+    """Pages of each layer, beside those of the window, for so many tokens of the history."""
+    tokens = window + np.maximum(needed, least)
+    floors: Ints = -(-tokens // block_size) - cdiv(window, block_size)
+    return floors

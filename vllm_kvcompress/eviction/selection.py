@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcompress_kernels.selection_torch import worst_first
 from vllm_kvcompress.eviction.apportionment import Floats
 from vllm_kvcompress.eviction.layer_budgets import page_division
-from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, rank_first
+from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, Places, rank_first
 from vllm_kvcompress.methods import LayerScores, Method
 from vllm_kvcompress.paging.arena import IntArray
 
@@ -103,7 +103,7 @@ def tokens_to_keep(
     block_size: int,
     lengths: Sequence[int],
     order: Order,
-    pinned: Sequence[Tensor] | None = None,
+    pinned: Sequence[Places] | None = None,
 ) -> list[Tensor]:
     """Choose the tokens that fill some layers' pages; the window is always among them.
 
@@ -114,7 +114,7 @@ def tokens_to_keep(
         block_size: Tokens per page.
         lengths: Tokens that each layer holds now.
         order: Storage order of the history.
-        pinned: Per layer the places of tokens that must be chosen, int64 [N, K].
+        pinned: Per layer the places of tokens that must be chosen.
 
     Returns:
         Per layer int [N, pages * block_size], places of tokens in storage order.
