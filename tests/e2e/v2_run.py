@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.support.compiler_keys import launch_on_cpu, record_launches
+from tests.support.inference_mode import WATCH
 from tests.support.interpreted_kernels import cast_to_fp8_as_a_gpu_does, prepare_once_a_launch
 
 
@@ -247,6 +248,8 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
         "launched": sorted(launches.keys),
         "late": launches.late,
         "stats": engine.stats,
+        "inside": sorted(WATCH.inside),
+        "outside": sorted(WATCH.outside),
     }
     del engine, runner, impl
     engines.close()
