@@ -45,18 +45,21 @@ def test_what_does_not_fit_competes(engine: Engine, prose: list[int]) -> None:
 
 
 def test_the_rest_of_a_compressed_prompt_is_kept(engine: Engine, prose: list[int]) -> None:
-    """By layers of unequal lengths; a preemption changes nothing."""
-    prompts, own = [prose[:400], prose[:PROMPT]], setting("cake", 128)
+    """All that its own cut has left, a different number per layer; a preemption changes nothing."""
+    prompt, own = prose[:400], setting("cake", 128)
     kept = engine.record_kept()
-    expected = engine.generate(prompts, TOKENS, **own)
-    lengths = {len(layer[0]) for layer in kept[0]}
-    assert len(lengths) > 1
-    first = [cut for cut in kept[1:] if any(len(layer[0]) > LEFT for layer in cut)]
-    assert first
-    names = [engine.add(prompt, TOKENS, **own) for prompt in prompts]
-    for step, _ in enumerate(engine.steps(), start=1):
-        if step in (150, 250):
-            for name in names:
-                engine.preempt(name)
-    assert engine.stats["prompt_cuts"] == 2 * 4
-    assert [expected[0]] == engine.generate(prompts[:1], TOKENS, **own)
+    expected = engine.generate([prompt], TOKENS, **own)
+    left = [len(layer[0]) for layer in kept[0]]
+    assert len(set(left)) > 1
+    assert len(kept) == 1 + (TOKENS - 1 - (LEFT - 128)) // BUFFER
+    for cut in kept[1:]:
+        for count, layer in zip(left, cut, strict=True):
+            assert all(set(range(count)) <= set(head) for head in layer)
+    before, request_id = engine.stats["prompt_cuts"], engine.add(prompt, TOKENS, **own)
+    done = []
+    for step, outputs in enumerate(engine.steps(), start=1):
+        done += [list(o.outputs[0].token_ids) for o in outputs if o.finished]
+        if step in (100, 250):
+            engine.preempt(request_id)
+    assert done == expected
+    assert engine.stats["prompt_cuts"] == before + 3

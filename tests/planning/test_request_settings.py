@@ -98,7 +98,7 @@ def test_decode_may_be_left_alone() -> None:
 )
 def test_decode_cuts_keep_a_prompt_that_leaves_room(prompt: int, budget: int, kept: bool) -> None:
     """Itself or what its own cut leaves of it, in whole blocks."""
-    on = {"decode_budget": 256, "budget": budget}
+    on: Any = {"decode_budget": 256, "budget": budget}
     asked = {"kv_compression_decode_keep_prompt": 0}
     assert resolver(**on).resolve(None, prompt).keeps_prompt(prompt) == kept
     assert not resolver(**on, decode_keep_prompt=False).resolve(None, prompt).keeps_prompt(prompt)
@@ -108,7 +108,7 @@ def test_decode_cuts_keep_a_prompt_that_leaves_room(prompt: int, budget: int, ke
     assert server.resolve(asked, prompt).keeps_prompt(prompt) == kept
     # Without decode cuts there is nothing to keep it from.
     assert not server.resolve({**asked, "kv_compression_decode": 0}, prompt).keeps_prompt(prompt)
-    wide = {"decode_budget": 256, "budget": budget, "window": 64}
+    wide: Any = {"decode_budget": 256, "budget": budget, "window": 64}
     assert resolver(**wide).resolve(None, 128).keeps_prompt(128)
     assert not resolver(**wide).resolve(None, 129).keeps_prompt(129)
 
