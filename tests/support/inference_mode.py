@@ -65,14 +65,14 @@ class InferenceWatch:
             device_page_tables.DeviceTableBuilder,
             page_tables.TableBuilder,
             strided_codec.StridedPageCodec,
-            Method,
         ):
             self._wrap(ours, self._noted)
+        for name in ("score", "weights"):  # others are for planning
+            setattr(Method, name, self._noted(vars(Method)[name]))
 
     def _wrap(self, owner: Any, wrapper: Callable[[Any], Any]) -> None:
         for name, function in list(vars(owner).items()):
-            # What a worker offers to collective_rpc and asks of a model works on no tensors.
-            if inspect.isfunction(function) and not name.startswith("kv_compression"):
+            if inspect.isfunction(function):
                 setattr(owner, name, wrapper(function))
 
     def _at_work(self, function: Any) -> Any:
