@@ -8,6 +8,7 @@ import pytest
 from tests.e2e.harness import ALL, REPO, Engines, small_model
 from tests.e2e.interpreted import Interpreted
 from tests.e2e.server import Server, Servers
+from tests.support.inference_mode import WATCH
 from tests.support.worker_groups import group_of
 
 _ENGINES, _V2, _SERVERS = Engines(), Interpreted(), Servers()
@@ -58,6 +59,7 @@ def _books_add_up(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     for engine in engines:
         engine.check()
+    assert WATCH.outside == set(), "ran outside of inference mode"
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.cut_model import first_layers
 from tests.e2e.engine import Engine
+from tests.support.inference_mode import WATCH
 
 REPO = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("KVC_TEST_MODELS", REPO / "models"))
@@ -146,6 +147,7 @@ class Engines:
             from tests.support import poisoned_pool  # noqa: F401 - of all engines from now on
             from vllm_kvcompress import LLM
 
+            WATCH.install()
             self._made[key] = Engine(LLM(**wanted), compressed=method is not None), size
         engine, _ = self._made[key]
         if key not in self._in_use:

@@ -50,6 +50,7 @@ class Interpreted:
                 )
             self._done[line] = result = self._ask(self._process, line, limit)
             runner = "gpu.model_runner.GPU" if job.get("gpu_worker") else "cpu.model_runner.CPU"
+            assert result["outside"] == [], "ran outside of inference mode"
             assert result["runner"] == f"vllm.v1.worker.{runner}ModelRunner"
         return self._done[line]
 

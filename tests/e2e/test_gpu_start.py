@@ -89,6 +89,8 @@ def test_vllms_gpu_worker_starts_and_serves(
     assert [key for key in late if "num_seqs=('i32', 1)" not in key] == []
     assert "tables in the pool runtime" in events
     assert result["left_behind"] == []
+    ways = {"Compressor.warm_up", "DeviceTableBuilder.capture", "Compressor.cut_all"}
+    assert ways <= set(result["inside"])
     assert result["replayed"] > 0
     assert result["stats"]["prompt_cuts"] == 2
     assert (result["stats"]["decode_cuts"] > 0) == ("decode_budget" in config)

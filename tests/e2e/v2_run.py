@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from tests.support.compiler_keys import launch_on_cpu, record_launches
+from tests.support.inference_mode import WATCH
 from tests.support.interpreted_kernels import cast_to_fp8_as_a_gpu_does, prepare_once_a_launch
 
 
@@ -103,6 +104,7 @@ def _capture(patch: pytest.MonkeyPatch, runner: Any, sizes: list[int]) -> Any:
 
     replayed = {"steps": 0}
 
+    @torch.inference_mode()  # as vLLM's
     def capture(manager: Any, create_forward_fn: Any, progress_bar_desc: str = "") -> None:
         for desc in manager._capture_descs[CUDAGraphMode.FULL]:
             forward = create_forward_fn(desc, warmup=False)
@@ -220,7 +222,8 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
         replayed = _capture(patch, runner, job["graphs"])
     if job.get("warm_up"):
         before = engine.session.flat_cache.clone()
-        engine.session.warm_up(runner.max_model_len)
+        with torch.inference_mode():
+            engine.session.warm_up(runner.max_model_len)
         assert torch.equal(engine.session.flat_cache, before)
     warm, left = sorted(launches.keys), _left_behind(engine, runner)
     kept = engine.record_kept() if method else []
@@ -247,6 +250,8 @@ def run(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> dict[str, Any]:
         "launched": sorted(launches.keys),
         "late": launches.late,
         "stats": engine.stats,
+        "inside": sorted(WATCH.inside),
+        "outside": sorted(WATCH.outside),
     }
     del engine, runner, impl
     engines.close()

@@ -175,6 +175,19 @@ def test_a_scale_holds_for_the_numbers_that_are_stored() -> None:
     assert attention_params(quantized, "fp8_e4m3").scale == 0.125
 
 
+def test_sinks_are_numbers_whatever_a_model_hands_out() -> None:
+    """That of gpt-oss requires gradients; an operator with ``out=`` would refuse it."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.bfloat16))
+    impl = SimpleNamespace(scale=0.125, logits_soft_cap=None, sinks=parameter)
+    for dtype in (torch.bfloat16, torch.float32):
+        impl.sinks = torch.nn.Parameter(parameter.detach().to(dtype))
+        sinks = attention_params(SimpleNamespace(impl=impl), "auto").sinks
+        assert sinks is not None
+        assert type(sinks) is torch.Tensor
+        assert not sinks.requires_grad
+        assert sinks.tolist() == [1.0, -2.0]
+
+
 def test_warming_up_writes_nothing() -> None:
     cache = pool("NHD")
     codec = StridedPageCodec(cache, "auto", torch.float32, implementation="torch")

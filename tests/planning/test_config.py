@@ -124,6 +124,8 @@ def test_parsing_leaves_the_given_mapping_alone_and_is_immutable() -> None:
         ),
         ({**STREAMING, "budget": 0.5}, ["prefill streaming", "0.5", "tokens"]),
         ({**STREAMING, "method": "scatter"}, ["prefill streaming", "scatter", "evicts"]),
+        ({"method": "cake", "decode_keep_prompt": False}, ["decode_keep_prompt", "decode_budget"]),
+        ({"method": "cake", "decode_keep_prompt": 1}, ["decode_keep_prompt", "true or false", "1"]),
         ({"method": "cake", "decode_budget": 0}, ["decode_budget", "0", "at least 1"]),
         ({"method": "cake", "decode_budget": 0.5}, ["decode_budget", "0.5", "whole number"]),
         ({"method": "scatter", "decode_budget": 64}, ["decode_budget", "scatter", "evicts"]),

@@ -92,6 +92,37 @@ def test_decode_may_be_left_alone() -> None:
         assert (schedule.decode_cuts is not None) == repeats
 
 
+@pytest.mark.parametrize(
+    ("prompt", "budget", "kept"),
+    [(192, 256, True), (193, 256, False), (900, 256, False), (900, 192, True), (900, 193, False)],
+)
+def test_decode_cuts_keep_a_prompt_that_leaves_room(prompt: int, budget: int, kept: bool) -> None:
+    """Itself or what its own cut leaves of it, in whole blocks."""
+    on: Any = {"decode_budget": 256, "budget": budget}
+    asked = {"kv_compression_decode_keep_prompt": 0}
+    assert resolver(**on).resolve(None, prompt).keeps_prompt(prompt) == kept
+    assert not resolver(**on, decode_keep_prompt=False).resolve(None, prompt).keeps_prompt(prompt)
+    assert not resolver(ALL, **on).resolve(asked, prompt).keeps_prompt(prompt)
+    asked = {"kv_compression_decode_keep_prompt": 1}
+    server = resolver(ALL, **on, decode_keep_prompt=False)
+    assert server.resolve(asked, prompt).keeps_prompt(prompt) == kept
+    # Without decode cuts there is nothing to keep it from.
+    assert not server.resolve({**asked, "kv_compression_decode": 0}, prompt).keeps_prompt(prompt)
+    wide: Any = {"decode_budget": 256, "budget": budget, "window": 64}
+    assert resolver(**wide).resolve(None, 128).keeps_prompt(128)
+    assert not resolver(**wide).resolve(None, 129).keeps_prompt(129)
+
+
+def test_a_policy_covers_what_becomes_of_the_prompt() -> None:
+    key = "kv_compression_decode_keep_prompt"
+    server = resolver(decode_budget=256)
+    assert server.resolve({key: True}, PROMPT).keep_prompt
+    assert f"{key} may not be set to false" in refusal(server, {key: False})
+    server = resolver(decode_budget=256, decode_keep_prompt=False)
+    assert f"{key} may not be set to true" in refusal(server, {key: True})
+    assert f"{key} must be true or false" in refusal(resolver(ALL), {key: "no"})
+
+
 def test_room_is_kept_for_what_has_left_the_window_by_the_first_decode_cut() -> None:
     asked: dict[str, Any] = {"kv_compression_keep": [0, 10, PROMPT - 8, PROMPT]}
     assert resolver(ALL).resolve(asked, PROMPT).pinned_count(PROMPT) == 10

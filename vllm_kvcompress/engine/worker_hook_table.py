@@ -45,7 +45,10 @@ WORKER_HOOKS: HookTable = {
         "VllmBackend": (READ, "vllm_config"),
         "VllmBackend.__call__": (WRAP, "self, ..."),
     },
-    "vllm.v1.worker.gpu_model_runner": {"GPUModelRunner": (READ, "input_batch attn_groups")},
+    "vllm.v1.worker.gpu_model_runner": {
+        "GPUModelRunner": (READ, "input_batch attn_groups discard_request_mask"),
+    },
+    "vllm.v1.worker.gpu_input_batch": {"InputBatch": (READ, "req_ids num_reqs generators")},
     "vllm.v1.worker.gpu.model_runner": {
         "GPUModelRunner": (READ, "model_state attn_groups block_tables"),
         "GPUModelRunner.gather_batch_req_state": (WRAP, "self, ..."),

@@ -32,7 +32,7 @@ class BudgetDivision:
         method: Weighs the layers, and says after which of them to divide.
         pool: Units, tokens or pages, that the layers share.
         cap: Most units of one layer, or of each, int [num_layers].
-        floor: Units that every layer gets first.
+        floor: Units that every layer gets first, or each, int [num_layers].
         base: History tokens of an average layer, for the method.
         num_layers: L.
         reserved: Units that every layer has beside its part of the pool.
@@ -49,7 +49,7 @@ class BudgetDivision:
         *,
         pool: int,
         cap: int | Sequence[int],
-        floor: int,
+        floor: int | Sequence[int],
         base: int,
         num_layers: int,
         reserved: int = 0,
@@ -58,7 +58,7 @@ class BudgetDivision:
         self._method = method
         self._pool = pool
         self._caps: Ints = np.broadcast_to(np.asarray(cap, dtype=np.int64), (num_layers,))
-        self._floor = floor
+        self._floors: Ints = np.broadcast_to(np.asarray(floor, dtype=np.int64), (num_layers,))
         self._base = base
         self._num_layers = num_layers
         self._reserved = reserved
@@ -173,7 +173,7 @@ class BudgetDivision:
     def _divide(self, weights: Floats) -> None:
         """Divide the whole pool between the layers seen so far, within what each still holds."""
         self.weights = weights
-        floors = np.full(len(self._seen), self._floor, dtype=np.int64)
+        floors = self._floors[: len(self._seen)]
         self._shared = apportion(weights, self._shared, self._pool, floors=floors)
 
 
@@ -184,7 +184,7 @@ def page_division(
     pages_per_layer: int,
     block_size: int,
     lengths: int | Sequence[int],
-    pinned: int = 0,
+    pinned: int | Sequence[int] = 0,
 ) -> BudgetDivision:
     """Prepare the division of an arena's whole pages.
 
@@ -198,7 +198,8 @@ def page_division(
             C = R * block_size tokens.
         block_size: Tokens per page.
         lengths: Tokens that each layer holds now; one number if all hold as many.
-        pinned: History tokens that every layer must have room for, at most C - window.
+        pinned: History tokens that every layer must have room for, or each of them; on average at
+            most C - window.
 
     Raises:
         ValueError: The lengths leave nothing to evict, or the window does not fit R pages.
@@ -233,14 +234,26 @@ def page_division(
         caps = full
     with method_code(method.name, "its floor"):
         least = method.allocator.floor(min(history), base)
+    least = check_limit(method.name, "floor", least)
+    needed = np.broadcast_to(np.asarray(pinned, dtype=np.int64), (num_layers,))
     # Where the pool is too small for all floors none of them would hold, so let them fit.
-    least = max(min(check_limit(method.name, "floor", least), base), pinned)
+    least = min(least, base)
+    while (floors := _floors(method.window, least, needed, block_size)).sum() > pool and least:
+        least = max(least - block_size, 0)
+    caps = np.maximum(caps, np.minimum(floors, full))
     return BudgetDivision(
         method,
         pool=pool,
         cap=caps.tolist(),
-        floor=cdiv(method.window + least, block_size) - reserved,
+        floor=floors.tolist(),
         base=base,
         num_layers=num_layers,
         reserved=reserved,
     )
+
+
+def _floors(window: int, least: int, needed: Ints, block_size: int) -> Ints:
+    """Pages of each layer, beside those of the window, for so many tokens of the history."""
+    tokens = window + np.maximum(needed, least)
+    floors: Ints = -(-tokens // block_size) - cdiv(window, block_size)
+    return floors

@@ -1,5 +1,6 @@
 """Prompt tokens that must stay in every layer and head, whatever their scores: pinned tokens.
 
+A request names some. While it generates, all that is left of its prompt may be pinned as well.
 They are chosen before all others. How many tokens a layer keeps is decided as if they were any
 others, except that every layer has room for them.
 """
@@ -12,19 +13,22 @@ from torch import Tensor
 
 from vllm_kvcompress.planning.pinned_ranges import Ranges, ids_between
 
+Places = Tensor | int
+"""Places of tokens in one layer's storage, int64 [N, K]; or a number: that many, the first ones."""
+
 
 @dataclass(frozen=True)
 class PinnedPlaces:
     """Where pinned tokens lie at a cut.
 
     Attributes:
-        places: Per layer their places in its storage, int64 [N, K].
-        count: Tokens outside of the window that every layer must have room for.
+        places: Those of each layer.
+        count: Tokens outside of the window that every layer must have room for, or each of them.
 
     """
 
-    places: Sequence[Tensor]
-    count: int
+    places: Sequence[Places]
+    count: int | Sequence[int]
 
 
 @dataclass
@@ -57,7 +61,7 @@ class PinnedTokens:
         return torch.cat([self.places[layer], fresh], dim=1) if self.places else fresh
 
     def follow(
-        self, position: int, places: Sequence[Tensor], stored: Sequence[Tensor], held: Sequence[int]
+        self, position: int, places: Sequence[Places], stored: Sequence[Tensor], held: Sequence[int]
     ) -> None:
         """Note where the pinned tokens went in a cut. Mutates the record.
 
@@ -70,6 +74,7 @@ class PinnedTokens:
         """
         moved = []
         for old, kept, count in zip(places, stored, held, strict=True):
+            assert isinstance(old, Tensor)  # it came from find
             kept = kept.to("cpu", torch.int64)
             new = torch.full((len(kept), count), -1, dtype=torch.int64)
             new.scatter_(1, kept, torch.arange(kept.shape[1]).expand(len(kept), -1))
@@ -80,17 +85,21 @@ class PinnedTokens:
         self.since = position
 
 
-def rank_first(worth: Tensor, places: Tensor) -> Tensor:
+def rank_first(worth: Tensor, places: Places) -> Tensor:
     """Return scores under which some tokens are chosen before all others.
 
     Args:
         worth: fp32 [N, S'], scores of the history.
-        places: int64 [N, K], tokens by their place; those beyond the history are protected anyway.
+        places: Tokens by their place; those beyond the history are protected anyway.
 
     A score that is infinite or NaN counts as the largest finite one: none comes before a pinned
     token, whatever was not or could not be looked at before (on a GPU).
 
     """
+    if isinstance(places, int):
+        ranked = worth.nan_to_num(torch.finfo(worth.dtype).max).contiguous()
+        ranked[:, :places] = torch.inf
+        return ranked
     history = worth.shape[1]
     places = places.to(worth.device)
     room = max(int(places.max()) + 1 - history, 0) if places.numel() else 0

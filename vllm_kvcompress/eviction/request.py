@@ -35,6 +35,7 @@ class WorkerRequest:
         fault: What the method failed with while they were scored.
         told_of_fault: Whether a fault of the request has been logged.
         pinned: Where its pinned tokens lie; None if it has none.
+        keeps_prompt: Whether its decode cuts keep all that is left of the prompt.
 
     """
 
@@ -55,8 +56,11 @@ class WorkerRequest:
     fault: MethodError | None = field(default=None, repr=False)
     told_of_fault: bool = False
     pinned: PinnedTokens | None = field(default=None, repr=False)
+    keeps_prompt: bool = field(init=False, default=False)
+    _prompt_left: list[int] = field(init=False, default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
+        self.keeps_prompt = self.settings.keeps_prompt(self.prompt_len)
         self._forget_pinned()
         self._look_ahead()
 
@@ -112,12 +116,21 @@ class WorkerRequest:
     ) -> PinnedPlaces | None:
         """Find its pinned tokens in the storage of the layers; None if it has none.
 
+        At the first decode cut it notes what is left of the prompt. From there on that is stored in
+        front of everything else, whatever the order, for it is chosen before everything else.
+
         Args:
             cut: The next cut.
             lengths: Tokens that each layer holds.
             num_kv_heads: N.
 
         """
+        if self._holds_prompt_at(cut):
+            assert self.schedule is not None
+            if self.cuts_made == len(self.schedule.prefill_cuts):
+                generated = cut.position - self.prompt_len
+                self._prompt_left = [length - generated for length in lengths]
+            return PinnedPlaces(self._prompt_left, self._prompt_left)
         if self.pinned is None:
             return None
         places = [
@@ -142,7 +155,9 @@ class WorkerRequest:
             lengths: Tokens that each layer held before.
 
         """
-        if self.pinned is not None and places is not None and self.next_cut is not None:
+        if self.pinned is None or places is None or self.next_cut is None:
+            return
+        if not self._holds_prompt_at(cut):
             self.pinned.follow(cut.position, places.places, stored, lengths)
 
     def restart(self, blocks: list[int], prefill_blocks: int | None) -> None:
@@ -169,6 +184,9 @@ class WorkerRequest:
         planner = self.settings.planner
         window = planner.window if self.next_is_prefill_cut else planner.decode_window
         self.quiet_until = cut.position - max(window, 1)
+
+    def _holds_prompt_at(self, cut: Cut) -> bool:
+        return self.keeps_prompt and cut.position > self.prompt_len
 
     def _forget_pinned(self) -> None:
         ranges = self.settings.pinned_ranges

@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcompress_kernels.selection_torch import worst_first
 from vllm_kvcompress.eviction.apportionment import Floats
 from vllm_kvcompress.eviction.layer_budgets import page_division
-from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, rank_first
+from vllm_kvcompress.eviction.pinned_tokens import PinnedPlaces, Places, rank_first
 from vllm_kvcompress.methods import LayerScores, Method, MethodError
 from vllm_kvcompress.methods.faults import check_choice, method_code
 from vllm_kvcompress.paging.arena import IntArray
@@ -105,7 +105,7 @@ def tokens_to_keep(
     block_size: int,
     lengths: Sequence[int],
     order: Order,
-    pinned: Sequence[Tensor] | None = None,
+    pinned: Sequence[Places] | None = None,
 ) -> list[Tensor]:
     """Choose the tokens that fill some layers' pages; the window is always among them.
 
@@ -116,7 +116,7 @@ def tokens_to_keep(
         block_size: Tokens per page.
         lengths: Tokens that each layer holds now.
         order: Storage order of the history.
-        pinned: Per layer the places of tokens that must be chosen, int64 [N, K].
+        pinned: Per layer the places of tokens that must be chosen.
 
     Returns:
         Per layer int [N, pages * block_size], places of tokens in storage order.
@@ -148,10 +148,13 @@ def tokens_to_keep(
 
 
 def _check_pinned(
-    method: Method, chosen: Sequence[Tensor], pinned: Sequence[Tensor], histories: Sequence[int]
+    method: Method, chosen: Sequence[Tensor], pinned: Sequence[Places], histories: Sequence[int]
 ) -> None:
     """MethodError if a scorer's own rule has left out tokens that are pinned."""
-    for ids, places, history in zip(chosen, pinned, histories, strict=True):
+    for ids, where, history in zip(chosen, pinned, histories, strict=True):
+        places = where
+        if isinstance(places, int):
+            places = torch.arange(places).expand(len(ids), -1)
         has = torch.zeros(len(places), history, dtype=torch.bool)
         has.scatter_(1, ids.to("cpu", torch.int64), True)
         # Those in the window are kept anyway.

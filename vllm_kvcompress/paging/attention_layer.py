@@ -15,7 +15,7 @@ class AttentionParams:
         scale: Factor of q . k, where k is the cache's number and q the query that attention is
             given: the scales of a quantized cache and of quantized queries are part of it.
         soft_cap: Logit soft cap, 0 for none.
-        sinks: Extra logits per query head, fp32 [H], or None.
+        sinks: Extra logits per query head, fp32 [H], or None; no gradient is asked of them.
 
     """
 
@@ -42,5 +42,6 @@ def attention_params(layer: Any, cache_dtype: str) -> AttentionParams:
     return AttentionParams(
         scale=scale,
         soft_cap=float(impl.logits_soft_cap or 0.0),
-        sinks=sinks.to(torch.float32) if sinks is not None else None,
+        # Models hand them out as a parameter, and some let it require gradients.
+        sinks=sinks.detach().to(torch.float32) if sinks is not None else None,
     )

@@ -43,6 +43,8 @@ class KVCompressionConfig:
             tokens exceed it by ``decode_buffer``; None: generated tokens are never evicted.
         decode_buffer: Generated tokens between two such cuts, rounded up to whole blocks; at least
             the method's window. 1 where the method evicts one token for each generated token.
+        decode_keep_prompt: Whether those cuts keep a prompt, or what its own cut has left of it, if
+            there is room for it (:meth:`.RequestSettings.keeps_prompt`).
         reserve_tokens: Generated tokens that blocks are reserved for when a compressed request is
             admitted, at most its max_tokens; later blocks are given as the pool has them.
         allow: What requests may set for themselves, as :meth:`RequestPolicy.parse` reads it;
@@ -60,6 +62,7 @@ class KVCompressionConfig:
     stream_budget: int | None = None
     decode_budget: int | None = None
     decode_buffer: int = DEFAULT_DECODE_BUFFER
+    decode_keep_prompt: bool = True
     reserve_tokens: int = 256
     allow: Mapping[str, Any] | None = None
     check_integrity: bool = False
@@ -67,7 +70,7 @@ class KVCompressionConfig:
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
-        for name in ("check_integrity", "log_requests"):
+        for name in ("decode_keep_prompt", "check_integrity", "log_requests"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"{CONFIG_KEY}: {name} must be true or false, got {getattr(self, name)!r}"
@@ -202,6 +205,8 @@ class KVCompressionConfig:
     def _check_decode(self, method: Method) -> None:
         if self.decode_budget is None and self.decode_buffer != DEFAULT_DECODE_BUFFER:
             raise ValueError(f"{CONFIG_KEY}: decode_buffer needs a decode_budget")
+        if self.decode_budget is None and not self.decode_keep_prompt:
+            raise ValueError(f"{CONFIG_KEY}: decode_keep_prompt needs a decode_budget")
         if self.decode_budget is None or self.off:
             return
         if method.scorer.keeps_all:

@@ -52,7 +52,8 @@ class RequestPolicy:
             takes, a :class:`Bounds`, or a tuple of choices. True for all parameters.
         keep: Most prompt tokens that a request may pin; True: as many as the budget has room for;
             False: none.
-        decode: Whether a request may have its generated tokens left alone.
+        decode: Whether a request may have its generated tokens left alone, or say whether they
+            compete with its prompt.
 
     """
 

@@ -26,7 +26,8 @@ BUDGET_KEY = "kv_compression_budget"
 PARAMS_KEY = "kv_compression_config"
 KEEP_KEY = "kv_compression_keep"
 DECODE_KEY = "kv_compression_decode"
-REQUEST_KEYS = (METHOD_KEY, BUDGET_KEY, PARAMS_KEY, KEEP_KEY, DECODE_KEY)
+KEEP_PROMPT_KEY = "kv_compression_decode_keep_prompt"
+REQUEST_KEYS = (METHOD_KEY, BUDGET_KEY, PARAMS_KEY, KEEP_KEY, DECODE_KEY, KEEP_PROMPT_KEY)
 
 MOST_WINDOW = 128
 """Largest window that a request may ask for where the policy sets no bound of its own."""
@@ -40,16 +41,32 @@ class RequestSettings:
         planner: Plans requests with its method, budget and parameters.
         pinned_ranges: Prompt tokens that stay whatever their scores.
         decode: Whether generated tokens are cut back, if the engine does that.
+        keep_prompt: Whether that leaves its prompt alone where it fits.
 
     """
 
     planner: BlockPlanner
     pinned_ranges: Ranges = ()
     decode: bool = True
+    keep_prompt: bool = True
 
     def schedule(self, prompt_len: int) -> CompressionSchedule | None:
         """Return when a request with this prompt is cut, None if it never is."""
         return self.planner.schedule(prompt_len, self.decode)
+
+    def keeps_prompt(self, prompt_len: int) -> bool:
+        """Whether decode cuts keep all that the layers hold of the prompt by then.
+
+        They do where at least a quarter of what they leave, and two windows, stays for generated
+        tokens; a prompt that takes more competes with them.
+        """
+        schedule = self.schedule(prompt_len)
+        if not self.keep_prompt or schedule is None or schedule.decode_cuts is None:
+            return False
+        size, cuts = self.planner.block_size, schedule.prefill_cuts
+        held = cuts[-1].blocks * size if cuts else prompt_len
+        left = schedule.decode_cuts.first.blocks * size
+        return held + max(2 * self.planner.window, left // 4) <= left
 
     def pinned_count(self, prompt_len: int) -> int:
         """Tokens outside of the window that every layer must have room for at every cut."""
@@ -84,7 +101,9 @@ class SettingsResolver:
     ) -> None:
         self.default_planner = BlockPlanner(config, block_size, limits)
         self._policy = config.policy
-        self._own_settings = RequestSettings(self.default_planner)
+        self._own_settings = RequestSettings(
+            self.default_planner, keep_prompt=config.decode_keep_prompt
+        )
         self._planner = lru_cache(maxsize=256)(self._make_planner)
 
     def resolve(self, extra_args: Mapping[str, Any] | None, prompt_len: int) -> RequestSettings:
@@ -108,7 +127,9 @@ class SettingsResolver:
                     f"{', '.join(REQUEST_KEYS)}"
                 )
         planner = self._asked_planner(asked, prompt_len)
-        settings = RequestSettings(planner, self._keep(asked, prompt_len), self._decode(asked))
+        settings = RequestSettings(
+            planner, self._keep(asked, prompt_len), self._decode(asked), self._keep_prompt(asked)
+        )
         self._check_room(settings, prompt_len)
         return settings
 
@@ -280,12 +301,21 @@ class SettingsResolver:
         return ranges
 
     def _decode(self, asked: Mapping[str, Any]) -> bool:
-        value = asked.get(DECODE_KEY, True)
+        return self._switch(asked, DECODE_KEY, True)
+
+    def _keep_prompt(self, asked: Mapping[str, Any]) -> bool:
+        own = self.default_planner.config.decode_keep_prompt
+        return self._switch(asked, KEEP_PROMPT_KEY, own)
+
+    def _switch(self, asked: Mapping[str, Any], key: str, own: bool) -> bool:
+        """What a request says of decode cuts; ``own`` is the server's."""
+        value = asked.get(key, own)
         # In a request's JSON true and false reach vLLM as 1 and 0.
         if not isinstance(value, int) or value not in (0, 1):
-            raise ValueError(f"{DECODE_KEY} must be true or false, got {shown(value)}")
-        if not value and not self._policy.decode:
-            raise ValueError(f"{DECODE_KEY} may not be set to false by requests on this server")
+            raise ValueError(f"{key} must be true or false, got {shown(value)}")
+        if value != own and not self._policy.decode:
+            other = "true" if value else "false"
+            raise ValueError(f"{key} may not be set to {other} by requests on this server")
         return bool(value)
 
     def _check_room(self, settings: RequestSettings, prompt_len: int) -> None:

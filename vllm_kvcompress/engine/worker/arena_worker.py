@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from vllm.config import CUDAGraphMode, set_current_vllm_config
 from vllm.logger import init_logger
@@ -38,6 +39,9 @@ logger = init_logger("vllm.kvcompress.worker")
 
 class ArenaWorker:
     """First base of a wrapped worker of an engine with compression on.
+
+    All that works on tensors runs in inference mode, as vLLM's own steps do: a layer's parameters
+    may require gradients (those of gpt-oss do), and what is made in that mode stays in it.
 
     Attributes:
         backends: Attention backends that a user can choose from.
@@ -80,6 +84,7 @@ class ArenaWorker:
         with self._maybe_get_memory_pool_context(tag="runtime"):
             self._lay_arena(kv_cache_config)
 
+    @torch.inference_mode()
     def _lay_arena(self, kv_cache_config: KVCacheConfig) -> None:
         config = self.vllm_config
         index = arena_group(kv_cache_config, layers_of(config))
@@ -132,6 +137,7 @@ class ArenaWorker:
         _announce(planner, config.model_config.max_model_len, kv_cache_config.num_blocks)
         _announce_others(config, planner.block_size)
 
+    @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """See vLLM's Worker; where no sampling follows, makes the cuts that are due."""
         if self._warms_up and not is_planned(scheduler_output):
@@ -142,6 +148,7 @@ class ArenaWorker:
         output = super().execute_model(scheduler_output)  # type: ignore[misc]
         return None if output is None else self._cut_and_report(output)
 
+    @torch.inference_mode()
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """See vLLM's Worker; makes the cuts that are due behind the step's own work.
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -47,7 +48,8 @@ class ArenaGPUWorker(ArenaWorker, Worker):
         prompt took is free again when the graphs' memory is measured. vLLM's own warm-up runs steps
         that no scheduler has planned; only it may.
         """
-        self._session.warm_up(self.model_config.max_model_len)
+        with torch.inference_mode():
+            self._session.warm_up(self.model_config.max_model_len)
         self._warms_up = True
         try:
             return super().compile_or_warm_up_model()
