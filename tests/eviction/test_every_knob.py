@@ -25,13 +25,14 @@ from vllm_kvcompress.planning.request_settings import (
     BUDGET_KEY,
     DECODE_KEY,
     KEEP_KEY,
+    KEEP_PROMPT_KEY,
     METHOD_KEY,
     PARAMS_KEY,
     REQUEST_KEYS,
     SettingsResolver,
 )
 
-LAYERS, BLOCK, BUDGET, SHORT, LONG = 6, 16, 128, 300, 900
+LAYERS, BLOCK, BUDGET, FITS, SHORT, LONG = 6, 16, 128, 64, 300, 900
 LIMITS = EngineLimits(num_layers=LAYERS, one_step_tokens=400)
 
 INTEGERS = (0, 1, 2, 3, 33, 96, 2001, 4095, 2**31 - 1, 2**31, 2**63 + 1)
@@ -41,6 +42,7 @@ BESIDE: Mapping[str, dict[str, Any]] = {
     "stream_chunk": {"prefill": "streaming"},
     "stream_budget": {"prefill": "streaming"},
     "decode_buffer": {"decode_budget": BUDGET},
+    "decode_keep_prompt": {"decode_budget": BUDGET},
 }
 """Options that say more about another one, with that one: without it they are refused."""
 
@@ -116,7 +118,9 @@ def outcome(settings: Mapping[str, Any]) -> Any:
     planner = BlockPlanner(config, BLOCK, LIMITS)
     tokens = planner.budget_tokens(SHORT)
     survivors = kept(planner.method, tokens) if planner.prompt_cut(SHORT) else None
-    return planned(planner), survivors, config.policy, config.prefill == "cascade"
+    request = SettingsResolver(config, BLOCK, LIMITS).resolve(None, FITS)
+    plan = planned(planner), config.prefill == "cascade", request.keeps_prompt(FITS)
+    return plan, survivors, config.policy
 
 
 def tried(make: Callable[[], Any]) -> tuple[Any, str]:
@@ -258,7 +262,7 @@ def asked(server: SettingsResolver, **extra_args: Any) -> Any:
     found = server.resolve(extra_args, SHORT)
     schedule = found.schedule(SHORT)
     cuts = schedule and (schedule.prefill_cuts, schedule.decode_cuts)
-    return cuts, found.planner.method, found.pinned_ranges
+    return cuts, found.planner.method, found.pinned_ranges, found.keeps_prompt(FITS)
 
 
 @pytest.mark.parametrize("key", REQUEST_KEYS)
@@ -271,6 +275,7 @@ def test_a_setting_of_a_request_does_something_or_is_refused(key: str) -> None:
             PARAMS_KEY: ('{"gamma": 3}', '{"gama": 3}', "[]", {"kernel": 2**31}),
             KEEP_KEY: ([0, 4], [0, SHORT + 1], [0, SHORT], "all"),
             DECODE_KEY: (0, False, 2, "no"),
+            KEEP_PROMPT_KEY: (0, False, 2, "no"),
         }[key],
     )
     default, accepted = asked(server), 0
