@@ -1,7 +1,6 @@
 """`vllm serve` as the tests start it, and what they ask of it."""
 
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from tests.e2e.harness import DEFAULTS, REPO, small_model
+from tests.e2e.harness import DEFAULTS, small_model
 from vllm_kvcompress.tools import serving
 
 NAME = "small"
@@ -93,11 +92,9 @@ def serve(
         "--max-num-batched-tokens", str(DEFAULTS["max_num_batched_tokens"]),
         "--kv-cache-memory-bytes", str(DEFAULTS["kv_cache_memory_bytes"]),
         "--kv-compression", method, "--kv-compression-budget", str(budget),
-        "--kv-compression-config", json.dumps(settings),
-        "--worker-extension-cls", "tests.support.poisoned_pool.PoisonedWorker", *options,
+        "--kv-compression-config", json.dumps(settings), *options,
     ]  # fmt: skip
     environment = {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
     with serving.serve(str(model), words, log, 300, environment) as running:
         yield Server(running.port, running.log)
 

@@ -5,8 +5,8 @@ handed out, and once it is free and not in the prefix cache. The scheduler's sid
 and sends them with the step's message; the worker fills them before the step runs.
 
 Importing this module poisons the pools of all engines that this process then makes, as well as what
-our own modules allocate. In the tests' process the harness does so; servers are told to, by
-``--worker-extension-cls tests.support.poisoned_pool.PoisonedWorker``.
+our own modules allocate. In the tests' process the harness does so. Servers are not poisoned: there
+the scheduler, which knows the blocks, runs in another process than the worker.
 """
 
 import functools
@@ -26,10 +26,6 @@ from tests.support.poison import poison, poison_allocations
 _DIRTY = "_blocks_to_poison"
 _LARGEST_FP8 = 0x7B
 """A byte that is a large number in both FP8 types: 352 and 57344."""
-
-
-class PoisonedWorker:
-    """Nothing but a name by which vLLM imports this module in the process of a worker."""
 
 
 def _around(owner: Any, name: str, make: Callable[[Any], Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-FORCED_KEY = "kvcompress_eval_forced"
+FORCED_KEY = "eval_forced_tokens"
 """Entry of ``SamplingParams.extra_args``: the token ids."""
 
 
