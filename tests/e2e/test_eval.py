@@ -17,6 +17,8 @@ import torch
 
 from tests.e2e.engine import Engine
 from tests.e2e.harness import MODELS, REPO, SMALL, small_model
+from tests.support.faulty_methods import faulty
+from vllm_kvcompress.methods import available, registry
 from vllm_kvcompress.tools.evaluation import tasks
 from vllm_kvcompress.tools.evaluation.record import AGNOSTIC, AWARE, Record, Store, read
 from vllm_kvcompress.tools.evaluation.runner import PromptSet, Runner, prepare
@@ -154,6 +156,20 @@ def test_likelihoods_are_measured_through_the_cache_that_is_decoded_from(
 def test_the_engines_own_refusals_are_one_sentence(backend: Any) -> None:
     with pytest.raises(EvaluationError, match=r"cake: .*gamma must be"):
         backend.check([Setting("cake", "cake", SHARE, {"gamma": -1})])
+
+
+def test_a_method_that_fails_has_no_results(
+    backend: Any, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    available()
+    monkeypatch.setitem(registry._methods, "faulty", faulty("raise"))
+    batch, path = batch_of(source, "needle"), tmp_path / "faulty.jsonl"
+    runner = Runner(backend, MODEL, "float32", Store(path))
+    with pytest.raises(EvaluationError, match=r"failed, .*: faulty: scoring layer 3 has raised"):
+        list(runner.run(batch, [Setting("faulty", "faulty", SHARE)]))
+    assert not list(read(path))
+    # The engine serves whoever asks next.
+    assert all(record.text for record in runner.run(batch, [full()]))
 
 
 def command(output: Path, *words: str) -> list[str]:

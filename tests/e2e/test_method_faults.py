@@ -77,3 +77,26 @@ def test_while_it_generates(engines: Engines, prose: list[int], noted: Any) -> N
     failed = [r for r in records if r.fallback]
     assert len(failed) > 2
     assert {r.method for r in failed} == {"faulty"}
+
+
+def test_streamed_preempted_and_while_it_generates(
+    engines: Engines, prose: list[int], noted: Any
+) -> None:
+    """The replay of a request whose method fails keeps the same; so does who runs beside it."""
+    config = {"prefill": "streaming", "stream_chunk": 128, "decode_budget": BUDGET}
+    engine = engines.open(config={**config, "decode_buffer": 32, "reserve_tokens": 0})
+    prompts, tokens = [prose[:600], prose[700:1500]], 50
+    last = setting("streamingllm", BUDGET, window=WINDOW, sinks=0)
+    good = engine.generate(prompts[:1], tokens)[0]
+    expected = engine.generate(prompts[1:], tokens, **last)[0]
+    records = noted(engine, "raise")
+    asked = setting("faulty", BUDGET, window=WINDOW)
+    names = [engine.add(prompts[0], tokens), engine.add(prompts[1], tokens, **asked)]
+    done = {}
+    for step, outputs in enumerate(engine.steps(), start=1):
+        done |= {o.request_id: list(o.outputs[0].token_ids) for o in outputs if o.finished}
+        if step in (20, 45):
+            engine.preempt(names[1])
+    assert [done[engine.caller_id[name]] for name in names] == [good, expected]
+    assert {r.method for r in records if r.fallback} == {"faulty"}
+    assert all(r.fallback for r in records if r.method == "faulty")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -259,6 +260,27 @@ def test_a_command_that_is_refused_ends_like_argparse_ends(
     assert caught.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert f": error: {sentence}" in error
+
+
+def test_a_command_that_makes_other_arguments_of_its_own_is_refused_alike(
+    parser: FlexibleArgumentParser, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``vllm bench`` gives all that is in them to ``LLM``."""
+    words = ["--model", str(folder), *COMMAND, "--kv-compression-budget", "40"]
+    given = vars(AsyncEngineArgs.from_cli_args(parser.parse_args(words)))
+    with pytest.raises(SystemExit) as caught:
+        AsyncEngineArgs(**given).create_engine_config()
+    assert caught.value.code == 2
+    assert "kv-compression-budget 40 is too small" in capsys.readouterr().err
+
+
+def test_without_flags_engine_arguments_are_as_without_the_plugin(
+    parser: FlexibleArgumentParser,
+) -> None:
+    words = ["--model", ".", "--additional-config", '{"mine": 1}']
+    made = AsyncEngineArgs.from_cli_args(parser.parse_args(words))
+    assert vars(made).keys() == {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    assert type(made.additional_config) is dict
 
 
 def test_a_program_that_is_refused_gets_the_error(folder: Path) -> None:

@@ -11,13 +11,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-_MARK = "_kv_compression_from_words"
+from vllm_kvcompress.planning.setting_names import is_ours
+
 _USAGE_ERROR = 2
 
 
+class FromWords(dict[str, Any]):
+    """An additional_config that comes from a command line, and otherwise the dict that it is.
+
+    The arguments themselves bear no mark: ``vllm bench`` makes others of all that is in them.
+    """
+
+
 def mark_from_words(arguments: Any) -> Any:
-    """Note that engine arguments come from a command line, and return them. Mutates them."""
-    setattr(arguments, _MARK, True)
+    """Note that engine arguments come from a command line, and return them.
+
+    Mutates them, but not those in whose additional_config nothing is meant for this package.
+    """
+    extra = arguments.additional_config
+    if isinstance(extra, dict) and any(map(is_ours, extra)):
+        arguments.additional_config = FromWords(extra)
     return arguments
 
 
@@ -36,7 +49,7 @@ def ends_command(arguments: Any) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not getattr(arguments, _MARK, False):
+        if not isinstance(arguments.additional_config, FromWords):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         raise SystemExit(_USAGE_ERROR) from None

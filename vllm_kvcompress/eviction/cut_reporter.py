@@ -50,6 +50,8 @@ class CutReporter:
         seconds: Time spent so far, by phase.
         records: Descriptions of cuts, appended to; None: none are made.
         report: What has been measured; whoever takes it away leaves a new one.
+        faults: For each method that has failed for a request, the first reason; whoever takes it
+            away leaves a new one.
 
     """
 
@@ -59,6 +61,7 @@ class CutReporter:
         self.seconds: dict[str, float] = {}
         self.records: list[CutRecord] | None = None
         self.report = CutReport()
+        self.faults: dict[str, str] = {}
         self._failed: set[str] = set()
 
     def record(
@@ -165,6 +168,7 @@ class CutReporter:
         """Count a fault, and log it once a request, with the traceback once a method."""
         name = request.method.name
         self.report.fallbacks[name] += 1
+        self.faults.setdefault(name, str(fault))
         if request.told_of_fault:
             return
         request.told_of_fault = True

@@ -28,6 +28,11 @@ def is_near_miss(name: str) -> bool:
     return letters.startswith("kv") and SequenceMatcher(None, letters, _LETTERS).ratio() > _ALIKE
 
 
+def is_ours(name: object) -> bool:
+    """Whether a name is ``kv_compression`` or a near miss."""
+    return isinstance(name, str) and (name == CONFIG_KEY or is_near_miss(name))
+
+
 def check_names(names: Iterable[object]) -> None:
     """Refuse near misses among the names in vLLM's ``additional_config``.
 

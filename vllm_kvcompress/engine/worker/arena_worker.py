@@ -173,6 +173,12 @@ class ArenaWorker:
             self._session.reporter.records = []
         return records
 
+    def kv_compression_faults(self) -> dict[str, str]:
+        """For collective_rpc: the methods that have failed since the last call, each with why."""
+        reporter = self._session.reporter
+        faults, reporter.faults = reporter.faults, {}
+        return faults
+
     def _follow_runner(self) -> Callable[[int], Sequence[str]]:
         """Hook into the runner; return a function from the batch's size to its rows' requests."""
         runner = self.model_runner

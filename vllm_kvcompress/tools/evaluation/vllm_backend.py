@@ -124,7 +124,12 @@ class VllmBackend(Backend):
     def _generate(
         self, pairs: Sequence[tuple[EncodedPrompt, Setting]]
     ) -> Iterator[tuple[EncodedPrompt, Setting, Any]]:
-        """Run the engine until all have their output, each stopped where its score is settled."""
+        """Run the engine until all have their output, each stopped where its score is settled.
+
+        Raises:
+            EvaluationError: A method has failed; no answer that it should have made is yielded.
+
+        """
         engine = self._llm.llm_engine
         running: dict[str, tuple[EncodedPrompt, Setting]] = {}
         for case, setting in pairs:
@@ -142,7 +147,22 @@ class VllmBackend(Backend):
                 if not output.finished:
                     engine.abort_request([output.request_id])
                 del running[output.request_id]
+                self._check_faults(list(running))
                 yield case, setting, output
+
+    def _check_faults(self, running: list[str]) -> None:
+        """Stop if a method has failed: what is kept then are the most recent tokens, not its own.
+
+        Before an answer is complete its cuts have been made.
+        """
+        if self._plain:
+            return
+        for faults in self._llm.collective_rpc("kv_compression_faults"):
+            for reason in faults.values():
+                self._llm.llm_engine.abort_request(running)
+                raise EvaluationError(
+                    f"a method failed, so its answers would not be its own: {reason}"
+                )
 
     def _is_settled(self, case: EncodedPrompt, output: Any) -> bool:
         if case.measured_ids or not case.prompt.metric:
