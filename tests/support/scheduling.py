@@ -51,7 +51,7 @@ LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 1,
+    "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 32,
     "vocab_size": 1000,
