@@ -22,7 +22,15 @@ def make_client(url: str, seconds: float) -> AsyncOpenAI:
         seconds: Longest wait for the next byte.
 
     """
-    return AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=seconds, max_retries=0)
+    return AsyncOpenAI(
+        base_url=f"{url}/v1",
+        api_key="none",
+        timeout=seconds,
+        max_retries=0,
+        # vLLM's server closes a connection that was idle for 5 seconds, perhaps just when the next
+        # request is sent on it. Other clients retry then.
+        default_headers={"Connection": "close"},
+    )
 
 
 async def send(

@@ -146,7 +146,8 @@ class Crowd:
             self.books.note("own_settings_refused", str(error).removeprefix("Error code: 400 - "))
             return
         what = f"status {status}" if status else type(error).__name__
-        self.books.fault(what, f"{error} after {seconds:.1f} s", ask)
+        why = f" ({error.__cause__!r})" if error.__cause__ else ""
+        self.books.fault(what, f"{error}{why} after {seconds:.1f} s", ask)
 
     async def _leave(self, ask: Ask, dice: random.Random) -> None:
         """Ask and go away: in the prefill, in a stream, or before an answer in one piece."""
@@ -156,6 +157,7 @@ class Crowd:
         patience = LONGEST_WAIT if events else dice.choice([0.02, 0.1, 0.3, 1, 3])
         # Long enough to be left.
         more: dict[str, Any] = {"max_tokens": 200}
+        began = time.monotonic()
         try:
             async with asyncio.timeout(patience):
                 await send(self.client, ask, streamed=streamed, leave_after=events, extra=more)
@@ -163,7 +165,7 @@ class Crowd:
             if events:
                 self.books.fault("TimeoutError", f"no event within {patience} s", ask)
         except OpenAIError as error:
-            self._failed(ask, error, patience)
+            self._failed(ask, error, time.monotonic() - began)
 
     async def _kill(self, talks: Sequence[Talk], dice: random.Random, end: float) -> None:
         """Run processes of clients, one after another, and kill each at some moment."""

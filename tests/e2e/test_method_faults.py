@@ -92,7 +92,7 @@ def test_streamed_preempted_and_while_it_generates(
     records = noted(engine, "raise")
     asked = setting("faulty", BUDGET, window=WINDOW)
     names = [engine.add(prompts[0], tokens), engine.add(prompts[1], tokens, **asked)]
-    done = {}
+    done: dict[str, list[int]] = {}
     for step, outputs in enumerate(engine.steps(), start=1):
         done |= {o.request_id: list(o.outputs[0].token_ids) for o in outputs if o.finished}
         if step in (20, 45):
