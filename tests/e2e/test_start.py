@@ -54,6 +54,7 @@ def test_the_printed_command_is_one_that_vllm_reads(words: list[str], tmp_path: 
 LLM = """
 import sys
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm_kvcompress import LLM
 
 if __name__ == "__main__":
@@ -69,7 +70,7 @@ if __name__ == "__main__":
     sampling.extra_args = {"kv_compression": "zip"}
     try:
         llm.generate({"prompt_token_ids": [3, 4]}, sampling, use_tqdm=False)
-    except ValueError as error:
+    except VLLMValidationError as error:
         print("refused", error)
 """
 

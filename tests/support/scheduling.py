@@ -94,6 +94,8 @@ def configure(folder: Path, *, max_len: int = 200, **options: Any) -> VllmConfig
     for option in fields(KVCompressionConfig):
         if option.name in options:
             compression[option.name] = options.pop(option.name)
+    if compression["method"] in ("none", "scatter"):  # they have none
+        del compression["window"]
     arguments = EngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,

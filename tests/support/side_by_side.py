@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from vllm.config import VllmConfig
@@ -32,6 +33,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.support.scheduling import SIZE, SLIDING
+from vllm_kvcompress.engine.checks import BLOCK_STEPS
 from vllm_kvcompress.engine.scheduler.arena_scheduler import ArenaAsyncScheduler, ArenaScheduler
 from vllm_kvcompress.engine.scheduler.arena_spec import ArenaSpec
 from vllm_kvcompress.planning.request_settings import METHOD_KEY
@@ -56,14 +58,17 @@ def config_of(folder: Path, compression: dict[str, Any] | None, **options: Any) 
     """Return a finished configuration, blocks of SIZE tokens; None is plain vLLM."""
     options = {"max_model_len": 400, "max_num_batched_tokens": 1000, **options}
     extra = {} if compression is None else {"kv_compression": compression}
-    return EngineArgs(
+    arguments = EngineArgs(
         model=str(folder),
         skip_tokenizer_init=True,
         load_format="dummy",
         block_size=SIZE,
         additional_config=extra,
         **options,
-    ).create_engine_config()
+    )
+    # No kernel runs here.
+    with patch.dict(BLOCK_STEPS, cpu=1):
+        return arguments.create_engine_config()
 
 
 def pool_of(config: VllmConfig, blocks: int, kind: type[FullAttentionSpec]) -> KVCacheConfig:
