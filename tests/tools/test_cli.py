@@ -80,9 +80,13 @@ def test_an_interrupt_is_one_line(
 
     module = importlib.import_module(f"vllm_kvcompress.tools.{cli.COMMANDS[name]}.command")
     monkeypatch.setattr(module, "run", interrupted)
-    words = {"plan": ["--kv-cache-memory", "1GiB"], "inspect": ["--input", "x", "--output", "x"]}
-    given = words.get(name, ["--output", "x"])
-    assert cli.main([name, "--model", "moon", *given]) == 130
+    model = ["--model", "moon"]
+    words = {
+        "plan": [*model, "--kv-cache-memory", "1GiB"],
+        "inspect": [*model, "--input", "x", "--output", "x"],
+        "doctor": [],
+    }
+    assert cli.main([name, *words.get(name, [*model, "--output", "x"])]) == 130
     assert capsys.readouterr() == ("", f"kvcompress {name}: stopped\n")
 
 
