@@ -233,7 +233,9 @@ def test_a_block_size_that_no_backend_has_is_named(
 ) -> None:
     become_cuda(monkeypatch, (9, 0))
     config.cache_config.block_size, config.cache_config.user_specified_block_size = 8, True
-    with pytest.raises(checks.Unsupported, match=r"a block size of 8 .*; set --block-size to a multiple of 16$"):
+    with pytest.raises(
+        checks.Unsupported, match=r"a block size of 8 .*; set --block-size to a multiple of 16$"
+    ):
         switch_on(config)
 
 
