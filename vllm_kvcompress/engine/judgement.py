@@ -30,7 +30,7 @@ def check_form(params: Any, resumable: bool) -> None:
             "streaming input is not supported with --kv-compression; send the whole prompt"
         )
     extra = getattr(params, "extra_args", None)
-    # vLLM's engine core cannot decode anything else, and hangs.
+    # All that reads them, here and in vLLM, looks up names.
     if extra is not None and not (
         isinstance(extra, Mapping) and all(isinstance(name, str) for name in extra)
     ):
